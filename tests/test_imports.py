@@ -1,0 +1,158 @@
+"""The house rules that can be read off the imports: one direction, no cycles, no entry imported, nothing undeclared."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("tokenizer", "autoregressive", "evaluations")
+
+# Inside `tokenizer`, a room may import itself and the layers before its own. `assignment` stands early because its
+# Packing is what the attention blocks speak.
+LAYERS = (
+    {"common"},
+    {"assignment"},
+    {"blocks", "frozen"},
+    {"data"},
+    {"budget", "tokens"},
+    {"model"},
+    {"presets", "streaming"},
+    {"losses"},
+    {"router"},
+    {"policy"},
+    {"train", "release"},
+)
+LAYER_OF = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
+
+# Libraries that `python -m` also runs, to list the named sizes.
+LIBRARIES_WITH_A_COMMAND = {"tokenizer.presets", "autoregressive.presets"}
+
+# What a machine with the core dependencies only does not have; decord has wheels for one platform.
+NOT_CORE = ("transformers", "stlpips_pytorch", "skvideo", "tensorboard", "pytest", "hypothesis", "decord")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every imported module, those inside functions too. `from a import b` gives a.b where that is a module of ours."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write the whole name instead of a relative import"
+            for alias in node.names:
+                deeper = f"{node.module}.{alias.name}"
+                yield deeper if deeper in MODULES else str(node.module)
+
+
+def room(module: str) -> str:
+    """tokenizer.blocks.attention -> blocks; the face of the package, `tokenizer` itself, -> ''."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+def is_entry(tree: ast.Module) -> bool:
+    tests = [node.test for node in tree.body if isinstance(node, ast.If)]
+    return any("__name__" in ast.unparse(test) for test in tests)
+
+
+def test_packages_import_only_what_stands_before_them() -> None:
+    wrong = [
+        f"{name} imports {target}"
+        for name, tree in TREES.items()
+        for target in imports(tree)
+        if target.split(".")[0] in PACKAGES
+        and PACKAGES.index(target.split(".")[0]) > PACKAGES.index(name.split(".")[0])
+    ]
+    assert not wrong, wrong
+
+
+def test_rooms_of_the_tokenizer_import_only_what_stands_before_them() -> None:
+    wrong = []
+    for name, tree in TREES.items():
+        here = room(name)
+        if not name.startswith("tokenizer.") or name == "tokenizer":
+            continue
+        assert here in LAYER_OF, f"give {here!r} a place in LAYERS"
+        for target in imports(tree):
+            if target.split(".")[0] != "tokenizer" or room(target) == here:
+                continue
+            if room(target) not in LAYER_OF or LAYER_OF[room(target)] >= LAYER_OF[here]:
+                wrong.append(f"{name} imports {target}")
+    assert not wrong, wrong
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {name: {target for target in imports(tree) if target in MODULES} for name, tree in TREES.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the ring
+
+
+def test_nobody_imports_an_entry_point() -> None:
+    entries = {name for name, tree in TREES.items() if is_entry(tree)} - LIBRARIES_WITH_A_COMMAND
+    wrong = [
+        f"{name} imports {target}" for name, tree in TREES.items() for target in imports(tree) if target in entries
+    ]
+    assert not wrong, wrong
+
+
+def test_only_the_config_module_imports_omegaconf() -> None:
+    users = [name for name, tree in TREES.items() if any(t.split(".")[0] == "omegaconf" for t in imports(tree))]
+    assert users == ["tokenizer.common.config"]
+
+
+@pytest.mark.parametrize("folder", [*PACKAGES, "scripts", "tests"])
+def test_nobody_bends_the_path(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            bends = isinstance(node, ast.Attribute) and ast.unparse(node.value) == "sys.path"
+            assert not bends, f"{path.relative_to(ROOT)}:{node.lineno} touches sys.path"
+
+
+def test_no_file_hides_a_library() -> None:
+    """A script run by path puts its own folder first on the path: a logging.py beside it would be imported instead."""
+    libraries = sys.stdlib_module_names | set(importlib.metadata.packages_distributions())
+    hiding = [name for name in MODULES if "." in name and name.rpartition(".")[2] in libraries]
+    assert not hiding, hiding
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    declared = {
+        normal(re.split(r"[^\w.-]", need, maxsplit=1)[0]) for need in importlib.metadata.requires("evatok") or ()
+    }
+    distributions = importlib.metadata.packages_distributions()
+    undeclared = set()
+    for name, tree in TREES.items():
+        for top in {target.split(".")[0] for target in imports(tree)} - sys.stdlib_module_names - set(PACKAGES):
+            if not declared & {normal(distribution) for distribution in distributions.get(top, [top])}:
+                undeclared.add(f"{name} imports {top}")
+    assert not undeclared, sorted(undeclared)
+
+
+def normal(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def test_every_module_imports_with_the_core_dependencies() -> None:
+    code = (
+        "import importlib, sys\n"
+        f"sys.modules.update(dict.fromkeys({NOT_CORE!r}))\n"
+        f"for name in {sorted(MODULES)!r}: importlib.import_module(name)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "", "a module prints while it is imported"

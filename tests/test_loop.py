@@ -1,0 +1,259 @@
+"""The training loop on a toy: killed anywhere it ends with the same bits, and it stops with the reason."""
+
+import json
+import logging
+import math
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tokenizer.common import checkpoint
+from tokenizer.common.checkpoint import read_model
+from tokenizer.common.errors import UserError
+from tokenizer.common.loop import RunConfig, TrainState, fit
+from tokenizer.common.metrics_log import MetricsLog
+from tokenizer.common.optim import OptimConfig
+from tokenizer.common.runtime import generator_for
+
+STEPS = 12
+
+
+class Toy(nn.Module):
+    """Dropout and a buffer that training changes: both must survive a kill."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(0.3), nn.Linear(8, 1))
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        return self.layers(x_BC)  # [B, 1]
+
+
+def train(folder: Path, at_batch: Callable[[int], None] = lambda step: None, lr: float = 0.05, **changes) -> TrainState:
+    """A toy run; `at_batch(step)` is called when the batch of `step` is fetched."""
+    settings = {"steps": STEPS, "log_every": 1, "validate_every": 5, "checkpoint_every": 3, "device": "cpu"}
+    run = RunConfig(dir=str(folder), **{**settings, **changes})
+    optim = OptimConfig(lr=lr, warmup_steps=2, clip_norm=0.5)
+    torch.manual_seed(3)
+    state = TrainState.start(Toy(), run, optim, kind="toy")
+
+    def batches(start: int) -> Iterator[Tensor]:
+        for step in range(start, 10**6):
+            at_batch(step)
+            yield torch.randn(6, 5, generator=generator_for(0, "data", step))
+
+    def loss_fn(batch_BC: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        noise = torch.randn(6, 1, generator=generator_for(0, "noise", step))
+        fit_term = (state.model(batch_BC) - batch_BC.sum(1, keepdim=True) - 0.1 * noise).square().mean()
+        size_term = state.model.layers[0].weight.square().mean()
+        return fit_term + 0.01 * size_term, {"fit": fit_term.detach(), "size": size_term.detach()}
+
+    def validate(step: int) -> dict[str, float]:
+        assert not state.model.training
+        torch.rand(3)  # a validation that draws must not change the training
+        return {"out": float(state.model(torch.ones(2, 5)).mean())}
+
+    fit(run, optim, {"run": {"dir": str(folder), **changes}, "optim": {"lr": lr}}, state, batches, loss_fn, validate)
+    return state
+
+
+def lines(folder: Path) -> list[dict]:
+    """What was logged, without the clock's fields."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "data_wait")} for line in found]
+
+
+def weights(folder: Path) -> list[bytes]:
+    names = ("model.safetensors", "model.raw.safetensors")
+    return [t.numpy().tobytes() for n in names for _, t in sorted(read_model(folder / "final" / n).tensors.items())]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_child(target: Callable[[], object]) -> int | None:
+    """Run `target` in a process of its own; its exit code, -9 where it was killed."""
+    child = multiprocessing.get_context("fork").Process(target=target)
+    child.start()
+    child.join(60)
+    return child.exitcode
+
+
+def killed_at_batch(folder: Path, step: int) -> Callable[[], object]:
+    return lambda: train(folder, at_batch=lambda now: die() if now == step else None)
+
+
+def killed_at_sync(folder: Path, number: int) -> Callable[[], object]:
+    """Dies inside the writing of a checkpoint, at the fsync of that number."""
+
+    def target() -> None:
+        seen, real = [], os.fsync
+
+        def fsync(descriptor: int) -> None:
+            seen.append(descriptor)
+            if len(seen) == number:
+                die()
+            real(descriptor)
+
+        checkpoint.os.fsync = fsync
+        train(folder)
+
+    return target
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder)
+    return folder
+
+
+@pytest.mark.parametrize("moments", [[1, 2], [4, 6, 7, 11]])
+def test_killed_between_steps_ends_with_the_same_bits(tmp_path: Path, whole: Path, moments: list[int]) -> None:
+    for step in moments:
+        assert in_child(killed_at_batch(tmp_path, step)) == -signal.SIGKILL
+    fetched: list[int] = []
+    train(tmp_path, at_batch=fetched.append)
+    assert fetched[0] == moments[-1] // 3 * 3  # it went on from the last checkpoint, not from the start
+    assert lines(tmp_path) == lines(whole)
+    assert weights(tmp_path) == weights(whole)
+
+
+@pytest.mark.parametrize("number", [4, 8, 9, 11, 20, 30, 38, 40])
+def test_killed_while_writing_ends_with_the_same_bits(tmp_path: Path, whole: Path, number: int) -> None:
+    assert in_child(killed_at_sync(tmp_path, number)) == -signal.SIGKILL
+    train(tmp_path)
+    assert lines(tmp_path) == lines(whole)
+    assert weights(tmp_path) == weights(whole)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_damaged_checkpoint_ends_with_the_same_bits(
+    tmp_path: Path, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert in_child(killed_at_batch(tmp_path, 7)) == -signal.SIGKILL
+    newest = tmp_path / "checkpoints" / "00000006" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"\x7f")
+    with caplog.at_level(logging.WARNING):
+        train(tmp_path)
+    assert "00000006 is damaged" in caplog.text
+    assert lines(tmp_path) == lines(whole) and weights(tmp_path) == weights(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_then_stops(tmp_path: Path, whole: Path, number: int) -> None:
+    with pytest.raises(KeyboardInterrupt, match="after step 5; the same command continues"):
+        train(tmp_path, at_batch=lambda step: os.kill(os.getpid(), number) if step == 4 else None)
+    assert (tmp_path / "checkpoints" / "00000005").is_dir()
+    train(tmp_path)
+    assert lines(tmp_path) == lines(whole) and weights(tmp_path) == weights(whole)
+
+
+def test_what_a_run_leaves(whole: Path) -> None:
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "final"} <= {p.name for p in whole.iterdir()}
+    file = read_model(whole)
+    assert file.card == {"kind": "toy", "weights": "ema", "step": str(STEPS)} and file.config["optim"] == {"lr": 0.05}
+    first = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"step", "loss", "fit", "size", "lr", "grad_norm", "data_wait", "seconds"} <= first.keys()
+    assert [line["step"] for line in lines(whole) if "val/out" in line] == [5, 10, 12]
+    losses = [line["loss"] for line in lines(whole) if "loss" in line]
+    assert len(losses) == STEPS and all(math.isfinite(loss) for loss in losses)
+
+
+def test_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:
+    train(tmp_path, steps=3)
+    before = (tmp_path / "metrics.jsonl").read_text(), weights(tmp_path)
+    train(tmp_path, steps=3)
+    assert ((tmp_path / "metrics.jsonl").read_text(), weights(tmp_path)) == before
+
+
+def test_other_config_is_refused_and_steps_may_grow(tmp_path: Path) -> None:
+    train(tmp_path, steps=2)
+    with pytest.raises(UserError, match=r"another config .*optim\.lr: 0\.05 / 0\.01"):
+        train(tmp_path, steps=2, lr=0.01)
+    assert train(tmp_path, steps=4, num_threads=1, log_every=2).step == 4
+
+
+def test_nan_loss_names_step_and_term(tmp_path: Path) -> None:
+    run, optim = RunConfig(dir=str(tmp_path), steps=9, checkpoint_every=1, device="cpu"), OptimConfig(warmup_steps=0)
+    state = TrainState.start(Toy(), run, optim)
+
+    def loss_fn(batch: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        entropy = state.model(batch).mean() * (math.nan if step == 2 else 1.0)
+        return entropy, {"fine": torch.ones(()), "entropy": entropy.detach()}
+
+    with pytest.raises(UserError, match="step 2: entropy is nan"):
+        fit(run, optim, {}, state, lambda start: iter([torch.ones(2, 5)] * 9), loss_fn)
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["00000001", "00000002"]
+    assert all(p.isfinite().all() for p in state.model.parameters())
+
+
+def test_nan_gradient_names_step_and_parameter(tmp_path: Path) -> None:
+    run, optim = RunConfig(dir=str(tmp_path), steps=3, device="cpu"), OptimConfig(warmup_steps=0)
+    state = TrainState.start(nn.Linear(2, 1, bias=False), run, optim)
+
+    def loss_fn(batch: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return (state.model(batch) * 0).sqrt().sum(), {}  # the slope of sqrt at 0 is infinite
+
+    with pytest.raises(UserError, match="step 0: the gradient of weight is nan"):
+        fit(run, optim, {}, state, lambda start: iter([torch.ones(1, 2)] * 3), loss_fn)
+
+
+def test_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    def second(step: int) -> None:
+        if step == 1:
+            codes.append(in_child(lambda: refused(tmp_path)))
+
+    def refused(folder: Path) -> None:
+        with pytest.raises(UserError, match="another run is writing here"):
+            train(folder, steps=2)
+
+    codes: list[int | None] = []
+    train(tmp_path, at_batch=second, steps=2)
+    assert codes == [0]
+
+
+def test_num_threads_is_obeyed(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    seen = []
+    try:
+        train(tmp_path, at_batch=lambda step: seen.append(torch.get_num_threads()), steps=1, num_threads=2)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [2]
+
+
+def test_plain_progress_lines_in_a_log_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path, steps=4, log_every=2)
+    printed = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in printed if "ETA" in line] == ["step 2/4", "step 4/4"]
+    assert all("loss" in line and "data wait" in line for line in printed if "ETA" in line)
+
+
+def test_metrics_rewind_drops_later_and_torn_lines(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 0.1 * step, "psnr": math.inf})
+    with open(log.path, "a") as file:
+        file.write('{"step": 2, "lo')
+    log.rewind(2)
+    found = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert found == [{"step": 1, "loss": 0.1, "psnr": None}, {"step": 2, "loss": 0.2, "psnr": None}]
+
+
+@pytest.mark.parametrize("wrong", [{"log_every": 0}, {"ema_decay": 1.0}, {"precision": "fp8"}, {"steps": -1}])
+def test_impossible_run_settings(wrong: dict) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        RunConfig(**wrong)
+
+
+def test_missing_device_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"device='tpu': must be auto, cpu, cuda"):
+        train(tmp_path, device="tpu")

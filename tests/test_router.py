@@ -1,0 +1,208 @@
+"""The router: its size, that it looks at each clip alone, that it learns what is visible, and its door."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenizer.common.checkpoint import save_model
+from tokenizer.common.config import load_config, save_config, to_dict
+from tokenizer.common.errors import UserError
+from tokenizer.common.loop import RunConfig
+from tokenizer.common.optim import OptimConfig
+from tokenizer.data.clips import DataConfig, build_dataset
+from tokenizer.model import TokenizerConfig
+from tokenizer.router.model import Router, RouterConfig, frequency_filters
+from tokenizer.router.predict import check_router_fits, load_router
+from tokenizer.router.table import QualityTable
+from tokenizer.router.train import (
+    RouterTrainConfig,
+    RouterTraining,
+    TableClips,
+    augment,
+    measure,
+    start_at_best_constant,
+)
+
+TINY = RouterConfig(num_frames=8, size=16, levels=[2, 4, 8], layers=1, width=32, heads=2)  # 2 blocks, 9 rows
+
+
+def random_clips(num_clips: int, config: RouterConfig = TINY) -> torch.Tensor:
+    shape = (num_clips, 3, config.num_frames, config.size, config.size)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+def trained_looking(config: RouterConfig = TINY) -> Router:
+    """A router whose head is not the zeros it starts with."""
+    torch.manual_seed(0)
+    model = Router(config)
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def motion_table(data: DataConfig) -> QualityTable:
+    """A toy truth: a moving block loses quality with few tokens, a still one does not."""
+    clips = build_dataset(data)
+    video_BCTHW = torch.stack([clips.get(i).video_CTHW for i in range(len(clips))])
+    change_BN = video_BCTHW.unflatten(2, (2, 4)).diff(dim=3).abs().mean(dim=(1, 3, 4, 5))
+    need_BN = (change_BN * 20).clamp(max=1)
+    lpips_BA = (need_BN[:, None] / TINY.space.table_AN).mean(dim=2)
+    return QualityTable(lpips_BA, lpips_BA, lpips_BA, clips.names, tuple(TINY.levels), TINY.num_blocks)
+
+
+def toy_config(folder: Path, labels: str = "soft", steps: int = 60) -> RouterTrainConfig:
+    """A config whose two tables are written into `folder`."""
+    sources = {"table": "synthetic:train:24", "val_table": "synthetic:heldout:16"}
+    data = {name: DataConfig([source], 8, 16, augment=False) for name, source in sources.items()}
+    for name, each in data.items():
+        if not (folder / name).exists():
+            motion_table(each).save(folder / name)
+    return RouterTrainConfig(
+        RunConfig(str(folder / labels), steps, batch_size=8, device="cpu", validate_every=steps, checkpoint_every=steps),
+        TINY,
+        DataConfig([sources["table"]], 8, 16, augment=True),
+        data["val_table"],
+        OptimConfig(lr=2e-3, warmup_steps=5),
+        str(folder / "table"),
+        str(folder / "val_table"),
+        labels=labels,
+    )
+
+
+def test_full_size_is_the_papers() -> None:
+    with torch.device("meta"):
+        model = Router(RouterConfig())
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(19.9e6, rel=0.01)
+    assert model.space.num_rows == model.head.out_features == 625
+
+
+@pytest.mark.parametrize("init", ["structured", "random"])
+def test_a_fresh_router_prefers_no_row_and_passes_gradients_everywhere(init: str) -> None:
+    config = RouterConfig(num_frames=8, size=16, levels=[2, 4, 8], layers=1, width=32, heads=2, init=init)
+    model = Router(config)
+    assert model(random_clips(2)).abs().max() == 0
+    torch.nn.init.normal_(model.head.weight)
+    model(random_clips(2)).square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_frequency_filters_are_orthogonal_and_the_first_sees_brightness_alone() -> None:
+    filter_PP = frequency_filters(2, 4)
+    gram = filter_PP @ filter_PP.T
+    assert torch.allclose(gram, gram.diag().diag(), atol=1e-4)
+    assert torch.allclose(filter_PP[0], filter_PP[0, 0].expand(96), atol=1e-6)
+    assert filter_PP[1:].sum(dim=1).abs().max() < 1e-3
+
+
+def test_training_starts_at_the_log_frequency_of_the_labels() -> None:
+    model = Router(TINY)
+    start_at_best_constant(model, torch.tensor([3, 3, 3, 1]))
+    assert model.head.bias.softmax(0).topk(2).indices.tolist() == [3, 1]
+    prob_SA = torch.rand(50, 9).softmax(dim=1)
+    start_at_best_constant(model, prob_SA)
+    assert torch.allclose(model(random_clips(1))[0].softmax(0), prob_SA.mean(0), atol=0.01)
+
+
+def test_augmentation_flips_or_zooms_whole_clips() -> None:
+    clips = random_clips(16)
+    seen = augment(clips, 1.0, True, torch.Generator().manual_seed(0))
+    kept = [torch.allclose(a, b, atol=1e-4) for a, b in zip(seen, clips, strict=True)]
+    flipped = [torch.allclose(a, b.flip(-1), atol=1e-4) for a, b in zip(seen, clips, strict=True)]
+    assert any(kept) and any(flipped) and all(a != b for a, b in zip(kept, flipped, strict=True))
+    assert torch.allclose(augment(clips, 1.0, False, torch.Generator()), clips, atol=1e-4)
+    zoomed = augment(clips, 0.7, True, torch.Generator().manual_seed(0))
+    assert zoomed.shape == clips.shape and 0 <= zoomed.min() and zoomed.max() <= 1
+
+
+def test_it_learns_visible_motion_better_than_any_uniform_and_resumes(tmp_path: Path) -> None:
+    config = toy_config(tmp_path)
+    training = RouterTraining(config)
+    training.fit()
+    lines = [json.loads(line) for line in (tmp_path / "soft" / "metrics.jsonl").read_text().splitlines()]
+    val = next(line for line in lines if "val/percentile" in line)
+    assert val["val/percentile"] > max(0.9, val["val/best_uniform"])
+    assert val["val/top1"] <= val["val/top5"] <= 1
+    router = load_router(tmp_path / "soft")
+    score_SA = torch.cat([router.scores(training.val_clips.get(i).video_CTHW[None]) for i in range(16)])
+    again = measure(score_SA, training.val_reward_SA, router.space)
+    assert again["percentile"] == pytest.approx(val["val/percentile"], abs=1e-3)
+    resumed = RouterTraining(config)
+    resumed.fit()  # nothing is left to do
+    assert resumed.state.step == config.run.steps
+
+
+def test_hard_labels_train_and_the_config_survives_yaml(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, "hard", steps=2)
+    save_config(config, tmp_path / "router.yaml")
+    again = load_config(RouterTrainConfig, tmp_path / "router.yaml", ["quality_weight=0.8"])
+    assert again.quality_weight == 0.8 and to_dict(again.model) == to_dict(TINY)
+    RouterTraining(again).fit()
+    assert load_router(tmp_path / "hard", config_path=tmp_path / "router.yaml").space == TINY.space
+
+
+def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    config = toy_config(tmp_path)
+    table = QualityTable.load(config.table)
+    with pytest.raises(UserError, match="12 of its 24 clips"):
+        TableClips(DataConfig(["synthetic:train:12"], 8, 16), 0, table, config.table)
+    config.model = RouterConfig(num_frames=8, size=16, levels=[2, 4], layers=1, width=32, heads=2)
+    with pytest.raises(UserError, match=r"\[2, 4, 8\].*\[2, 4\]"):
+        RouterTraining(config)
+    with pytest.raises(UserError, match="pixels"):
+        RouterTrainConfig(model=TINY, table="t", val_table="v")
+
+
+def test_table_clips_are_the_rated_ones_at_every_reading(tmp_path: Path) -> None:
+    config = toy_config(tmp_path)
+    clips = TableClips(config.data, 0, QualityTable.load(config.table), config.table)
+    plain = build_dataset(config.val_data.__class__(config.data.sources, 8, 16, augment=False))
+    for epoch in (0, 1):
+        assert torch.equal(clips.get(5, epoch).video_CTHW, plain.get(5).video_CTHW)
+
+
+@pytest.fixture
+def router_file(tmp_path: Path) -> Path:
+    path = tmp_path / "router.safetensors"
+    save_model(path, trained_looking().state_dict(), {"model": to_dict(TINY)})
+    return path
+
+
+@pytest.mark.parametrize("budget", ["router", "tokens:9", "price:0.3", "average:8", "uniform:4"])
+def test_a_clip_never_depends_on_its_batch_mates(router_file: Path, budget: str) -> None:
+    router, clips = load_router(router_file), random_clips(6)
+    together = router.scores(clips)
+    assert torch.equal(together, torch.cat([router.scores(clip) for clip in clips.split(1)]))
+    assert torch.equal(together.flip(0), router.scores(clips.flip(0)))
+    assert torch.allclose(together, router.model(clips), atol=1e-4)
+    length_BN = router.assign(clips, budget, price=0.1)
+    assert length_BN.shape == (6, 2) and length_BN.dtype == torch.int64
+    assert torch.equal(length_BN[2:4], router.assign(clips[2:4], budget, price=0.1))
+
+
+def test_the_door_refuses_what_does_not_belong_together(router_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text("model: {num_frames: 8, size: 16, levels: [2, 4, 8], layers: 3, width: 32, heads: 2}\n")
+    with pytest.raises(UserError, match="layers: 3 / 1") as caught:
+        load_router(router_file, config_path=other)
+    assert str(other) in str(caught.value) and str(router_file) in str(caught.value)
+
+    router = load_router(router_file)
+    fitting = {"num_frames": 8, "size": 16, "levels": [2, 4, 8]}
+    check_router_fits(router, TokenizerConfig(**fitting))
+    with pytest.raises(UserError, match=r"\[2, 4, 8\].*\[2, 4\]"):
+        check_router_fits(router, TokenizerConfig(**{**fitting, "levels": [2, 4]}))
+    with pytest.raises(UserError, match="24 pixels"):
+        check_router_fits(router, TokenizerConfig(**{**fitting, "size": 24}))
+    with pytest.raises(UserError, match="shape"):
+        router.scores(random_clips(1)[..., :8])
+
+    save_model(tmp_path / "vq.safetensors", {"a": torch.zeros(1)}, {"model": {"encoder": {}}})
+    with pytest.raises(UserError, match="not a router"):
+        load_router(tmp_path / "vq.safetensors")
+
+
+@pytest.mark.parametrize("wrong", [{"size": 20}, {"width": 30, "heads": 4}, {"stem": "vjepa2"}, {"init": "xavier"}])
+def test_impossible_models_are_refused(wrong: dict) -> None:
+    with pytest.raises(UserError):
+        RouterConfig(**wrong)

@@ -1,0 +1,213 @@
+"""Every shell script explains itself and refuses in one line; every command in the READMEs exists as it is written."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts").rglob("*.sh"))
+SOURCED = {"scripts/_launch.sh", "scripts/set_env_vars_template.sh", "scripts/set_env_vars.sh"}
+COMMANDS = [script for script in SCRIPTS if script not in SOURCED]
+STAGES = [script for script in COMMANDS if re.match(r"scripts/train/\d", script)]
+TRAINING_STAGES = [script for script in STAGES if "/2_" not in script]
+READMES = ("README.md", "scripts/README.md", "ckpts/README.md")
+
+
+def bash(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    cleared = {"GPUS", "NNODES", "WORKERS", "PRECISION", "PYPATH", "PYTHON", "VENV"}
+    environment = {key: value for key, value in os.environ.items() if key not in cleared} | variables
+    return subprocess.run(
+        ["bash", *command],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+
+
+def assert_refuses(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert result.returncode != 0
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    for word in words:
+        assert word in result.stderr, result.stderr
+
+
+@pytest.fixture
+def echo_python(tmp_path: Path) -> str:
+    """An interpreter that prints its arguments and its thread count, one call a line, and does nothing."""
+    return str(executable(tmp_path / "python", 'echo "$@" "threads=${OMP_NUM_THREADS:-}"'))
+
+
+def executable(path: Path, body: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ".ci/run"])
+def test_bash_can_read_it(script: str) -> None:
+    assert bash("-n", script).returncode == 0
+    if script not in SOURCED:
+        assert "set -euo pipefail" in (ROOT / script).read_text()
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_help(script: str) -> None:
+    result = bash(script, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"bash {script}" in result.stdout
+
+
+@pytest.mark.parametrize("script", [script for script in COMMANDS if script != "scripts/test.sh"])
+def test_wrong_argument_is_one_line(script: str) -> None:
+    assert_refuses(bash(script, "--no-such-flag"), "--no-such-flag")
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_stage_without_config_or_with_a_stray_word(script: str, tmp_path: Path) -> None:
+    config = tmp_path / "a config.yaml"
+    config.touch()
+    assert_refuses(bash(script), "CONFIG.yaml")
+    assert_refuses(bash(script, "configs/none.yaml"), "configs/none.yaml")
+    assert_refuses(bash(script, str(config), "run.steps", "5"), "'run.steps'")
+    assert_refuses(bash(script, str(config), VENV=str(tmp_path / "none")), "env_install.sh")
+
+
+@pytest.mark.parametrize("script", TRAINING_STAGES)
+def test_training_stage_starts_one_process(script: str, tmp_path: Path, echo_python: str) -> None:
+    config = tmp_path / "a config.yaml"
+    config.touch()
+    result = bash(script, str(config), "run.steps=5", "--dry-run", PYPATH=echo_python, PRECISION="bf16")
+    assert result.returncode == 0
+    module = "tokenizer.router.train" if "router" in script else "tokenizer.train"
+    assert result.stdout.split(" threads=")[0] == f"-m {module} {config} run.precision=bf16 run.steps=5 --dry-run"
+    for several in ({"GPUS": "8"}, {"NNODES": "2"}):
+        assert_refuses(bash(script, str(config), PYPATH=echo_python, **several), "several processes")
+
+
+def test_curation_starts_any_number_of_workers(tmp_path: Path, echo_python: str) -> None:
+    script, config = "scripts/train/2_curate_router_data.sh", tmp_path / "curate.yaml"
+    config.touch()
+    three = bash(script, str(config), "a=1", PYPATH=echo_python, WORKERS="3", OMP_NUM_THREADS="2")
+    assert three.stdout == f"-m tokenizer.router.curate {config} a=1 threads=2\n" * 3
+    assert bash(script, str(config), PYPATH=echo_python).stdout.count("tokenizer.router.curate") == 1
+    assert_refuses(bash(script, str(config), PYPATH=echo_python, WORKERS="many"), "WORKERS", "'many'")
+
+    broken = str(executable(tmp_path / "broken", "exit 3"))
+    assert_refuses(bash(script, str(config), PYPATH=broken, WORKERS="2"), "2 of 2 workers failed")
+
+
+def test_stopping_curation_stops_its_workers(tmp_path: Path) -> None:
+    config, sleeper = tmp_path / "curate.yaml", executable(tmp_path / "python", "echo started; exec sleep 50")
+    config.touch()
+    environment = os.environ | {"WORKERS": "2", "PYPATH": str(sleeper)}
+    command = ["bash", "scripts/train/2_curate_router_data.sh", str(config)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as curation:
+        assert curation.stdout is not None
+        assert [curation.stdout.readline() for _ in range(2)] == ["started\n"] * 2
+        curation.send_signal(signal.SIGINT)
+        curation.communicate(timeout=10)  # ends only when no worker holds the pipe any more
+    assert curation.returncode == 130
+
+
+def test_set_up_installs_once(tmp_path: Path) -> None:
+    venv, calls = tmp_path / "venv", tmp_path / "calls"
+    executable(venv / "bin/python", f'echo "$@" >>"{calls}"')
+    first = bash("scripts/env_install.sh", VENV=str(venv))
+    assert first.returncode == 0 and "-m pip install" in calls.read_text()
+
+    calls.unlink()
+    again = bash("scripts/env_install.sh", VENV=str(venv))
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert not calls.exists(), "nothing has changed: pip must not be asked again"
+
+    (venv / "evatok-installed").write_text("another pyproject.toml")
+    assert bash("scripts/env_install.sh", VENV=str(venv)).returncode == 0
+    assert "-m pip install" in calls.read_text()
+
+
+def test_set_up_says_what_is_wrong(tmp_path: Path) -> None:
+    too_old = str(executable(tmp_path / "python2", "exit 1"))
+    assert_refuses(bash("scripts/env_install.sh", VENV=str(tmp_path / "venv"), PYTHON=too_old), "3.10", too_old)
+
+    offline = executable(tmp_path / "venv/bin/python", 'case "$*" in *install*) exit 1;; esac')
+    result = bash("scripts/env_install.sh", VENV=str(offline.parents[1]))
+    assert result.returncode != 0 and result.stderr.count("\n") == 1 and "pip" in result.stderr
+    assert not (offline.parents[1] / "evatok-installed").exists()
+
+
+def test_environment_template_can_be_sourced() -> None:
+    result = bash(
+        "-euc", '. scripts/set_env_vars_template.sh && echo "$PROJECT_ROOT|$PYPATH|$PYTHONPATH"', PYTHONPATH="x"
+    )
+    assert result.stdout.strip() == f"{ROOT}|{ROOT}/.venv/bin/python|{ROOT}:x"
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of that language in all READMEs."""
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in READMES]
+    return [block for text in texts for block in re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)]
+
+
+def readme_commands() -> list[str]:
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.strip().startswith("#")))
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_command(command: str) -> None:
+    assert bash("-nc", command).returncode == 0
+    words = shlex.split(command, comments=True)
+    while re.match(r"[A-Z_]+=", words[0]):
+        words.pop(0)
+    match words:
+        case ["bash", script, *_]:
+            assert script in COMMANDS
+        case ["python" | "$PYPATH", "-m", module, *_]:
+            assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+        case ["python" | "$PYPATH", script, *arguments]:
+            usage = subprocess.run(
+                [sys.executable, script, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60
+            )
+            assert usage.returncode == 0, usage.stderr
+            for flag in (word for word in arguments if word.startswith("--")):
+                assert flag in usage.stdout, f"{script} has no {flag}"
+        case ["." | "cp" | "git" | "cd" | "pip" | "export", *_]:
+            pass
+        case _:
+            pytest.fail(f"this test does not know how to check {command!r}")
+    for word in words:
+        if re.match(r"(configs|ckpts|tokenizer)/[\w./-]+$", word):
+            assert (ROOT / word).exists(), f"{word} does not exist"
+
+
+def test_readme_python_names_exist() -> None:
+    examples = blocks("python")
+    assert examples
+    for example in examples:
+        for node in ast.walk(ast.parse(example)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(str(node.module))
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_readme_links_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    missing = [target for target in targets if not (page.parent / target).exists()]
+    assert not missing, missing

@@ -1,0 +1,99 @@
+"""Block-causal attention over packed sequences: no padding, no mask (performance.md, house.md).
+
+A query of block t sees the keys of blocks <= t of its own clip, all of them. Packed clip by clip, block by block,
+those keys are one contiguous stretch, so the whole of it is a few plain calls of scaled dot-product attention.
+
+Letters: L queries, S keys (both packed), h heads, e width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from tokenizer.assignment import Packing
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose queries and keys carry positions and whose values do not (paper.md section 2)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.Linear(width, width)
+
+    def queries(self, x: Tensor, pos: Tensor) -> Tensor:
+        """[..., D] -> [..., h, e]"""
+        return rearrange(self.to_q(x + pos), "... (h e) -> ... h e", h=self.heads)
+
+    def keys_values(self, ref: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., D] -> two of [..., h, e]"""
+        k, v = self.to_k(ref + pos), self.to_v(ref)
+        return rearrange(k, "... (h e) -> ... h e", h=self.heads), rearrange(v, "... (h e) -> ... h e", h=self.heads)
+
+    def output(self, mixed: Tensor) -> Tensor:
+        """[..., h, e] -> [..., D]"""
+        return self.to_out(rearrange(mixed, "... h e -> ... (h e)"))
+
+
+def block_causal_attention(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packing, key: Packing) -> Tensor:
+    """Every query attends to the keys of its own clip in blocks up to its own -> [L, h, e]."""
+    if query.is_regular and key.is_regular:
+        return _attend_rectangle(q_Lhe, k_She, v_She, query, key)
+    if q_Lhe.is_cuda and q_Lhe.dtype in (torch.bfloat16, torch.float16):
+        return attend_varlen(q_Lhe, k_She, v_She, query, key)
+    return attend_by_clip(q_Lhe, k_She, v_She, query, key)
+
+
+def attend_prefix(q_BKhe: Tensor, k_BShe: Tensor, v_BShe: Tensor) -> Tensor:
+    """All queries see all keys: one temporal block against the prefix it may see -> [B, K, h, e]."""
+    mixed = F.scaled_dot_product_attention(q_BKhe.transpose(1, 2), k_BShe.transpose(1, 2), v_BShe.transpose(1, 2))
+    return mixed.transpose(1, 2)
+
+
+def _attend_rectangle(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packing, key: Packing) -> Tensor:
+    """Equal assignments: N batched calls, one per block."""
+    q_blocks = q_Lhe.unflatten(0, (query.num_clips, -1)).split(query.lengths[0], dim=1)
+    k_BShe, v_BShe = (x.unflatten(0, (key.num_clips, -1)) for x in (k_She, v_She))
+    mixed = [attend_prefix(q, k_BShe[:, :e], v_BShe[:, :e]) for q, e in zip(q_blocks, key.block_ends[0], strict=True)]
+    return torch.cat(mixed, dim=1).flatten(0, 1)
+
+
+def attend_by_clip(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packing, key: Packing) -> Tensor:
+    """Any assignments: a call per clip and block. The reference that every faster path is tested against.
+
+    `split` rather than slices: its backward is one concatenation, where a slice's would fill a tensor of length S.
+    """
+    mixed = []
+    q_clips, k_clips, v_clips = q_Lhe.split(query.clip_lengths), k_She.split(key.clip_lengths), v_She.split(key.clip_lengths)
+    for b, (q_clip, k, v) in enumerate(zip(q_clips, k_clips, v_clips, strict=True)):
+        for q, end in zip(q_clip.split(query.lengths[b]), key.block_ends[b], strict=True):
+            mixed.append(attend_prefix(q[None], k[None, :end], v[None, :end])[0])
+    return torch.cat(mixed)
+
+
+def attend_varlen(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packing, key: Packing, kernel=None) -> Tensor:
+    """Any assignments on a GPU: one variable-length kernel call per block t, over all clips at once.
+
+    `kernel(q, k, v, cu_q, cu_k, max_q, max_k)` defaults to `torch.nn.attention.varlen.varlen_attn`.
+    """
+    if kernel is None:
+        from torch.nn.attention.varlen import varlen_attn as kernel  # CUDA only, so not imported at the top
+    device = q_Lhe.device
+    mixed, rows = [], []
+    for t in range(query.num_blocks):
+        q_row = (query.block_L == t).nonzero().flatten()
+        k_row = (key.block_L <= t).nonzero().flatten()
+        q_len = [row[t] for row in query.lengths]
+        k_len = [ends[t] for ends in key.block_ends]
+        cu_q, cu_k = (F.pad(torch.tensor(x).cumsum(0), (1, 0)).to(device, torch.int32) for x in (q_len, k_len))
+        q, k, v = q_Lhe[q_row.to(device)], k_She[k_row.to(device)], v_She[k_row.to(device)]
+        mixed.append(kernel(q, k, v, cu_q, cu_k, max(q_len), max(k_len)))
+        rows.append(q_row)
+    back_L = torch.cat(rows).argsort()  # from block-major to the packed order
+    return torch.cat(mixed)[back_L.to(device)]

@@ -1,0 +1,61 @@
+"""The Q-Former layer: self-attention over the queries, cross-attention to a reference, feed-forward; pre-LayerNorm.
+
+The reference is read, never updated. Two ways through one set of weights: `forward` runs a packed batch in one go
+(training, reconstruction); `step` runs one temporal block against the keys and values of the blocks before it
+(curation's prefix tree, streaming).
+
+Letters: L queries, S reference rows (both packed), D width, B clips in lockstep, K queries of one block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.assignment import Packing
+from tokenizer.blocks.attention import Attention, attend_prefix, block_causal_attention
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class QFormerLayer(nn.Module):
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm_self = nn.LayerNorm(width)
+        self.self_attention = Attention(width, heads)
+        self.norm_cross = nn.LayerNorm(width)
+        self.cross_attention = Attention(width, heads)
+        self.norm_mlp = nn.LayerNorm(width)
+        hidden = int(width * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(
+        self, x_LD: Tensor, pos_LD: Tensor, ref_SD: Tensor, ref_pos_SD: Tensor, query: Packing, reference: Packing
+    ) -> Tensor:
+        """A packed batch, block-causal in both attentions -> [L, D]."""
+        normed = self.norm_self(x_LD)
+        q, (k, v) = self.self_attention.queries(normed, pos_LD), self.self_attention.keys_values(normed, pos_LD)
+        x_LD = x_LD + self.self_attention.output(block_causal_attention(q, k, v, query, query))
+        q = self.cross_attention.queries(self.norm_cross(x_LD), pos_LD)
+        k, v = self.cross_attention.keys_values(ref_SD, ref_pos_SD)
+        x_LD = x_LD + self.cross_attention.output(block_causal_attention(q, k, v, query, reference))
+        return x_LD + self.mlp(self.norm_mlp(x_LD))
+
+    def step(self, x_BKD: Tensor, pos_KD: Tensor, past: list[KeysValues], reference: KeysValues):
+        """One temporal block -> its values [B, K, D], and its own (keys, values) for the blocks to come.
+
+        `past`: self-attention (keys, values) of the blocks before, `reference`: cross-attention ones of blocks <= t.
+        """
+        normed = self.norm_self(x_BKD)
+        q, own = self.self_attention.queries(normed, pos_KD), self.self_attention.keys_values(normed, pos_KD)
+        x_BKD = x_BKD + self.self_attention.output(attend_prefix(q, *concat_blocks([*past, own])))
+        q = self.cross_attention.queries(self.norm_cross(x_BKD), pos_KD)
+        x_BKD = x_BKD + self.cross_attention.output(attend_prefix(q, *reference))
+        return x_BKD + self.mlp(self.norm_mlp(x_BKD)), own
+
+
+def concat_blocks(blocks: list[KeysValues]) -> KeysValues:
+    """(keys, values) of several temporal blocks, one after the other."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return torch.cat([k for k, _ in blocks], dim=1), torch.cat([v for _, v in blocks], dim=1)

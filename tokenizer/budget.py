@@ -1,0 +1,163 @@
+"""What a user allows: from a budget in words to one assignment for each clip.
+
+Every form that asks a router is one and the same rule, for each clip by itself:
+
+    row = argmax(score - price * tokens)  over the rows of at most `max_tokens` tokens
+
+`router` is price 0 without a limit, `tokens:N` sets the limit, `price:P` sets the price (in units of the score for each
+token), and `average:N` is the price at which a whole set of clips spends N tokens a clip (`find_price`).
+`fixed:a,b,c,d` and `uniform:K` give every clip the same row and need no router. Where rows tie, the one with the fewest
+tokens wins, then the smallest row. A choice looks at no other clip, so it never depends on the batch.
+
+Letters: B clips of a batch, S clips of a whole set, A assignments (rows).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenizer.assignment import AssignmentSpace
+from tokenizer.common.errors import UserError
+
+FORMS = "router | tokens:N | average:N | price:P | fixed:a,b,c,d | uniform:K"
+BISECTION_STEPS = 100  # halves the interval past float64 resolution
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A parsed budget. Either `fixed_row` is set, or the rule of this file applies with the other three fields."""
+
+    text: str
+    fixed_row: int | None = None
+    max_tokens: int | None = None
+    average_tokens: float | None = None  # its price is found later, for the whole set
+    price: float = 0.0
+
+    @property
+    def needs_router(self) -> bool:
+        """Whether the choice depends on a router's scores."""
+        return self.fixed_row is None
+
+
+def parse_budget(text: str, space: AssignmentSpace) -> Budget:
+    """Read one of the forms `router | tokens:N | average:N | price:P | fixed:a,b,c,d | uniform:K`.
+
+    Raises UserError for any other text, for a limit below the smallest assignment and for lengths outside the levels.
+    """
+    form, colon, value = text.strip().partition(":")
+    match form, colon:
+        case "router", "":
+            return Budget(text)
+        case "tokens", ":":
+            limit = _whole_number(text, value)
+            _check_reachable(text, limit, space)
+            return Budget(text, max_tokens=limit)
+        case "average", ":":
+            average = _finite_number(text, value)
+            _check_reachable(text, average, space)
+            return Budget(text, average_tokens=average)
+        case "price", ":":
+            return Budget(text, price=_finite_number(text, value))
+        case "fixed", ":":
+            lengths = [_whole_number(text, part) for part in value.split(",")]
+            if len(lengths) != space.num_blocks:
+                raise UserError(f"budget {text!r}: {len(lengths)} lengths given, but a clip has {space.num_blocks} blocks")
+            return Budget(text, fixed_row=_row_of(text, lengths, space))
+        case "uniform", ":":
+            return Budget(text, fixed_row=_row_of(text, [_whole_number(text, value)] * space.num_blocks, space))
+    raise UserError(f"budget {text!r} is none of {FORMS}")
+
+
+def choose_rows(
+    budget: Budget,
+    score_BA: Tensor | None,
+    space: AssignmentSpace,
+    price: float | None = None,
+    num_clips: int = 1,
+) -> Tensor:
+    """The row of each clip under `budget`: int64 of shape (B,), on the CPU.
+
+    score_BA: a router's scores, higher is better; may be None for `fixed` and `uniform`, which then answer for
+    `num_clips` clips. price: what `find_price` returned for the whole set, needed by `average:N` alone.
+    Raises UserError where the scores or the price are missing, and for scores that are not finite.
+    """
+    if budget.fixed_row is not None:
+        return torch.full((num_clips if score_BA is None else len(score_BA),), budget.fixed_row)
+    if score_BA is None:
+        raise UserError(f"budget {budget.text!r} needs a router; give one, or use uniform:K or fixed:a,b,c,d")
+    if budget.average_tokens is not None and price is None:
+        raise UserError(f"budget {budget.text!r} needs one price for the whole set of clips: find it with find_price")
+    spent = budget.price if budget.average_tokens is None else price
+    score_BA = _checked_scores(score_BA, space)
+    return space.best_row(score_BA - spent * space.tokens_A.double(), budget.max_tokens)
+
+
+def find_price(score_SA: Tensor, space: AssignmentSpace, average_tokens: float) -> float:
+    """The price at which the clips of a whole set spend at most `average_tokens` each on average, and as close to it as
+    one price can.
+
+    The mean falls in steps as the price rises; the bisection ends on the lowest price whose mean is not above the wish.
+    It is negative where the wish is above what the router would spend by itself. At a step all clips that tie there
+    take the cheaper row, so identical clips are never treated differently, and the mean may stay below the wish.
+    """
+    _check_reachable(f"average:{average_tokens:g}", average_tokens, space)
+    score_SA = _checked_scores(score_SA, space)
+    budget = Budget(f"average:{average_tokens:g}", average_tokens=average_tokens)
+
+    def mean_tokens(price: float) -> float:
+        return space.tokens_A[choose_rows(budget, score_SA, space, price)].double().mean().item()
+
+    # Token counts differ by 1 or more: beyond this price no difference of scores pays for a token.
+    bound = (score_SA.amax(dim=1) - score_SA.amin(dim=1)).max().item() + 1.0
+    low, high = -bound, bound
+    if mean_tokens(low) <= average_tokens:
+        return low
+    for _ in range(BISECTION_STEPS):
+        middle = (low + high) / 2
+        if mean_tokens(middle) <= average_tokens:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _checked_scores(score_BA: Tensor, space: AssignmentSpace) -> Tensor:
+    if score_BA.ndim != 2 or score_BA.shape[1] != space.num_rows or len(score_BA) == 0:
+        raise UserError(f"scores of shape {tuple(score_BA.shape)} do not rate the {space.num_rows} rows of each clip")
+    if not score_BA.isfinite().all():
+        raise UserError("a router's scores are not all finite; its weights are damaged or its input is")
+    return score_BA.detach().cpu().double()
+
+
+def _check_reachable(text: str, tokens: float, space: AssignmentSpace) -> None:
+    if tokens < space.min_tokens:
+        raise UserError(f"budget {text!r} is below the smallest assignment; the minimum is {space.min_tokens} tokens")
+
+
+def _row_of(text: str, lengths: list[int], space: AssignmentSpace) -> int:
+    outside = [length for length in lengths if length not in space.levels]
+    if outside:
+        levels = ", ".join(map(str, space.levels))
+        raise UserError(f"budget {text!r}: {outside[0]} is not a level of this tokenizer; its levels are {levels}")
+    return int(space.rows_of(torch.tensor(lengths)))
+
+
+def _whole_number(text: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(f"budget {text!r}: {value!r} is not a whole number; the forms are {FORMS}") from None
+
+
+def _finite_number(text: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"budget {text!r}: {value!r} is not a finite number; the forms are {FORMS}")
+    return number

@@ -1,0 +1,309 @@
+"""Weights and resume states on disk: safetensors only, written whole or not at all, checked by sha256, loaded strictly.
+
+A model file is one `.safetensors` with its config inside. A resume state is a folder:
+
+    checkpoints/00000200/{model,ema,optimizer}.safetensors  state.json  manifest.json
+
+`state.json` holds the step (never the folder's name); `manifest.json` holds the sha256 of every other file and is
+written last. Both are written under a `.partial` name, synced, then renamed, so a kill leaves the old or the new.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tokenizer.common.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PARTIAL = ".partial"
+_PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
+# safetensors writes several metadata keys in random order: one key keeps equal models equal in sha256
+_METADATA_KEY = "model_card"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFile:
+    """A model file in memory: tensors by name, the config that builds the module, the card, and the file's sha256."""
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    card: dict[str, str]
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A resume state in memory. `groups` are named sets of tensors, `state` is what JSON can hold."""
+
+    step: int
+    groups: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    config: dict[str, Any]
+
+
+def file_sha256(path: str | Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def atomic_write(path: str | Path, data: bytes) -> None:
+    """Put `data` at `path`: written aside, synced, renamed. On an OSError the old file stays as it was."""
+    path = Path(path)
+    aside = _aside(path)
+    try:
+        aside.write_bytes(data)
+        _sync(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def save_model(
+    path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: Mapping[str, str] | None = None
+) -> None:
+    """One `.safetensors` at `path` with `config` and `card` inside; equal contents give equal bytes."""
+    path = Path(path)
+    aside = _aside(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {_METADATA_KEY: json.dumps({"config": config, "card": dict(card or {})}, sort_keys=True)}
+    try:
+        _write_tensors(aside, tensors, metadata)
+        _sync(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def read_model(path: str | Path) -> ModelFile:
+    """Read a model file, or the model of a run folder: its `final/`, else the newest good checkpoint.
+
+    A sha256 in a neighbouring `SHA256SUMS` or `<file>.sha256` is verified. Raises UserError for a missing, pickled,
+    truncated or altered file, naming it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        final = path / "final" / "model.safetensors"
+        return read_model(final) if final.is_file() else _model_of_checkpoint(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such model file or run folder")
+    _refuse_pickle(path)
+    sha256 = file_sha256(path)
+    expected = _expected_sha256(path)
+    if expected is not None and expected != sha256:
+        raise UserError(f"{path}: damaged: sha256 is {sha256[:12]}.., expected {expected[:12]}..; fetch it again")
+    try:
+        with safe_open(path, "pt") as file:
+            inside = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
+        tensors = load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: damaged or not a safetensors file ({_one_line(error)}); fetch it again") from error
+    if inside is None:
+        raise UserError(f"{path}: holds tensors but no config of ours; save it with tokenizer.common.checkpoint")
+    return ModelFile(tensors, inside["config"], inside["card"], sha256)
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], origin: str | Path) -> None:
+    """Copy `tensors` into `module`; every name and shape must agree, else UserError lists up to five differences."""
+    own = module.state_dict()
+    wrong = [f"missing {name} {_shape(own[name])}" for name in own if name not in tensors]
+    wrong += [f"unexpected {name} {_shape(tensors[name])}" for name in tensors if name not in own]
+    wrong += [
+        f"{name} is {_shape(tensors[name])}, the model has {_shape(own[name])}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(f"{origin}: does not fit the model: {'; '.join(wrong[:5])}{more}; use the config it came with")
+    module.load_state_dict(dict(tensors))
+
+
+class CheckpointStore:
+    """The resume states of one run: `save`, and `load_latest` that survives a damaged newest one."""
+
+    def __init__(self, folder: str | Path, keep_last: int = 2) -> None:
+        self.folder = Path(folder)
+        self.keep_last = max(1, keep_last)
+
+    def save(
+        self,
+        step: int,
+        groups: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        config: Mapping[str, Any],
+    ) -> Path:
+        """Write the state after `step` updates and drop the old ones; on an OSError those stay. Returns its folder."""
+        target = self.folder / f"{step:08d}"
+        aside = _aside(target)
+        _remove(aside)
+        aside.mkdir(parents=True)
+        try:
+            for name, tensors in groups.items():
+                _write_tensors(aside / f"{name}.safetensors", tensors)
+            body = {"step": step, "state": dict(state), "config": dict(config)}
+            (aside / "state.json").write_text(json.dumps(body, indent=1), encoding="utf-8")
+            sums = {file.name: file_sha256(file) for file in sorted(aside.iterdir())}
+            (aside / "manifest.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
+            for file in aside.iterdir():
+                _sync(file)
+            _sync(aside)
+        except BaseException:
+            _remove(aside)
+            raise
+        _remove(target)  # only ever a damaged one: a good one of this step would have been resumed from
+        os.replace(aside, target)
+        _sync(self.folder)
+        self._prune(step)
+        return target
+
+    def load_latest(self) -> Checkpoint | None:
+        """The newest state whose files match their manifest; a damaged one is named in a warning and passed over.
+
+        None when there is no checkpoint at all. Raises UserError when there are some and none is good.
+        """
+        folder = self.newest_good()
+        if folder is None:
+            return None
+        body = _read_json(folder / "state.json")
+        groups = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+        return Checkpoint(body["step"], groups, body["state"], body["config"])
+
+    def newest_good(self) -> Path | None:
+        """The folder of the newest undamaged checkpoint; see `load_latest`."""
+        found = self._folders()
+        for _, folder in found:
+            damage = _damage(folder)
+            if damage is None:
+                return folder
+            logger.warning("checkpoint %s is damaged (%s); trying the one before it", folder, damage)
+        if found:
+            raise UserError(f"{self.folder}: every checkpoint is damaged; move the folder away to start from step 0")
+        return None
+
+    def _folders(self) -> list[tuple[int, Path]]:
+        """(step, folder), newest first; a folder whose state.json cannot be read comes first, with step -1."""
+        folders = [p for p in self.folder.glob("*") if p.is_dir() and not p.name.endswith(PARTIAL)]
+        with_step = [(_step_of(folder), folder) for folder in folders]
+        return sorted(with_step, key=lambda entry: (entry[0] >= 0, -entry[0]))
+
+    def _prune(self, step: int) -> None:
+        """Keep the newest `keep_last` up to `step`. Later ones can only be the damaged ones that were passed over."""
+        kept = [folder for own, folder in self._folders() if 0 <= own <= step][: self.keep_last]
+        for folder in self.folder.iterdir():
+            if folder.is_dir() and folder not in kept:
+                _remove(folder)
+
+
+def _model_of_checkpoint(run_dir: Path) -> ModelFile:
+    folder = CheckpointStore(run_dir / "checkpoints").newest_good()
+    if folder is None:
+        raise UserError(f"{run_dir}: neither final/model.safetensors nor a checkpoint is in this run folder")
+    weights = "ema" if (folder / "ema.safetensors").is_file() else "model"
+    file = folder / f"{weights}.safetensors"
+    body = _read_json(folder / "state.json")
+    card = {**body["state"].get("card", {}), "weights": weights, "step": str(body["step"])}
+    return ModelFile(load_file(file), body["config"], card, file_sha256(file))
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    try:
+        sums = _read_json(folder / "manifest.json")
+        for name, expected in sums.items():
+            if file_sha256(folder / name) != expected:
+                return f"{name} differs from its sha256"
+        _read_json(folder / "state.json")["step"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return _one_line(error)
+    return None
+
+
+def _step_of(folder: Path) -> int:
+    try:
+        return int(_read_json(folder / "state.json")["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1  # named aloud by newest_good, which finds the same damage
+
+
+def _expected_sha256(path: Path) -> str | None:
+    """The sha256 that a neighbouring checksum file (the format of `sha256sum`) promises for `path`."""
+    for sums in (path.with_name(path.name + ".sha256"), path.with_name("SHA256SUMS")):
+        for line in sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else ():
+            digest, _, name = line.strip().partition(" ")
+            if name.strip(" *") in (path.name, "") and digest:
+                return digest.lower()
+    return None
+
+
+def _refuse_pickle(path: Path) -> None:
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if path.suffix.lower() in _PICKLE_SUFFIXES or start.startswith(_PICKLE_STARTS):
+        raise UserError(
+            f"{path}: pickled weights are refused because loading them can run code; "
+            "convert: torch.load(path, weights_only=True), then tokenizer.common.checkpoint.save_model"
+        )
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, path, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))  # a full disk must look like one to the caller
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}{PARTIAL}")
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file's bytes, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

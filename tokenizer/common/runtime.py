@@ -1,0 +1,63 @@
+"""Device, precision and random numbers: decided once, from names that a YAML can hold."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+
+import torch
+
+from tokenizer.common.errors import UserError
+
+PRECISIONS: dict[str, torch.dtype] = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` (the GPU if there is one), `cpu`, `cuda` or `cuda:N`. UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise UserError(f"device={name!r}: must be auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={name!r}: torch sees {torch.cuda.device_count()} GPUs here; use auto or cpu")
+    return torch.device(name)
+
+
+def pick_dtype(precision: str) -> torch.dtype:
+    """`none` -> float32, `bf16` -> bfloat16, `fp16` -> float16."""
+    if precision not in PRECISIONS:
+        raise UserError(f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which matrix products run in `precision`; with `none` it does nothing."""
+    dtype = pick_dtype(precision)
+    if precision == "none":
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def derive_seed(seed: int, *keys: int | str) -> int:
+    """A 63-bit seed that depends on every part, the same on every machine."""
+    digest = hashlib.sha256(repr((seed, *keys)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator_for(seed: int, *keys: int | str) -> torch.Generator:
+    """A CPU generator that depends on `seed` and `keys` alone, say `generator_for(run.seed, "lengths", step)`.
+
+    Drawing everything of a step from such generators is what makes resume exact without storing generator states.
+    """
+    return torch.Generator().manual_seed(derive_seed(seed, *keys))
+
+
+def set_deterministic(seed: int) -> None:
+    """Seed the global generators and prefer deterministic kernels (all of them on CPU; a warning elsewhere)."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time
+    torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,0 +1,216 @@
+"""Clips for training and measuring: a list of sources -> a ClipDataset with stable names and reproducible draws.
+
+A source is a folder, a video file, a manifest .csv with the column `path` (and, if known, `label`), or one of
+    bundled:train  bundled:heldout            the real clips shipped with the package
+    synthetic:train:N  synthetic:heldout:N    N rendered scenes of known complexity
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tokenizer.common.errors import UserError
+from tokenizer.data.bundled_clips import SPLITS, bundled_videos
+from tokenizer.data.safe_decode import decode_clip_at
+from tokenizer.data.synthetic import KINDS, render_scene
+from tokenizer.data.transforms import horizontal_flip, random_resized_crop, rng_for
+from tokenizer.data.video_io import VideoError, display_name, iter_clips, list_videos, read_clip_at, to_model_range
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class DataConfig:
+    """Where clips come from and what happens to them on the way.
+
+    fps: None keeps the files' own rate. augment: random start, flip and crop, and fresh synthetic scenes every epoch.
+    crop_scale: smallest side of the random crop, as a part of the short side; 1.0 is the centre crop.
+    repeat: how often each source counts in an epoch; empty is once each.
+    """
+
+    sources: list[str] = field(default_factory=lambda: ["bundled:train"])
+    num_frames: int = 16
+    size: int = 128
+    fps: float | None = None
+    augment: bool = True
+    crop_scale: float = 1.0
+    flip: bool = True
+    backend: str = "pyav"
+    repeat: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ClipSample:
+    """One clip, float32 [C, T, H, W] in [0, 1]. `kind` is known of rendered scenes, `label` of labelled files.
+
+    `unreadable` names the files (with reasons) that were met before this clip was found in their stead.
+    """
+
+    video_CTHW: torch.Tensor
+    name: str
+    label: str | None
+    kind: str | None
+    unreadable: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One entry of an epoch: its name, and how to get its frames. draw=None is the plain clip, else a random one."""
+
+    name: str
+    label: str | None
+    frames: Callable[[np.random.Generator | None], tuple[np.ndarray, str | None]]
+
+
+class ClipDataset:
+    """A fixed, ordered list of clips; `get(index, epoch)` depends on (seed, epoch, index) alone.
+
+    quarantine: name -> reason of every file that could not be read so far in this process (the loader adds those of
+    its workers). Each is reported once, never tried again, and replaced by the next readable clip in the list.
+    """
+
+    def __init__(self, cfg: DataConfig, seed: int, items: list[_Item]) -> None:
+        self.cfg = cfg
+        self.names = [item.name for item in items]
+        self.quarantine: dict[str, str] = {}
+        self._seed = seed
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def get(self, index: int, epoch: int = 0) -> ClipSample:
+        """Clip `index`, or the next readable one. UserError when not a single clip of the set can be read."""
+        unreadable: dict[str, str] = {}
+        for step in range(len(self)):
+            item = self._items[(index + step) % len(self)]
+            if item.name in self.quarantine:
+                continue
+            rng = rng_for(self._seed, "clip", epoch, (index + step) % len(self)) if self.cfg.augment else None
+            try:
+                frames_THWC, kind = item.frames(rng)
+            except VideoError as error:
+                unreadable[item.name] = error.reason
+                self.put_aside(unreadable)
+                continue
+            if rng is not None:
+                frames_THWC = _augment(frames_THWC, self.cfg, rng)
+            return ClipSample(to_model_range(frames_THWC), item.name, item.label, kind, unreadable)
+        raise UserError(f"none of the {len(self)} clips of {', '.join(self.cfg.sources)} can be read; first: "
+                        + "{}: {}".format(*next(iter(self.quarantine.items()))))  # fmt: skip
+
+    def put_aside(self, unreadable: dict[str, str]) -> None:
+        """Enter files into the quarantine, each reported the first time."""
+        for name, reason in unreadable.items():
+            if name not in self.quarantine:
+                self.quarantine[name] = reason
+                log.warning("skipped %s: %s (%d unreadable so far)", name, reason, len(self.quarantine))
+
+
+def build_dataset(cfg: DataConfig, seed: int = 0) -> ClipDataset:
+    """List the clips of all sources. UserError for a source that does not exist, is empty or is misspelt."""
+    _check(cfg)
+    repeats = cfg.repeat or [1] * len(cfg.sources)
+    items: list[_Item] = []
+    for source, times in zip(cfg.sources, repeats, strict=True):
+        items += _items_of(source, cfg) * times
+    if not items:
+        raise UserError(f"data.sources={cfg.sources} with data.repeat={cfg.repeat} holds no clip; add a source")
+    return ClipDataset(cfg, seed, items)
+
+
+def _check(cfg: DataConfig) -> None:
+    if cfg.repeat and (len(cfg.repeat) != len(cfg.sources) or min(cfg.repeat) < 0):
+        raise UserError(f"data.repeat={cfg.repeat} must hold one count >= 0 for each of the {len(cfg.sources)} sources")
+    if not 0 < cfg.crop_scale <= 1:
+        raise UserError(f"data.crop_scale={cfg.crop_scale} must lie above 0 and not above 1.0 (1.0 is the centre crop)")
+    if min(cfg.num_frames, cfg.size) < 1:
+        raise UserError(f"data.num_frames={cfg.num_frames} and data.size={cfg.size} must be at least 1")
+    if cfg.fps is not None and not cfg.fps > 0:
+        raise UserError(f"data.fps={cfg.fps} must be above 0; leave it out for the rate of the files")
+
+
+def _items_of(source: str, cfg: DataConfig) -> list[_Item]:
+    kind, *rest = source.split(":")
+    if kind == "bundled":
+        if len(rest) != 1 or rest[0] not in SPLITS:
+            raise UserError(f"data source {source!r}: expected bundled:train or bundled:heldout")
+        return [_Item(f"bundled/{v.path.name}", v.label, _bundled(v.path, cfg)) for v in bundled_videos(rest[0])]
+    if kind == "synthetic":
+        if len(rest) != 2 or rest[0] not in SPLITS or not rest[1].isdecimal():
+            raise UserError(f"data source {source!r}: expected synthetic:train:N or synthetic:heldout:N")
+        return [_Item(f"synthetic/{rest[0]}/{i:06d}", None, _scene(i, rest[0], cfg)) for i in range(int(rest[1]))]
+    if source.lower().endswith(".csv"):
+        return _manifest_items(Path(source), cfg)
+    root = Path(source)
+    videos = list_videos(root)
+    base = root if root.is_file() else root.parent
+    return [_Item(display_name(v.relative_to(base)) if v != base else display_name(v.name), None, _file(v, cfg)) for v in videos]
+
+
+def _manifest_items(manifest: Path, cfg: DataConfig) -> list[_Item]:
+    """Rows of a CSV; paths are relative to its folder. Whether the files are there shows when they are read."""
+    if not manifest.is_file():
+        raise UserError(f"{display_name(manifest)}: no such manifest; give a .csv with the column path")
+    with open(manifest, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or "path" not in rows[0]:
+        raise UserError(f"{display_name(manifest)}: needs a header with the column path and at least one row")
+    return [_Item(display_name(r["path"]), r.get("label") or None, _file(manifest.parent / r["path"], cfg)) for r in rows]
+
+
+# Where frames come from: a clip of size `_read_size`, kind known or None
+
+
+def _read_size(cfg: DataConfig) -> int:
+    """Crops are cut from a square that is just large enough, so that nothing is ever scaled up by the crop."""
+    return round(cfg.size / cfg.crop_scale) if cfg.augment else cfg.size
+
+
+def _bundled(path: Path, cfg: DataConfig) -> Callable[[np.random.Generator | None], tuple[np.ndarray, str | None]]:
+    """Our own files are trusted: they are decoded in this process."""
+
+    def frames(rng: np.random.Generator | None) -> tuple[np.ndarray, str | None]:
+        if rng is None:
+            clip = next(iter_clips(path, cfg.num_frames, _read_size(cfg), cfg.fps, backend=cfg.backend))
+        else:
+            clip = read_clip_at(path, rng.random(), cfg.num_frames, _read_size(cfg), cfg.fps, cfg.backend)
+        return clip.frames_THWC, None
+
+    return frames
+
+
+def _file(path: Path, cfg: DataConfig) -> Callable[[np.random.Generator | None], tuple[np.ndarray, str | None]]:
+    """Anybody's files: a separate process decodes, so a crash or a hang costs one clip."""
+
+    def frames(rng: np.random.Generator | None) -> tuple[np.ndarray, str | None]:
+        position = 0.0 if rng is None else rng.random()
+        clip = decode_clip_at(path, position, cfg.num_frames, _read_size(cfg), cfg.fps, cfg.backend)
+        return clip.frames_THWC, None
+
+    return frames
+
+
+def _scene(index: int, split: str, cfg: DataConfig) -> Callable[[np.random.Generator | None], tuple[np.ndarray, str | None]]:
+    """Scene `index`, or with augmentation a fresh one of the same kind each time."""
+
+    def frames(rng: np.random.Generator | None) -> tuple[np.ndarray, str | None]:
+        seed = index if rng is None else index + len(KINDS) * int(rng.integers(1, 2**31))
+        return render_scene(seed, split, _read_size(cfg), cfg.num_frames)
+
+    return frames
+
+
+def _augment(frames_THWC: np.ndarray, cfg: DataConfig, rng: np.random.Generator) -> np.ndarray:
+    if cfg.crop_scale < 1:
+        frames_THWC = random_resized_crop(frames_THWC, cfg.size, (cfg.crop_scale, 1.0), rng)
+    if cfg.flip and rng.random() < 0.5:
+        frames_THWC = horizontal_flip(frames_THWC)
+    return frames_THWC

@@ -1,0 +1,252 @@
+"""Rendered scenes whose complexity is known: what moves, how fast, in which temporal block, over how detailed a texture.
+
+A scene is one camera pose per frame over a still photograph (a crop of a bundled clip of the same split, continued by
+reflection), with textured shapes gliding over it. The kinds, in the order of what they should cost in tokens:
+
+    still   nothing changes, to the bit
+    slow    the camera drifts by a fraction of a pixel a frame
+    shapes  the camera rests; 1 to 4 shapes travel and bounce
+    mixed   some temporal blocks stand still to the bit, the others move fast
+    fast    the camera pans, turns and zooms by several pixels a frame
+    cuts    one to three abrupt changes of photograph, at block borders or anywhere, calm in between
+
+Lengths are in sides of the picture and times in frames, so a seed gives the same scene at every size.
+Letters: T frames, N temporal blocks, S shapes, K distinct camera poses, H W rows and columns, C colours.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from tokenizer.data.bundled_clips import bundled_videos
+from tokenizer.data.transforms import resize, rng_for
+from tokenizer.data.video_io import iter_clips
+
+KINDS = ("still", "slow", "shapes", "mixed", "fast", "cuts")
+NUM_BLOCKS = 4
+SLOW_SPEED = (0.002, 0.008)  # sides of the picture per frame: 0.1 .. 0.5 pixels of 64
+FAST_SPEED = (0.03, 0.09)  # 2 .. 6 pixels of 64
+TEXELS_ACROSS = (20.0, 150.0)  # source pixels under the picture: from smooth to detailed
+_PHOTO_SIDE = 128
+_FLATTEST = 14.0  # grey levels of deviation below which a crop shows no motion (title cards, fades)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A place in the bundled clips: which clip, which of its kept frames, the crop's corner and side in source pixels."""
+
+    clip: int
+    frame: int
+    top: int
+    left: int
+    side: int
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A textured disc or square: radius, starting place and velocity direction in sides, speed per frame."""
+
+    photo: Photo
+    round: bool
+    radius: float
+    start: tuple[float, float]
+    velocity: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All factors of a rendered clip. `speed_N` is the camera's (or the shapes') speed in every temporal block."""
+
+    kind: str
+    texels_across: float
+    photos: tuple[Photo, ...]
+    cut_frames: tuple[int, ...]
+    speed_N: tuple[float, ...]
+    heading: float
+    turn: float
+    zoom: float
+    shapes: tuple[Shape, ...]
+
+
+def render_scene(seed: int, split: str, size: int = 64, num_frames: int = 16) -> tuple[np.ndarray, str]:
+    """Scene number `seed` of a split ("train" or "heldout"): (frames_THWC uint8 [num_frames, size, size, 3], kind)."""
+    scene = draw_scene(seed, split, num_frames)
+    return render(scene, split, size, num_frames), scene.kind
+
+
+def draw_scene(seed: int, split: str, num_frames: int = 16) -> Scene:
+    """The factors of scene number `seed`; kinds take turns, so any run of consecutive seeds is balanced."""
+    rng = rng_for(seed, "scene", split)
+    kind = KINDS[seed % len(KINDS)]
+    texels = float(np.exp(rng.uniform(*np.log(TEXELS_ACROSS))))
+    cuts = _draw_cuts(rng, num_frames) if kind == "cuts" else ()
+    return Scene(
+        kind=kind,
+        texels_across=texels,
+        photos=tuple(_draw_photo(rng, split, texels) for _ in range(len(cuts) + 1)),
+        cut_frames=cuts,
+        speed_N=_SPEEDS[kind](rng),
+        heading=float(rng.uniform(0, 2 * np.pi)),
+        turn=float(rng.uniform(-0.6, 0.6)),
+        zoom=float(rng.uniform(-0.6, 0.6)),
+        shapes=_draw_shapes(rng, split) if kind == "shapes" or (kind == "mixed" and rng.random() < 0.5) else (),
+    )
+
+
+def render(scene: Scene, split: str, size: int, num_frames: int) -> np.ndarray:
+    """Draw a scene: uint8 [T, size, size, 3]. Frames with equal poses are equal to the bit."""
+    travel_T = _travel(scene.speed_N, num_frames)
+    shot_T = np.searchsorted(scene.cut_frames, np.arange(num_frames), side="right")
+    frames_THWC = np.empty((num_frames, size, size, 3), np.float32)
+    for shot, photo in enumerate(scene.photos):
+        shown_T = shot_T == shot
+        moves = not scene.shapes or scene.kind == "mixed"
+        pose_T4 = _poses(scene, travel_T[shown_T] if moves else np.zeros(shown_T.sum()))
+        frames_THWC[shown_T] = _photograph(photo, split, pose_T4, scene.texels_across, size)
+    for shape in scene.shapes:
+        _paint(frames_THWC, shape, split, travel_T)
+    return np.clip(frames_THWC + 0.5, 0, 255).astype(np.uint8)
+
+
+# What a scene is made of
+
+
+def _still(rng: np.random.Generator) -> tuple[float, ...]:
+    return (0.0,) * NUM_BLOCKS
+
+
+def _slow(rng: np.random.Generator) -> tuple[float, ...]:
+    return (float(rng.uniform(*SLOW_SPEED)),) * NUM_BLOCKS
+
+
+def _fast(rng: np.random.Generator) -> tuple[float, ...]:
+    return (float(rng.uniform(*FAST_SPEED)),) * NUM_BLOCKS
+
+
+def _calm(rng: np.random.Generator) -> tuple[float, ...]:
+    return _still(rng) if rng.random() < 0.5 else _slow(rng)
+
+
+def _mixed(rng: np.random.Generator) -> tuple[float, ...]:
+    """Fast in one, two or three blocks, still in the others."""
+    moving = rng.permutation(NUM_BLOCKS) < rng.integers(1, NUM_BLOCKS)
+    return tuple(float(rng.uniform(*FAST_SPEED)) if m else 0.0 for m in moving)
+
+
+_SPEEDS: dict[str, Callable[[np.random.Generator], tuple[float, ...]]] = {
+    "still": _still, "slow": _slow, "shapes": _fast, "mixed": _mixed, "fast": _fast, "cuts": _calm,
+}  # fmt: skip
+
+
+def _draw_cuts(rng: np.random.Generator, num_frames: int) -> tuple[int, ...]:
+    """One to three frames at which a new shot begins: half of the scenes cut at block borders, half anywhere."""
+    block = max(1, num_frames // NUM_BLOCKS)
+    places = np.arange(block, num_frames, block) if rng.random() < 0.5 else np.arange(1, num_frames)
+    count = min(int(rng.integers(1, 4)), len(places))
+    return tuple(sorted(int(p) for p in rng.choice(places, count, replace=False)))
+
+
+def _draw_photo(rng: np.random.Generator, split: str, texels: float) -> Photo:
+    """A crop with room to move in; the most structured of a few draws when the first ones are flat."""
+    side = int(min(_PHOTO_SIDE, 2 * texels))
+    best, best_deviation = None, -1.0
+    for _ in range(6):
+        top, left = (int(v) for v in rng.integers(_PHOTO_SIDE - side + 1, size=2))
+        clip, frame = int(rng.integers(len(bundled_videos(split)))), int(rng.integers(2))
+        photo = Photo(clip, frame, top, left, side, bool(rng.random() < 0.5))
+        edge = side // 4  # the middle is what the camera sees first
+        deviation = float(_crop(photo, split)[edge : side - edge, edge : side - edge, 1].std())
+        if deviation > best_deviation:
+            best, best_deviation = photo, deviation
+        if deviation >= _FLATTEST:
+            break
+    assert best is not None
+    return best
+
+
+def _draw_shapes(rng: np.random.Generator, split: str) -> tuple[Shape, ...]:
+    return tuple(
+        Shape(
+            photo=_draw_photo(rng, split, float(rng.uniform(10, 40))),
+            round=bool(rng.random() < 0.5),
+            radius=float(rng.uniform(0.08, 0.2)),
+            start=(float(rng.random()), float(rng.random())),
+            velocity=(float(np.sin(angle)), float(np.cos(angle))),
+        )
+        for angle in rng.uniform(0, 2 * np.pi, rng.integers(1, 5))
+    )
+
+
+# From factors to pixels
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_frames(split: str, clip: int) -> np.ndarray:
+    """The first and the middle frame of a bundled clip, uint8 [2, 128, 128, 3]; 100 KB each, decoded once a process."""
+    frames_THWC = next(iter_clips(bundled_videos(split)[clip].path, size=_PHOTO_SIDE)).frames_THWC
+    return frames_THWC[:: len(frames_THWC) // 2].copy()
+
+
+def _crop(photo: Photo, split: str) -> np.ndarray:
+    image_HWC = _kept_frames(split, photo.clip)[photo.frame]
+    crop_HWC = image_HWC[photo.top : photo.top + photo.side, photo.left : photo.left + photo.side]
+    return crop_HWC[:, ::-1] if photo.mirrored else crop_HWC
+
+
+def _travel(speed_N: tuple[float, ...], num_frames: int) -> np.ndarray:
+    """Way covered since frame 0, in sides. A block moves from its first frame on, relative to the frame before it."""
+    block_T = np.arange(num_frames) * len(speed_N) // num_frames
+    step_T = np.asarray(speed_N)[block_T]
+    step_T[0] = 0.0
+    return np.cumsum(step_T)
+
+
+def _poses(scene: Scene, travel_T: np.ndarray) -> np.ndarray:
+    """Camera pose per frame [T, 4]: centre x and y in sides, log zoom, angle; equal travel gives an equal pose."""
+    columns = [travel_T * np.cos(scene.heading), travel_T * np.sin(scene.heading)]
+    columns += [scene.zoom * travel_T, scene.turn * travel_T]
+    return np.stack(columns, axis=1)
+
+
+def _photograph(photo: Photo, split: str, pose_T4: np.ndarray, texels_across: float, size: int) -> np.ndarray:
+    """The photo seen from every pose: float32 [T, size, size, 3] in grey levels."""
+    side = max(2, round(photo.side / texels_across * size))
+    canvas_HWC = resize(np.ascontiguousarray(_crop(photo, split))[None], side, side)[0]
+    distinct_K4, which_T = np.unique(pose_T4, axis=0, return_inverse=True)
+    x_K, y_K, zoom_K, angle_K = distinct_K4.T
+    scale_K = np.exp(zoom_K) * size / side  # the canvas is [-1, 1] wide, the picture a part of it
+    cos_K, sin_K = scale_K * np.cos(angle_K), scale_K * np.sin(angle_K)
+    shift = 2 * size / side
+    theta_K23 = np.stack([cos_K, -sin_K, shift * x_K, sin_K, cos_K, shift * y_K], axis=1).reshape(-1, 2, 3)
+    grid_KHW2 = F.affine_grid(torch.from_numpy(theta_K23).float(), [len(distinct_K4), 3, size, size], align_corners=False)
+    canvas_KCHW = torch.from_numpy(canvas_HWC).permute(2, 0, 1).float().expand(len(distinct_K4), -1, -1, -1)
+    seen_KCHW = F.grid_sample(canvas_KCHW, grid_KHW2, padding_mode="reflection", align_corners=False)
+    return seen_KCHW.permute(0, 2, 3, 1).numpy()[which_T.reshape(-1)]  # [T, size, size, 3]
+
+
+def _paint(frames_THWC: np.ndarray, shape: Shape, split: str, travel_T: np.ndarray) -> None:
+    """Lay a shape over the frames at its place in each; it bounces off the borders and carries its texture along."""
+    size = frames_THWC.shape[1]
+    half = max(2, round(shape.radius * size)) + 1
+    texture_HWC = resize(np.ascontiguousarray(_crop(shape.photo, split))[None], 2 * half, 2 * half)[0]
+    for frame_HWC, travel in zip(frames_THWC, travel_T, strict=True):
+        y, x = (_bounce(s + v * travel) * (size - 2 * half) for s, v in zip(shape.start, shape.velocity, strict=True))
+        top, left = int(y), int(x)
+        rows_H1 = np.arange(2 * half)[:, None] + 0.5 - half - (y - top)
+        columns_1W = np.arange(2 * half)[None] + 0.5 - half - (x - left)
+        reach_HW = np.hypot(rows_H1, columns_1W) if shape.round else np.maximum(abs(rows_H1), abs(columns_1W))
+        cover_HW1 = np.clip(shape.radius * size + 0.5 - reach_HW, 0, 1)[..., None]  # soft edge of one pixel
+        under_HWC = frame_HWC[top : top + 2 * half, left : left + 2 * half]
+        under_HWC += cover_HW1 * (texture_HWC - under_HWC)
+
+
+def _bounce(value: float) -> float:
+    """A straight way folded into [0, 1]."""
+    return 1 - abs(value % 2 - 1)

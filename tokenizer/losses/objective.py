@@ -1,0 +1,61 @@
+"""What the tokenizer minimises: l1 + perceptual + codebook + commitment + entropy (paper.md section 3).
+
+The adversarial and the alignment term join here; each brings its own file beside this one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenizer.common.errors import UserError
+from tokenizer.losses.perceptual import PerceptualDistance
+from tokenizer.model import TokenizerOutput
+
+
+@dataclass
+class LossConfig:
+    l1: float = 1.0
+    perceptual: float = 1.0
+    perceptual_net: str = "lpips_vgg"  # see losses/perceptual.py; "none" where perceptual = 0
+    perceptual_frames: int = 0  # frames a clip, drawn anew each step; 0 = all of them
+    codebook: float = 1.0
+    commitment: float = 0.25
+    entropy: float = 0.02
+
+    def __post_init__(self) -> None:
+        if (self.perceptual > 0) != (self.perceptual_net != "none"):
+            raise UserError(f"loss.perceptual = {self.perceptual} and loss.perceptual_net = {self.perceptual_net!r} clash")
+
+
+def tokenizer_loss(
+    config: LossConfig,
+    output: TokenizerOutput,
+    target_BCTHW: Tensor,
+    perceptual: PerceptualDistance | None,
+    generator: torch.Generator,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-> the weighted sum, and every term before weighting (scalars, detached), by name."""
+    terms = {
+        "l1": F.l1_loss(output.video_BCTHW, target_BCTHW),
+        "codebook": output.quantized.codebook,
+        "commitment": output.quantized.commitment,
+        "entropy": output.quantized.entropy,
+    }
+    if perceptual is not None:
+        frame_T = _drawn_frames(target_BCTHW.shape[2], config.perceptual_frames, generator)
+        ours, real = output.video_BCTHW[:, :, frame_T], target_BCTHW[:, :, frame_T]
+        terms["perceptual"] = perceptual.clip_distance(ours, real).mean()
+    total = sum(getattr(config, name) * term for name, term in terms.items())
+    return total, {name: term.detach() for name, term in terms.items()}
+
+
+def _drawn_frames(num_frames: int, wanted: int, generator: torch.Generator) -> Tensor:
+    """Evenly spaced frames from a random start, so that over time all frames count alike; 0 = all."""
+    if wanted <= 0 or wanted >= num_frames:
+        return torch.arange(num_frames)
+    start = torch.randint(num_frames, (1,), generator=generator)
+    return ((start + torch.arange(wanted) * num_frames // wanted) % num_frames).sort().values

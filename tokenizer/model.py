@@ -1,0 +1,299 @@
+"""The tokenizer: a clip and an assignment in, that many discrete tokens out, and back (paper.md section 2).
+
+    encode    tokens start as pooled patches of their own block; Q-Former layers read the patches
+    quantize  nearest code of a unit-length codebook
+    decode    patches start as the first token of their block; Q-Former layers read the tokens
+
+Every attention is block-causal: block t sees blocks <= t. A clip with fewer tokens is less work, because there are
+fewer rows in the packed batch; nothing is padded or masked.
+
+Letters: B clips, C T H W, N blocks, M patches of a clip, L packed tokens, P numbers in a patch, D E widths.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from tokenizer.assignment import AssignmentSpace, Packing, pack, pack_uniform
+from tokenizer.blocks.attention import Attention
+from tokenizer.blocks.patchify import patchify, unpatchify
+from tokenizer.blocks.positions import sincos_3d
+from tokenizer.blocks.quantizer import Quantized, VectorQuantizer
+from tokenizer.blocks.query_init import level_cells, most_queries, packed_queries, pooling_pyramid
+from tokenizer.blocks.transformer import QFormerLayer
+from tokenizer.budget import parse_budget
+from tokenizer.common.errors import UserError
+from tokenizer.tokens import VideoTokens
+
+KEY_SCALE = 1.7  # of the structured start: W_k = 1.7 W_q makes near places attend to each other (paper.md section 2)
+
+
+@dataclass
+class TransformerConfig:
+    layers: int = 6
+    width: int = 512
+    heads: int = 8
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.width % 8:
+            raise UserError(f"width {self.width} must be a multiple of 8 and of heads {self.heads}")
+
+
+@dataclass
+class TokenizerConfig:
+    """Shape of a tokenizer. The defaults are the paper's S-B with a codebook of 16384."""
+
+    num_frames: int = 16  # frames of a clip
+    size: int = 128  # height and width in pixels
+    patch_frames: int = 4  # frames of a temporal block
+    patch_size: int = 8  # pixels of a patch's side
+    levels: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])  # tokens a block may get
+    codebook_size: int = 16384
+    code_width: int = 8
+    bottleneck_width: int = 256  # between a transformer's width and the code width, on both sides
+    mlp_ratio: float = 4.0
+    encoder: TransformerConfig = field(default_factory=TransformerConfig)
+    decoder: TransformerConfig = field(default_factory=lambda: TransformerConfig(layers=12, width=768, heads=12))
+    init: str = "structured"  # or "random": how positions and attention begin; see VideoTokenizer.init_weights
+
+    def __post_init__(self) -> None:
+        if self.num_frames % self.patch_frames:
+            raise UserError(f"num_frames {self.num_frames} is not divisible by patch_frames {self.patch_frames}")
+        if self.size % self.patch_size or not math.log2(max(self.grid, 1)).is_integer():
+            raise UserError(
+                f"size {self.size} / patch_size {self.patch_size} must be a power of two, so that cells can be pooled"
+            )
+        AssignmentSpace(tuple(self.levels), self.num_blocks)
+        if self.levels[-1] > most_queries(self.grid):
+            raise UserError(
+                f"levels: {self.levels[-1]} is more than the {most_queries(self.grid)} queries that pooling a "
+                f"{self.grid}x{self.grid} block gives; the largest possible level is {most_queries(self.grid)}"
+            )
+        if self.init not in ("structured", "random"):
+            raise UserError(f"init = {self.init!r}: choose 'structured' or 'random'")
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_frames // self.patch_frames
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.size // self.patch_size
+
+    @property
+    def patch_width(self) -> int:
+        return self.patch_frames * self.patch_size**2 * 3
+
+
+@dataclass(frozen=True)
+class TokenizerOutput:
+    video_BCTHW: Tensor  # float32, not clamped, so that a loss sees overshoot
+    quantized: Quantized
+
+
+class ChoosesLengths(Protocol):
+    """What `encode` needs of a router; `tokenizer.router.predict.load_router` gives one."""
+
+    def assign(self, video_BCTHW: Tensor, budget: str = ..., price: float | None = ...) -> Tensor: ...
+
+
+class VideoTokenizer(nn.Module):
+    """Pixels in [0, 1], float32, [B, 3, T, H, W]; lengths int64 [B, N] on the CPU."""
+
+    sha256: str = ""  # of the weights file; set by load_tokenizer, copied into the tokens
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.space = AssignmentSpace(tuple(c.levels), c.num_blocks)
+        num_patches, num_queries = c.num_blocks * c.grid**2, c.num_blocks * c.levels[-1]
+
+        self.patch_embed = nn.Linear(c.patch_width, c.encoder.width)
+        self.query_embed = nn.Linear(c.encoder.width, c.encoder.width)
+        self.encoder_patch_pos = nn.Parameter(torch.empty(num_patches, c.encoder.width))
+        self.encoder_token_pos = nn.Parameter(torch.empty(num_queries, c.encoder.width))
+        self.encoder = _layers(c.encoder, c.mlp_ratio)
+        self.encoder_norm = nn.LayerNorm(c.encoder.width)
+        self.to_latent = _two_linears(c.encoder.width, c.bottleneck_width, c.code_width)
+
+        self.quantizer = VectorQuantizer(c.codebook_size, c.code_width)
+
+        self.from_latent = _two_linears(c.code_width, c.bottleneck_width, c.decoder.width)
+        self.decoder_patch_pos = nn.Parameter(torch.empty(num_patches, c.decoder.width))
+        self.decoder_token_pos = nn.Parameter(torch.empty(num_queries, c.decoder.width))
+        self.decoder = _layers(c.decoder, c.mlp_ratio)
+        self.decoder_norm = nn.LayerNorm(c.decoder.width)
+        self.to_pixels = nn.Linear(c.decoder.width, c.patch_width)
+        if self.patch_embed.weight.device.type != "meta":
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """How every weight begins.
+
+        linear                 Xavier uniform, bias 0; the last one (to_pixels) N(0, 0.02), so that it starts grey
+        codebook               random; training replaces it by real latents (VectorQuantizer.start_from)
+        positions, random      N(0, 1/width)
+        positions, structured  3D: separable sin-cos; 1D: the mean of the 3D rows of the cells that the query pools
+        attention, structured  W_k = 1.7 W_q, so that a query first looks at its own neighbourhood
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.to_pixels.weight, std=0.02)
+        nn.init.normal_(self.quantizer.codebook.weight)
+        tables = [self.encoder_patch_pos, self.encoder_token_pos, self.decoder_patch_pos, self.decoder_token_pos]
+        for table in tables:
+            nn.init.normal_(table, std=table.shape[1] ** -0.5)
+        if self.config.init == "random":
+            return
+        c = self.config
+        for patch_pos, token_pos in (tables[:2], tables[2:]):
+            patch_pos.copy_(sincos_3d(c.num_blocks, c.grid, patch_pos.shape[1]))
+            cells = pooling_pyramid(patch_pos.unflatten(0, (c.num_blocks, -1)), c.grid)  # [N, 2*G*G, D]
+            token_pos.copy_(cells[:, level_cells(c.levels[-1], c.grid)].flatten(0, 1))
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.to_k.weight.copy_(module.to_q.weight * KEY_SCALE)
+
+    # --- the three phases ---------------------------------------------------------------------------------------
+
+    def forward(self, video_BCTHW: Tensor, length_BN: Tensor) -> TokenizerOutput:
+        """Reconstruct under the given assignment, with everything the losses need."""
+        packing = self._checked_packing(video_BCTHW, length_BN)
+        quantized = self.quantizer(self.encode_latents(video_BCTHW, packing))
+        return TokenizerOutput(self.decode_latents(quantized.latent_LE, packing), quantized)
+
+    def encode_latents(self, video_BCTHW: Tensor, packing: Packing) -> Tensor:
+        """[B, 3, T, H, W] -> latents before quantisation, [L, E]."""
+        patches = pack_uniform(packing.num_clips, packing.num_blocks, self.config.grid**2)
+        patch_BMD = self.embed_patches(video_BCTHW)
+        token_LD = self.query_embed(packed_queries(patch_BMD, packing, self.config.grid))
+        patch_LD = rearrange(patch_BMD, "B M D -> (B M) D")
+        patch_pos_LD = repeat(self.encoder_patch_pos, "M D -> (B M) D", B=packing.num_clips)
+        token_pos_LD = self.encoder_token_pos[self._token_rows(packing)]
+        for layer in self.encoder:
+            token_LD = layer(token_LD, token_pos_LD, patch_LD, patch_pos_LD, packing, patches)
+        return self.to_latent(self.encoder_norm(token_LD))
+
+    def decode_latents(self, latent_LE: Tensor, packing: Packing) -> Tensor:
+        """Quantised unit latents [L, E] -> [B, 3, T, H, W], not clamped."""
+        grid = self.config.grid
+        patches = pack_uniform(packing.num_clips, packing.num_blocks, grid**2)
+        token_LD = self.from_latent(latent_LE)
+        first_RD = token_LD[packing.first_BN.flatten().to(token_LD.device)]
+        patch_LD = repeat(first_RD, "R D -> (R m) D", m=grid**2)
+        patch_pos_LD = repeat(self.decoder_patch_pos, "M D -> (B M) D", B=packing.num_clips)
+        token_pos_LD = self.decoder_token_pos[self._token_rows(packing)]
+        for layer in self.decoder:
+            patch_LD = layer(patch_LD, patch_pos_LD, token_LD, token_pos_LD, patches, packing)
+        return self.to_video(rearrange(patch_LD, "(B M) D -> B M D", B=packing.num_clips))
+
+    # --- what users call ----------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        video_BCTHW: Tensor,
+        length_BN: Tensor | None = None,
+        *,
+        router: ChoosesLengths | None = None,
+        budget: str | None = None,
+    ) -> VideoTokens:
+        """Tokenize clips [B, 3, T, H, W] (or one, [3, T, H, W]) in [0, 1].
+
+        Give the lengths, or a router with a budget ("router", "tokens:512", "price:0.01"), or a budget that needs no
+        router ("uniform:256", "fixed:256,128,64,64"). Each clip's tokens are its own: they never depend on the batch.
+        Raises UserError for a wrong shape or lengths outside the levels.
+        """
+        video_BCTHW = video_BCTHW[None] if video_BCTHW.ndim == 4 else video_BCTHW
+        if length_BN is None:
+            length_BN = self._chosen_lengths(video_BCTHW, router, budget)
+        packing = self._checked_packing(video_BCTHW, length_BN)
+        code_L = self.quantizer.nearest(self.encode_latents(video_BCTHW.to(self.device), packing))
+        c = self.config
+        return VideoTokens(code_L.cpu(), packing.length_BN, c.num_frames, c.size, c.codebook_size, self.sha256)
+
+    @torch.inference_mode()
+    def decode(self, tokens: VideoTokens) -> Tensor:
+        """Tokens -> clips [B, 3, T, H, W] in [0, 1]; codes and lengths are all it reads.
+
+        Raises UserError where the tokens were made by other weights or do not fit this tokenizer.
+        """
+        made_by, mine = tokens.tokenizer_sha256, self.sha256
+        if made_by and mine and made_by != mine:
+            raise UserError(f"these tokens were made by tokenizer {made_by[:12]}, this one is {mine[:12]}: load that one")
+        c = self.config
+        facts = (tokens.num_frames, tokens.size, tokens.codebook_size)
+        if facts != (c.num_frames, c.size, c.codebook_size):
+            raise UserError(
+                f"tokens of (frames, size, codes) {facts} do not fit this tokenizer's "
+                f"{(c.num_frames, c.size, c.codebook_size)}"
+            )
+        self.space.rows_of(tokens.length_BN)
+        latent_LE = self.quantizer.lookup(tokens.code_L.to(self.device))
+        return self.decode_latents(latent_LE, tokens.packing).clamp(0, 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embed.weight.device
+
+    # --- parts shared with streaming.py -------------------------------------------------------------------------
+
+    def embed_patches(self, video_BCTHW: Tensor) -> Tensor:
+        """Pixels in [0, 1] -> embeddings [B, M, D]; any whole number of temporal blocks."""
+        return self.patch_embed(patchify(video_BCTHW - 0.5, self.config.patch_frames, self.config.patch_size))
+
+    def to_video(self, patch_BMD: Tensor) -> Tensor:
+        """Decoder output [B, M, D] -> pixels around [0, 1]; any whole number of temporal blocks."""
+        pixel_BMP = self.to_pixels(self.decoder_norm(patch_BMD)).float()
+        return unpatchify(pixel_BMP, self.config.patch_frames, self.config.patch_size, self.config.grid) + 0.5
+
+    def _token_rows(self, packing: Packing) -> Tensor:
+        """int64 [L]: for each packed token, its row of a 1D position table."""
+        return (packing.block_L * self.config.levels[-1] + packing.index_L).to(self.device)
+
+    def _chosen_lengths(self, video_BCTHW: Tensor, router: ChoosesLengths | None, budget: str | None) -> Tensor:
+        if router is not None:
+            return router.assign(video_BCTHW, budget or "router")
+        if budget is None:
+            raise UserError('encode: give length_BN, or router=..., or a budget such as "uniform:256"')
+        row = parse_budget(budget, self.space).fixed_row
+        if row is None:
+            raise UserError(f"budget {budget!r} needs a router: encode(video, router=load_router(...), budget=...)")
+        return self.space.lengths_of(torch.full((len(video_BCTHW),), row))
+
+    def _checked_packing(self, video_BCTHW: Tensor, length_BN: Tensor) -> Packing:
+        c = self.config
+        want = (3, c.num_frames, c.size, c.size)
+        if tuple(video_BCTHW.shape[1:]) != want:
+            raise UserError(f"a clip must be {list(want)} (C, T, H, W), got {list(video_BCTHW.shape[1:])}")
+        if len(length_BN) != len(video_BCTHW):
+            raise UserError(f"{len(video_BCTHW)} clips but lengths for {len(length_BN)}")
+        self.space.rows_of(length_BN)  # raises where a length is none of the levels
+        return pack(length_BN)
+
+
+def _layers(config: TransformerConfig, mlp_ratio: float) -> nn.ModuleList:
+    return nn.ModuleList(QFormerLayer(config.width, config.heads, mlp_ratio) for _ in range(config.layers))
+
+
+def _two_linears(width_in: int, width: int, width_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width_in, width), nn.Linear(width, width_out))
+
+
+def parameters_by_part(model: nn.Module) -> dict[str, int]:
+    """Number of parameters of each direct child (and of the position tables together)."""
+    parts: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():
+        part = "positions" if "." not in name else name.split(".")[0]
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts

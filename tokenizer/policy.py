@@ -1,0 +1,50 @@
+"""Where the lengths come from while a tokenizer trains: fixed, random (stage 1) or a frozen router (stage 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokenizer.assignment import AssignmentSpace
+from tokenizer.common.errors import UserError
+from tokenizer.model import TokenizerConfig
+from tokenizer.router.predict import check_router_fits, load_router
+
+Policy = Callable[[Tensor, torch.Generator], Tensor]
+"""(video_BCTHW, generator) -> length_BN, int64 on the CPU. Draws only from the generator."""
+
+
+@dataclass
+class PolicyConfig:
+    kind: str = "random"  # "random": uniform over all rows, per clip; "fixed": `lengths`; "router": its argmax
+    lengths: list[int] = field(default_factory=list)  # for kind "fixed": tokens of each block
+    router_config: str = ""  # for kind "router": its YAML, checked against the weights (may be empty)
+    router_ckpt: str = ""  # for kind "router": .safetensors file or run folder of stage 3
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("random", "fixed", "router"):
+            raise UserError(f"policy.kind = {self.kind!r}: choose 'random', 'fixed' or 'router'")
+        if self.kind == "fixed" and not self.lengths:
+            raise UserError("policy.kind = 'fixed' needs policy.lengths, e.g. [256, 256, 256, 256]")
+        if self.kind == "router" and not self.router_ckpt:
+            raise UserError("policy.kind = 'router' needs policy.router_ckpt, the result of stage 3")
+        for name, belongs_to in (("lengths", "fixed"), ("router_ckpt", "router"), ("router_config", "router")):
+            if getattr(self, name) and self.kind != belongs_to:
+                raise UserError(f"policy.{name} is set, but policy.kind = {self.kind!r} does not read it")
+
+
+def build_policy(config: PolicyConfig, tokenizer: TokenizerConfig, device: torch.device) -> Policy:
+    """The policy of a config. Raises UserError where lengths or router do not fit the tokenizer."""
+    space = AssignmentSpace(tuple(tokenizer.levels), tokenizer.num_blocks)
+    if config.kind == "random":
+        return lambda video_BCTHW, generator: space.lengths_of(space.draw_rows(len(video_BCTHW), generator))
+    if config.kind == "fixed":
+        length_N = torch.tensor(config.lengths)
+        space.rows_of(length_N)
+        return lambda video_BCTHW, generator: length_N.expand(len(video_BCTHW), -1)
+    router = load_router(config.router_ckpt, device, config.router_config or None)
+    check_router_fits(router, tokenizer)
+    return lambda video_BCTHW, generator: router.assign(video_BCTHW)

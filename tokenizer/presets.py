@@ -1,0 +1,91 @@
+"""Named sizes, and the doors through which a tokenizer is built or loaded. `python -m tokenizer.presets` lists them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tokenizer.common.checkpoint import load_strict, read_model
+from tokenizer.common.config import differences, from_dict, load_section, to_dict
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.model import TokenizerConfig, TransformerConfig, VideoTokenizer, parameters_by_part
+
+PRESETS: dict[str, TokenizerConfig] = {
+    # the paper's S-B: encoder small, decoder base; 16384 codes, or 8192 for UCF-101 + K600 (paper.md section 2)
+    "VQ_SB": TokenizerConfig(),
+    "VQ_SB_8192": TokenizerConfig(codebook_size=8192),
+    # 16x64x64 clips, the paper's ratios; what ckpts/mini holds
+    "VQ_mini": TokenizerConfig(
+        size=64,
+        levels=[8, 16, 32, 64, 128],
+        codebook_size=1024,
+        bottleneck_width=64,
+        encoder=TransformerConfig(layers=3, width=128, heads=4),
+        decoder=TransformerConfig(layers=4, width=192, heads=6),
+    ),
+    # seconds on a CPU, for tests
+    "VQ_debug": TokenizerConfig(
+        size=32,
+        levels=[2, 4, 8],
+        codebook_size=64,
+        bottleneck_width=16,
+        encoder=TransformerConfig(layers=2, width=32, heads=2),
+        decoder=TransformerConfig(layers=2, width=48, heads=2),
+    ),
+}
+
+
+def build_tokenizer(which: str | TokenizerConfig, **changes: object) -> VideoTokenizer:
+    """A fresh tokenizer, by preset name or config; `changes` replace fields of it."""
+    if isinstance(which, str):
+        if which not in PRESETS:
+            raise UserError(f"no tokenizer preset {which!r}; there are {', '.join(PRESETS)}")
+        which = PRESETS[which]
+    return VideoTokenizer(replace(which, **changes))  # type: ignore[arg-type]
+
+
+def load_tokenizer(
+    path: str | Path, device: str | torch.device = "cpu", config_path: str | Path | None = None
+) -> VideoTokenizer:
+    """A trained tokenizer from a .safetensors file or a run folder; the config is inside the file.
+
+    `config_path`: a YAML whose `model` section must agree with it. Raises UserError naming both files and every
+    differing key where it does not, and for damaged, pickled or foreign files.
+    """
+    file = read_model(path)
+    if "model" not in file.config or "encoder" not in file.config["model"]:
+        raise UserError(f"{path}: these weights are {file.card.get('kind', 'something')!r}, not a tokenizer")
+    config = from_dict(TokenizerConfig, file.config["model"], f"{path} (config inside)")
+    if config_path is not None:
+        wanted = load_section(TokenizerConfig, config_path, "model")
+        if different := differences(to_dict(wanted), to_dict(config)):
+            raise UserError(f"{config_path} and {path} do not belong together; model differs in {'; '.join(different)}")
+    model = VideoTokenizer(config)
+    load_strict(model, file.tensors, str(path))
+    model.sha256 = file.sha256
+    return model.eval().to(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="List the named tokenizer sizes with their parameters by part.")
+    parser.add_argument("--json", action="store_true", help="for machines: name -> {total, parts}")
+    as_json = parser.parse_args().json
+    listing = {}
+    for name, config in PRESETS.items():
+        with torch.device("meta"):
+            parts = parameters_by_part(VideoTokenizer(config))
+        listing[name] = {"total": sum(parts.values()), "parts": parts}
+    if as_json:
+        print(json.dumps(listing))
+        return
+    for name, entry in listing.items():
+        print(f"{name}: {entry['total'] / 1e6:.2f}M")
+        print("\n".join(f"    {part:<14} {count / 1e6:9.3f}M" for part, count in entry["parts"].items()))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,98 @@
+"""The door to a trained router: load it, ask it for scores or for lengths under a budget (paper.md section 4).
+
+    router = load_router("ckpts/mini/router.safetensors")
+    length_BN = router.assign(video_BCTHW, "tokens:512")
+
+Letters: B clips, C T H W, N temporal blocks, A assignments (rows).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tokenizer.assignment import AssignmentSpace
+from tokenizer.budget import Budget, choose_rows, parse_budget
+from tokenizer.common.checkpoint import load_strict, read_model
+from tokenizer.common.config import differences, from_dict, load_section, to_dict
+from tokenizer.common.errors import UserError
+from tokenizer.model import TokenizerConfig
+from tokenizer.router.model import Router, RouterConfig
+
+
+class TrainedRouter:
+    """A frozen router with its assignments. Made by `load_router`."""
+
+    def __init__(self, model: Router, sha256: str, origin: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.sha256 = sha256
+        self.origin = origin
+
+    @property
+    def config(self) -> RouterConfig:
+        return self.model.config
+
+    @property
+    def space(self) -> AssignmentSpace:
+        return self.model.space
+
+    @torch.no_grad()
+    def scores(self, video_BCTHW: Tensor) -> Tensor:
+        """Pixels in [0, 1] -> score_BA, float32 on the CPU; higher is better, differences within a clip count.
+
+        Clip by clip: a matrix product rounds differently for other batch sizes, and two rows may be that close. So a
+        score does not depend on the batch in its last bit either. Raises UserError for clips of another shape.
+        """
+        wanted = (3, self.config.num_frames, self.config.size, self.config.size)
+        if video_BCTHW.ndim != 5 or tuple(video_BCTHW.shape[1:]) != wanted:
+            raise UserError(f"{self.origin} reads clips of shape {wanted}, not {tuple(video_BCTHW.shape[1:])}")
+        device = next(self.model.parameters()).device
+        return torch.cat([self.model(clip.to(device)).float().cpu() for clip in video_BCTHW.split(1)])
+
+    def assign(self, video_BCTHW: Tensor, budget: str | Budget = "router", price: float | None = None) -> Tensor:
+        """length_BN, int64 on the CPU: the assignment of each clip under `budget` (forms: see tokenizer.budget).
+
+        `price` goes with `average:N`: what `find_price` returned for the scores of the whole set.
+        """
+        if isinstance(budget, str):
+            budget = parse_budget(budget, self.space)
+        score_BA = self.scores(video_BCTHW) if budget.needs_router else None
+        return self.space.lengths_of(choose_rows(budget, score_BA, self.space, price, num_clips=len(video_BCTHW)))
+
+
+def load_router(
+    path: str | Path, device: str | torch.device = "cpu", config_path: str | Path | None = None
+) -> TrainedRouter:
+    """A trained router from a .safetensors file or a run folder; the config is inside the file.
+
+    `config_path`: a YAML whose `model` section must agree with it. Raises UserError naming both files and every
+    differing key where it does not, and for damaged, pickled or foreign files.
+    """
+    file = read_model(path)
+    if "stem" not in file.config.get("model", {}):
+        raise UserError(f"{path}: these weights are {file.card.get('kind', 'something')!r}, not a router")
+    config = from_dict(RouterConfig, file.config["model"], f"{path} (config inside)")
+    if config_path is not None:
+        wanted = load_section(RouterConfig, config_path, "model")
+        if different := differences(to_dict(wanted), to_dict(config)):
+            raise UserError(f"{config_path} and {path} do not belong together; model differs in {'; '.join(different)}")
+    model = Router(config)
+    load_strict(model, file.tensors, str(path))
+    return TrainedRouter(model.to(device), file.sha256, str(path))
+
+
+def check_router_fits(router: TrainedRouter, tokenizer: TokenizerConfig) -> None:
+    """Raises UserError where router and tokenizer do not speak of the same clips and the same assignments."""
+    ours, theirs = router.config, tokenizer
+    if list(ours.levels) != list(theirs.levels) or ours.num_blocks != theirs.num_blocks:
+        raise UserError(
+            f"{router.origin} chooses among levels {list(ours.levels)} for {ours.num_blocks} blocks, but the tokenizer "
+            f"has levels {list(theirs.levels)} for {theirs.num_blocks} blocks; use a router trained on its table"
+        )
+    if (ours.num_frames, ours.size) != (theirs.num_frames, theirs.size):
+        raise UserError(
+            f"{router.origin} reads clips of {ours.num_frames} frames of {ours.size} pixels, but the tokenizer's have "
+            f"{theirs.num_frames} frames of {theirs.size} pixels; use a router trained for it"
+        )

@@ -1,0 +1,75 @@
+"""The quality table of stage 2: how well the proxy reconstructs each clip under each assignment (paper.md section 1).
+
+One table serves every trade-off, because the weights of quality and length are applied afterwards (reward.py).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tokenizer.assignment import AssignmentSpace
+from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.errors import UserError
+
+_KIND = "evatok.quality_table"
+
+
+@dataclass(frozen=True, eq=False)
+class QualityTable:
+    """float32 [B, A] each: perceptual distance (lower is better), PSNR in dB and MSE of pixels in [0, 1].
+
+    B clips, named; A rows of the assignment space in its own order. `meta` says what made it: sha256 of the
+    tokenizer, name of the perceptual network.
+    """
+
+    lpips_BA: Tensor
+    psnr_BA: Tensor
+    mse_BA: Tensor
+    names: list[str]
+    levels: tuple[int, ...]
+    num_blocks: int
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        want = (len(self.names), self.space.num_rows)
+        for name in ("lpips_BA", "psnr_BA", "mse_BA"):
+            if tuple(getattr(self, name).shape) != want:
+                raise UserError(f"quality table: {name} is {list(getattr(self, name).shape)}, not {list(want)}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def space(self) -> AssignmentSpace:
+        return AssignmentSpace(tuple(self.levels), self.num_blocks)
+
+    def save(self, path: str | Path) -> None:
+        """One .safetensors file, written aside and renamed; equal tables give equal bytes."""
+        facts = {"levels": list(self.levels), "num_blocks": self.num_blocks, "meta": self.meta}
+        header = {"kind": _KIND, "names": json.dumps(self.names), "facts": json.dumps(facts, sort_keys=True)}
+        tensors = {"lpips": self.lpips_BA, "psnr": self.psnr_BA, "mse": self.mse_BA}
+        atomic_write(Path(path), save({k: v.contiguous() for k, v in tensors.items()}, metadata=header))
+
+    @staticmethod
+    def load(path: str | Path) -> QualityTable:
+        """Read what `save` wrote. Raises UserError for a missing, damaged or foreign file."""
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such quality table; scripts/train/2_curate_router_data.sh makes it")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = file.metadata() or {}
+                if header.get("kind") != _KIND:
+                    raise UserError(f"{path}: not a quality table (kind {header.get('kind')!r})")
+                lpips, psnr, mse = (file.get_tensor(name) for name in ("lpips", "psnr", "mse"))
+        except SafetensorError as error:
+            raise UserError(f"{path}: damaged quality table: {error}") from error
+        facts = json.loads(header["facts"])
+        names = json.loads(header["names"])
+        return QualityTable(lpips, psnr, mse, names, tuple(facts["levels"]), facts["num_blocks"], facts["meta"])

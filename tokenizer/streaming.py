@@ -1,0 +1,101 @@
+"""One temporal block at a time: the same weights as `VideoTokenizer.forward`, with what earlier blocks left behind.
+
+Because every attention is block-causal, all of block t depends only on the frames and lengths of blocks <= t. So
+blocks can be encoded and decoded as they arrive, and curation can walk a tree in which assignments with a common
+prefix share its work (performance.md). All clips of a batch go in lockstep: block t has the same length in each.
+
+Letters: B clips, K tokens of one block, m patches of one block (G*G), D E widths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from tokenizer.blocks.query_init import level_cells, pooling_pyramid
+from tokenizer.blocks.transformer import KeysValues, concat_blocks
+from tokenizer.model import VideoTokenizer
+
+
+@dataclass(frozen=True)
+class ClipPatches:
+    """What the encoder reads of a batch of clips, computed once whatever the assignment."""
+
+    cells: list[Tensor]  # per block: pooled start values of the queries, [B, 2*G*G, D]
+    references: list[list[KeysValues]]  # per block t, per layer: cross-attention keys and values of blocks <= t
+
+
+@dataclass(frozen=True)
+class Past:
+    """(keys, values) that blocks before this one left, per layer a list over blocks. Never changed, only extended."""
+
+    encoder: list[list[KeysValues]] = field(default_factory=list)
+    decoder: list[list[KeysValues]] = field(default_factory=list)
+    tokens: list[list[KeysValues]] = field(default_factory=list)
+
+    @staticmethod
+    def empty(model: VideoTokenizer) -> Past:
+        return Past([[] for _ in model.encoder], [[] for _ in model.decoder], [[] for _ in model.decoder])
+
+
+def read_patches(model: VideoTokenizer, video_BCTHW: Tensor) -> ClipPatches:
+    """All patches of the clips -> start values and cross-attention keys and values."""
+    c = model.config
+    patch_BMD = model.embed_patches(video_BCTHW)
+    cells = [pooling_pyramid(block, c.grid) for block in patch_BMD.chunk(c.num_blocks, dim=1)]
+    whole = [layer.cross_attention.keys_values(patch_BMD, model.encoder_patch_pos) for layer in model.encoder]
+    ends = [(t + 1) * c.grid**2 for t in range(c.num_blocks)]
+    return ClipPatches(cells, [[(k[:, :end], v[:, :end]) for k, v in whole] for end in ends])
+
+
+def step_block(model: VideoTokenizer, patches: ClipPatches, t: int, length: int, past: Past):
+    """Encode, quantise and decode block t with `length` tokens.
+
+    -> codes int64 [B, K], frames [B, 3, patch_frames, H, W] clamped to [0, 1], and the past of block t + 1.
+    """
+    code_BK, encoder = encode_block(model, patches, t, length, past)
+    frames, decoder, tokens = decode_block(model, code_BK, t, past)
+    return code_BK, frames, Past(encoder, decoder, tokens)
+
+
+def encode_block(model: VideoTokenizer, patches: ClipPatches, t: int, length: int, past: Past):
+    """-> codes of block t, int64 [B, K], and the encoder's extended past."""
+    c = model.config
+    x_BKD = model.query_embed(patches.cells[t][:, level_cells(length, c.grid)])
+    pos_KD = model.encoder_token_pos[t * c.levels[-1] :][:length]
+    extended = []
+    for layer, before, reference in zip(model.encoder, past.encoder, patches.references[t], strict=True):
+        x_BKD, own = layer.step(x_BKD, pos_KD, before, reference)
+        extended.append([*before, own])
+    return model.quantizer.nearest(model.to_latent(model.encoder_norm(x_BKD))), extended
+
+
+def decode_block(model: VideoTokenizer, code_BK: Tensor, t: int, past: Past):
+    """-> frames of block t, [B, 3, patch_frames, H, W] in [0, 1], and the decoder's two extended pasts."""
+    c = model.config
+    token_BKD = model.from_latent(model.quantizer.lookup(code_BK))
+    token_pos_KD = model.decoder_token_pos[t * c.levels[-1] :][: code_BK.shape[1]]
+    x_BmD = repeat(token_BKD[:, 0], "B D -> B m D", m=c.grid**2)
+    pos_mD = model.decoder_patch_pos[t * c.grid**2 :][: c.grid**2]
+    selves, crosses = [], []
+    for layer, before, seen in zip(model.decoder, past.decoder, past.tokens, strict=True):
+        seen = [*seen, layer.cross_attention.keys_values(token_BKD, token_pos_KD)]
+        x_BmD, own = layer.step(x_BmD, pos_mD, before, concat_blocks(seen))
+        selves.append([*before, own])
+        crosses.append(seen)
+    return model.to_video(x_BmD).clamp(0, 1), selves, crosses
+
+
+@torch.inference_mode()
+def reconstruct_streaming(model: VideoTokenizer, video_BCTHW: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Block by block, one assignment for the batch -> frames [B, 3, T, H, W] and codes [B, sum(lengths)]."""
+    patches, past = read_patches(model, video_BCTHW), Past.empty(model)
+    frames, codes = [], []
+    for t, length in enumerate(lengths):
+        code_BK, block, past = step_block(model, patches, t, length, past)
+        frames.append(block)
+        codes.append(code_BK)
+    return torch.cat(frames, dim=2), torch.cat(codes, dim=1)

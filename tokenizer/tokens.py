@@ -1,0 +1,75 @@
+"""What a tokenized set of clips is: codes, lengths, and which tokenizer can turn them back. Saved as safetensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tokenizer.assignment import Packing, pack
+from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.errors import UserError
+
+_KIND = "evatok.tokens"
+
+
+@dataclass(frozen=True, eq=False)
+class VideoTokens:
+    """The tokens of B clips, packed clip by clip, block by block.
+
+    code_L: int64 [L], 0 .. codebook_size - 1. length_BN: int64 [B, N], tokens of each temporal block; sum = L.
+    tokenizer_sha256: of the weights that made them; empty for a tokenizer that was never saved.
+    """
+
+    code_L: Tensor
+    length_BN: Tensor
+    num_frames: int
+    size: int
+    codebook_size: int
+    tokenizer_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        if int(self.length_BN.sum()) != len(self.code_L):
+            raise UserError(f"{len(self.code_L)} codes do not fit lengths that add up to {int(self.length_BN.sum())}")
+        if len(self.code_L) and not 0 <= int(self.code_L.min()) <= int(self.code_L.max()) < self.codebook_size:
+            raise UserError(f"codes must be in 0 .. {self.codebook_size - 1}, the codebook's size minus one")
+
+    def __len__(self) -> int:
+        """Number of clips."""
+        return len(self.length_BN)
+
+    @property
+    def packing(self) -> Packing:
+        return pack(self.length_BN)
+
+    def clip(self, index: int) -> VideoTokens:
+        """The tokens of one clip, as a set of one."""
+        code_L = self.code_L.split(self.length_BN.sum(dim=1).tolist())[index]
+        return VideoTokens(
+            code_L, self.length_BN[index][None], self.num_frames, self.size, self.codebook_size, self.tokenizer_sha256
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write one .safetensors file (written aside, then renamed)."""
+        facts = {"num_frames": self.num_frames, "size": self.size, "codebook_size": self.codebook_size}
+        meta = {"kind": _KIND, "facts": json.dumps(facts), "tokenizer_sha256": self.tokenizer_sha256}
+        tensors = {"codes": self.code_L.cpu().to(torch.int32), "lengths": self.length_BN.cpu().to(torch.int32)}
+        atomic_write(Path(path), save(tensors, metadata=meta))
+
+    @staticmethod
+    def load(path: str | Path) -> VideoTokens:
+        """Read what `save` wrote. Raises UserError for a missing, damaged or foreign file."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                meta = file.metadata() or {}
+                if meta.get("kind") != _KIND:
+                    raise UserError(f"{path}: not a file of video tokens (kind {meta.get('kind')!r})")
+                codes, lengths = file.get_tensor("codes").long(), file.get_tensor("lengths").long()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: cannot be read as video tokens: {error}") from error
+        return VideoTokens(codes, lengths, **json.loads(meta["facts"]), tokenizer_sha256=meta["tokenizer_sha256"])
