@@ -28,7 +28,7 @@ def test_any_text_parses_or_is_refused_in_one_line(text: str) -> None:
         assert repr(text) in str(error) and "\n" not in str(error)
         return
     rows = choose_rows(budget, scores(2), SPACE, price=0.0)
-    assert rows.shape == (2,) and 0 <= int(rows.min()) and int(rows.max()) < SPACE.num_rows
+    assert rows.shape == (2,) and int(rows.min()) >= 0 and int(rows.max()) < SPACE.num_rows
 
 
 @given(st.integers(SPACE.min_tokens, 200), st.integers(0, 50))
@@ -64,7 +64,7 @@ def test_fixed_and_uniform_need_no_router() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 12), st.floats(SPACE.min_tokens, 120), st.floats(1e-3, 1e3))
-def test_the_price_meets_the_average_and_a_lower_one_would_not(seed: int, clips: int, wish: float, scale: float) -> None:
+def test_the_price_meets_the_average_and_a_lower_one_does_not(seed: int, clips: int, wish: float, scale: float) -> None:
     score_SA = scale * scores(clips, seed)
     price = find_price(score_SA, SPACE, wish)
 

@@ -183,7 +183,8 @@ class Packing:
     @cached_property
     def index_L(self) -> Tensor:
         """int64 [L], the place of each token inside its own block, 0 .. length - 1."""
-        return torch.arange(self.num_tokens) - torch.repeat_interleave(self.first_BN.flatten(), self.length_BN.flatten())
+        first_L = torch.repeat_interleave(self.first_BN.flatten(), self.length_BN.flatten())
+        return torch.arange(self.num_tokens) - first_L
 
     def unpack(self, packed_L: Tensor) -> list[list[Tensor]]:
         """Packed tokens [L, ...] -> for each clip, for each block, its own [length, ...]."""

@@ -65,7 +65,7 @@ def parse_budget(text: str, space: AssignmentSpace) -> Budget:
         case "fixed", ":":
             lengths = [_whole_number(text, part) for part in value.split(",")]
             if len(lengths) != space.num_blocks:
-                raise UserError(f"budget {text!r}: {len(lengths)} lengths given, but a clip has {space.num_blocks} blocks")
+                raise UserError(f"budget {text!r}: {len(lengths)} lengths, but a clip has {space.num_blocks} blocks")
             return Budget(text, fixed_row=_row_of(text, lengths, space))
         case "uniform", ":":
             return Budget(text, fixed_row=_row_of(text, [_whole_number(text, value)] * space.num_blocks, space))
@@ -89,11 +89,12 @@ def choose_rows(
         return torch.full((num_clips if score_BA is None else len(score_BA),), budget.fixed_row)
     if score_BA is None:
         raise UserError(f"budget {budget.text!r} needs a router; give one, or use uniform:K or fixed:a,b,c,d")
-    if budget.average_tokens is not None and price is None:
+    if budget.average_tokens is None:
+        price = budget.price
+    elif price is None:
         raise UserError(f"budget {budget.text!r} needs one price for the whole set of clips: find it with find_price")
-    spent = budget.price if budget.average_tokens is None else price
     score_BA = _checked_scores(score_BA, space)
-    return space.best_row(score_BA - spent * space.tokens_A.double(), budget.max_tokens)
+    return space.best_row(score_BA - price * space.tokens_A.double(), budget.max_tokens)
 
 
 def find_price(score_SA: Tensor, space: AssignmentSpace, average_tokens: float) -> float:

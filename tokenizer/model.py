@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from einops import rearrange, repeat
@@ -25,8 +25,8 @@ from tokenizer.blocks.attention import Attention
 from tokenizer.blocks.patchify import patchify, unpatchify
 from tokenizer.blocks.positions import sincos_3d
 from tokenizer.blocks.quantizer import Quantized, VectorQuantizer
-from tokenizer.blocks.query_init import level_cells, most_queries, packed_queries, pooling_pyramid
-from tokenizer.blocks.transformer import QFormerLayer
+from tokenizer.blocks.query_init import most_queries, packed_cells, packed_queries, pooling_pyramid
+from tokenizer.blocks.transformer import QFormer
 from tokenizer.budget import parse_budget
 from tokenizer.common.errors import UserError
 from tokenizer.tokens import VideoTokens
@@ -34,15 +34,25 @@ from tokenizer.tokens import VideoTokens
 KEY_SCALE = 1.7  # of the structured start: W_k = 1.7 W_q makes near places attend to each other (paper.md section 2)
 
 
+def _check_positive(config: object) -> None:
+    """Every number of a config counts something."""
+    for name, value in vars(config).items():
+        if isinstance(value, int | float) and not value > 0:
+            raise UserError(f"{name} = {value}: must be above 0")
+
+
 @dataclass
 class TransformerConfig:
+    """One of the two transformers."""
+
     layers: int = 6
     width: int = 512
     heads: int = 8
 
     def __post_init__(self) -> None:
+        _check_positive(self)
         if self.width % self.heads or self.width % 8:
-            raise UserError(f"width {self.width} must be a multiple of 8 and of heads {self.heads}")
+            raise UserError(f"width = {self.width} must be a multiple of 8 and of heads = {self.heads}")
 
 
 @dataclass
@@ -63,20 +73,27 @@ class TokenizerConfig:
     init: str = "structured"  # or "random": how positions and attention begin; see VideoTokenizer.init_weights
 
     def __post_init__(self) -> None:
+        _check_positive(self)
         if self.num_frames % self.patch_frames:
-            raise UserError(f"num_frames {self.num_frames} is not divisible by patch_frames {self.patch_frames}")
-        if self.size % self.patch_size or not math.log2(max(self.grid, 1)).is_integer():
+            nearest = self.patch_frames * max(1, round(self.num_frames / self.patch_frames))
             raise UserError(
-                f"size {self.size} / patch_size {self.patch_size} must be a power of two, so that cells can be pooled"
+                f"model.num_frames = {self.num_frames} is not divisible by model.patch_frames = {self.patch_frames}; "
+                f"the nearest that is: {nearest}"
+            )
+        nearest = self.patch_size * 2 ** max(0, round(math.log2(self.size / self.patch_size)))
+        if self.size % self.patch_size or self.grid & (self.grid - 1):
+            raise UserError(
+                f"model.size = {self.size} must be model.patch_size = {self.patch_size} times a power of two, so that "
+                f"cells can be pooled; the nearest that is: {nearest}"
             )
         AssignmentSpace(tuple(self.levels), self.num_blocks)
         if self.levels[-1] > most_queries(self.grid):
             raise UserError(
-                f"levels: {self.levels[-1]} is more than the {most_queries(self.grid)} queries that pooling a "
+                f"model.levels: {self.levels[-1]} is more than the {most_queries(self.grid)} queries that pooling a "
                 f"{self.grid}x{self.grid} block gives; the largest possible level is {most_queries(self.grid)}"
             )
         if self.init not in ("structured", "random"):
-            raise UserError(f"init = {self.init!r}: choose 'structured' or 'random'")
+            raise UserError(f"model.init = {self.init!r}: choose 'structured' or 'random'")
 
     @property
     def num_blocks(self) -> int:
@@ -89,7 +106,13 @@ class TokenizerConfig:
 
     @property
     def patch_width(self) -> int:
+        """Numbers in a patch."""
         return self.patch_frames * self.patch_size**2 * 3
+
+    @property
+    def block_queries(self) -> int:
+        """Rows that a block owns in a table of 1D positions: the largest level, rounded up to a power of two."""
+        return 1 << (self.levels[-1] - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -113,13 +136,13 @@ class VideoTokenizer(nn.Module):
         super().__init__()
         c = self.config = config
         self.space = AssignmentSpace(tuple(c.levels), c.num_blocks)
-        num_patches, num_queries = c.num_blocks * c.grid**2, c.num_blocks * c.levels[-1]
+        num_patches, num_queries = c.num_blocks * c.grid**2, c.num_blocks * c.block_queries
 
         self.patch_embed = nn.Linear(c.patch_width, c.encoder.width)
         self.query_embed = nn.Linear(c.encoder.width, c.encoder.width)
         self.encoder_patch_pos = nn.Parameter(torch.empty(num_patches, c.encoder.width))
         self.encoder_token_pos = nn.Parameter(torch.empty(num_queries, c.encoder.width))
-        self.encoder = _layers(c.encoder, c.mlp_ratio)
+        self.encoder = QFormer(c.encoder.layers, c.encoder.width, c.encoder.heads, c.mlp_ratio)
         self.encoder_norm = nn.LayerNorm(c.encoder.width)
         self.to_latent = _two_linears(c.encoder.width, c.bottleneck_width, c.code_width)
 
@@ -128,7 +151,7 @@ class VideoTokenizer(nn.Module):
         self.from_latent = _two_linears(c.code_width, c.bottleneck_width, c.decoder.width)
         self.decoder_patch_pos = nn.Parameter(torch.empty(num_patches, c.decoder.width))
         self.decoder_token_pos = nn.Parameter(torch.empty(num_queries, c.decoder.width))
-        self.decoder = _layers(c.decoder, c.mlp_ratio)
+        self.decoder = QFormer(c.decoder.layers, c.decoder.width, c.decoder.heads, c.mlp_ratio)
         self.decoder_norm = nn.LayerNorm(c.decoder.width)
         self.to_pixels = nn.Linear(c.decoder.width, c.patch_width)
         if self.patch_embed.weight.device.type != "meta":
@@ -159,7 +182,7 @@ class VideoTokenizer(nn.Module):
         for patch_pos, token_pos in (tables[:2], tables[2:]):
             patch_pos.copy_(sincos_3d(c.num_blocks, c.grid, patch_pos.shape[1]))
             cells = pooling_pyramid(patch_pos.unflatten(0, (c.num_blocks, -1)), c.grid)  # [N, 2*G*G, D]
-            token_pos.copy_(cells[:, level_cells(c.levels[-1], c.grid)].flatten(0, 1))
+            token_pos.copy_(cells[:, : c.block_queries].flatten(0, 1))
         for module in self.modules():
             if isinstance(module, Attention):
                 module.to_k.weight.copy_(module.to_q.weight * KEY_SCALE)
@@ -199,7 +222,7 @@ class VideoTokenizer(nn.Module):
 
     # --- what users call ----------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(
         self,
         video_BCTHW: Tensor,
@@ -222,7 +245,7 @@ class VideoTokenizer(nn.Module):
         c = self.config
         return VideoTokens(code_L.cpu(), packing.length_BN, c.num_frames, c.size, c.codebook_size, self.sha256)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, tokens: VideoTokens) -> Tensor:
         """Tokens -> clips [B, 3, T, H, W] in [0, 1]; codes and lengths are all it reads.
 
@@ -230,7 +253,7 @@ class VideoTokenizer(nn.Module):
         """
         made_by, mine = tokens.tokenizer_sha256, self.sha256
         if made_by and mine and made_by != mine:
-            raise UserError(f"these tokens were made by tokenizer {made_by[:12]}, this one is {mine[:12]}: load that one")
+            raise UserError(f"tokens made by tokenizer {made_by[:12]} cannot be read by {mine[:12]}: load that one")
         c = self.config
         facts = (tokens.num_frames, tokens.size, tokens.codebook_size)
         if facts != (c.num_frames, c.size, c.codebook_size):
@@ -258,8 +281,8 @@ class VideoTokenizer(nn.Module):
         return unpatchify(pixel_BMP, self.config.patch_frames, self.config.patch_size, self.config.grid) + 0.5
 
     def _token_rows(self, packing: Packing) -> Tensor:
-        """int64 [L]: for each packed token, its row of a 1D position table."""
-        return (packing.block_L * self.config.levels[-1] + packing.index_L).to(self.device)
+        """int64 [L]: for each packed token, its row of a 1D position table: that of the cell it starts from."""
+        return (packing.block_L * self.config.block_queries + packed_cells(packing)).to(self.device)
 
     def _chosen_lengths(self, video_BCTHW: Tensor, router: ChoosesLengths | None, budget: str | None) -> Tensor:
         if router is not None:
@@ -276,14 +299,14 @@ class VideoTokenizer(nn.Module):
         want = (3, c.num_frames, c.size, c.size)
         if tuple(video_BCTHW.shape[1:]) != want:
             raise UserError(f"a clip must be {list(want)} (C, T, H, W), got {list(video_BCTHW.shape[1:])}")
+        if not video_BCTHW.is_floating_point():
+            raise UserError(
+                f"pixels must be floats in [0, 1], got {video_BCTHW.dtype}; video_io.to_model_range makes them"
+            )
         if len(length_BN) != len(video_BCTHW):
             raise UserError(f"{len(video_BCTHW)} clips but lengths for {len(length_BN)}")
         self.space.rows_of(length_BN)  # raises where a length is none of the levels
         return pack(length_BN)
-
-
-def _layers(config: TransformerConfig, mlp_ratio: float) -> nn.ModuleList:
-    return nn.ModuleList(QFormerLayer(config.width, config.heads, mlp_ratio) for _ in range(config.layers))
 
 
 def _two_linears(width_in: int, width: int, width_out: int) -> nn.Sequential:
@@ -292,7 +315,7 @@ def _two_linears(width_in: int, width: int, width_out: int) -> nn.Sequential:
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:
     """Number of parameters of each direct child (and of the position tables together)."""
-    parts: dict[str, Any] = {}
+    parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         part = "positions" if "." not in name else name.split(".")[0]
         parts[part] = parts.get(part, 0) + parameter.numel()

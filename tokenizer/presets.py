@@ -74,17 +74,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="List the named tokenizer sizes with their parameters by part.")
     parser.add_argument("--json", action="store_true", help="for machines: name -> {total, parts}")
     as_json = parser.parse_args().json
-    listing = {}
-    for name, config in PRESETS.items():
-        with torch.device("meta"):
-            parts = parameters_by_part(VideoTokenizer(config))
-        listing[name] = {"total": sum(parts.values()), "parts": parts}
+    with torch.device("meta"):
+        listing = {name: parameters_by_part(VideoTokenizer(config)) for name, config in PRESETS.items()}
     if as_json:
-        print(json.dumps(listing))
+        print(json.dumps({name: {"total": sum(parts.values()), "parts": parts} for name, parts in listing.items()}))
         return
-    for name, entry in listing.items():
-        print(f"{name}: {entry['total'] / 1e6:.2f}M")
-        print("\n".join(f"    {part:<14} {count / 1e6:9.3f}M" for part, count in entry["parts"].items()))
+    for name, parts in listing.items():
+        print(f"{name}: {sum(parts.values()) / 1e6:.2f}M")
+        print("\n".join(f"    {part:<18} {count / 1e6:9.3f}M" for part, count in parts.items()))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Letters: B clips, K tokens of one block, m patches of one block (G*G), D E width
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from einops import repeat
@@ -18,6 +18,9 @@ from torch import Tensor
 from tokenizer.blocks.query_init import level_cells, pooling_pyramid
 from tokenizer.blocks.transformer import KeysValues, concat_blocks
 from tokenizer.model import VideoTokenizer
+
+Cache = list[list[KeysValues]]
+"""Per layer, per block: (keys, values)."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,15 @@ class ClipPatches:
 
 @dataclass(frozen=True)
 class Past:
-    """(keys, values) that blocks before this one left, per layer a list over blocks. Never changed, only extended."""
+    """What blocks before this one left. Never changed, only extended, so branches of a tree can share it."""
 
-    encoder: list[list[KeysValues]] = field(default_factory=list)
-    decoder: list[list[KeysValues]] = field(default_factory=list)
-    tokens: list[list[KeysValues]] = field(default_factory=list)
+    encoder: Cache  # of the encoder's self-attention
+    decoder: Cache  # of the decoder's self-attention
+    tokens: Cache  # of the decoder's cross-attention, which reads the tokens
 
     @staticmethod
     def empty(model: VideoTokenizer) -> Past:
+        """Before block 0."""
         return Past([[] for _ in model.encoder], [[] for _ in model.decoder], [[] for _ in model.decoder])
 
 
@@ -51,7 +55,9 @@ def read_patches(model: VideoTokenizer, video_BCTHW: Tensor) -> ClipPatches:
     return ClipPatches(cells, [[(k[:, :end], v[:, :end]) for k, v in whole] for end in ends])
 
 
-def step_block(model: VideoTokenizer, patches: ClipPatches, t: int, length: int, past: Past):
+def step_block(
+    model: VideoTokenizer, patches: ClipPatches, t: int, length: int, past: Past
+) -> tuple[Tensor, Tensor, Past]:
     """Encode, quantise and decode block t with `length` tokens.
 
     -> codes int64 [B, K], frames [B, 3, patch_frames, H, W] clamped to [0, 1], and the past of block t + 1.
@@ -61,11 +67,12 @@ def step_block(model: VideoTokenizer, patches: ClipPatches, t: int, length: int,
     return code_BK, frames, Past(encoder, decoder, tokens)
 
 
-def encode_block(model: VideoTokenizer, patches: ClipPatches, t: int, length: int, past: Past):
+def encode_block(model: VideoTokenizer, patches: ClipPatches, t: int, length: int, past: Past) -> tuple[Tensor, Cache]:
     """-> codes of block t, int64 [B, K], and the encoder's extended past."""
     c = model.config
-    x_BKD = model.query_embed(patches.cells[t][:, level_cells(length, c.grid)])
-    pos_KD = model.encoder_token_pos[t * c.levels[-1] :][:length]
+    cell_K = level_cells(length)
+    x_BKD = model.query_embed(patches.cells[t][:, cell_K])
+    pos_KD = model.encoder_token_pos[t * c.block_queries + cell_K]
     extended = []
     for layer, before, reference in zip(model.encoder, past.encoder, patches.references[t], strict=True):
         x_BKD, own = layer.step(x_BKD, pos_KD, before, reference)
@@ -73,11 +80,11 @@ def encode_block(model: VideoTokenizer, patches: ClipPatches, t: int, length: in
     return model.quantizer.nearest(model.to_latent(model.encoder_norm(x_BKD))), extended
 
 
-def decode_block(model: VideoTokenizer, code_BK: Tensor, t: int, past: Past):
+def decode_block(model: VideoTokenizer, code_BK: Tensor, t: int, past: Past) -> tuple[Tensor, Cache, Cache]:
     """-> frames of block t, [B, 3, patch_frames, H, W] in [0, 1], and the decoder's two extended pasts."""
     c = model.config
     token_BKD = model.from_latent(model.quantizer.lookup(code_BK))
-    token_pos_KD = model.decoder_token_pos[t * c.levels[-1] :][: code_BK.shape[1]]
+    token_pos_KD = model.decoder_token_pos[t * c.block_queries + level_cells(code_BK.shape[1])]
     x_BmD = repeat(token_BKD[:, 0], "B D -> B m D", m=c.grid**2)
     pos_mD = model.decoder_patch_pos[t * c.grid**2 :][: c.grid**2]
     selves, crosses = [], []

@@ -22,7 +22,7 @@ from tokenizer.assignment import pack
 from tokenizer.blocks.quantizer import code_usage
 from tokenizer.common.config import to_dict
 from tokenizer.common.entry import parse_training_arguments, rehearse
-from tokenizer.common.errors import run_cli
+from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.image_quality import psnr
 from tokenizer.common.loop import RunConfig, TrainState, fit, start_run
 from tokenizer.common.optim import OptimConfig
@@ -41,6 +41,8 @@ _START_BATCHES = 64  # at most so many batches are encoded to start the codebook
 
 @dataclass
 class TokenizerTrainConfig:
+    """Everything a YAML of stage 1 or 4 may set."""
+
     run: RunConfig = field(default_factory=RunConfig)
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -49,6 +51,14 @@ class TokenizerTrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     val_clips: int = 64  # held-out clips that a validation looks at, spread evenly over val_data
+
+    def __post_init__(self) -> None:
+        for section, name in itertools.product(("data", "val_data"), ("num_frames", "size")):
+            wanted, found = getattr(self.model, name), getattr(getattr(self, section), name)
+            if found != wanted:
+                raise UserError(
+                    f"{section}.{name} = {found} but model.{name} = {wanted}: set {section}.{name}={wanted}"
+                )
 
 
 class TokenizerTraining:
@@ -101,7 +111,8 @@ class TokenizerTraining:
         for start in range(0, len(chosen), config.run.batch_size):
             some = chosen[start : start + config.run.batch_size]
             real = torch.stack([self.val_data.get(i).video_CTHW for i in some]).to(self.device)
-            assignments = {f"at_{level}": torch.full((len(some), config.model.num_blocks), level) for level in config.model.levels}
+            shape = (len(some), config.model.num_blocks)
+            assignments = {f"at_{level}": torch.full(shape, level) for level in config.model.levels}
             assignments["policy"] = self.policy(real, generator)
             for name, length_BN in assignments.items():
                 ours = self.model(real, length_BN).video_BCTHW.clamp(0, 1)
@@ -110,9 +121,8 @@ class TokenizerTraining:
                     measured[f"{self.perceptual.name}_{name}"].append(self.perceptual.clip_distance(ours, real))
             measured["tokens_policy"].append(length_BN.sum(dim=1).float())
             if start == 0:  # `ours` and `length_BN` are those of the policy, the last assignment above
-                picture = Path(config.run.dir) / "samples" / f"{step:08d}.png"
-                some = slice(_PICTURED)
-                save_comparison(picture, real[some], ours[some], length_BN[some], config.model.levels[-1])
+                picture, seen = Path(config.run.dir) / "samples" / f"{step:08d}.png", slice(_PICTURED)
+                save_comparison(picture, real[seen], ours[seen], length_BN[seen], config.model.levels[-1])
         return {name: float(torch.cat(values).mean()) for name, values in measured.items()}
 
     def fit(self) -> None:

@@ -8,10 +8,15 @@ Letters: L queries, S keys (both packed), h heads, e width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from tokenizer.assignment import Packing
 
@@ -70,30 +75,33 @@ def attend_by_clip(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packing, 
     `split` rather than slices: its backward is one concatenation, where a slice's would fill a tensor of length S.
     """
     mixed = []
-    q_clips, k_clips, v_clips = q_Lhe.split(query.clip_lengths), k_She.split(key.clip_lengths), v_She.split(key.clip_lengths)
-    for b, (q_clip, k, v) in enumerate(zip(q_clips, k_clips, v_clips, strict=True)):
-        for q, end in zip(q_clip.split(query.lengths[b]), key.block_ends[b], strict=True):
+    k_clips, v_clips = (x.split(key.clip_lengths) for x in (k_She, v_She))
+    clips = zip(q_Lhe.split(query.clip_lengths), k_clips, v_clips, query.lengths, key.block_ends, strict=True)
+    for q_clip, k, v, lengths, ends in clips:
+        for q, end in zip(q_clip.split(lengths), ends, strict=True):
             mixed.append(attend_prefix(q[None], k[None, :end], v[None, :end])[0])
     return torch.cat(mixed)
 
 
-def attend_varlen(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packing, key: Packing, kernel=None) -> Tensor:
-    """Any assignments on a GPU: one variable-length kernel call per block t, over all clips at once.
+def attend_varlen(
+    q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packing, key: Packing, kernel: Callable[..., Any] = varlen_attn
+) -> Tensor:
+    """Any assignments on a GPU: one variable-length kernel call, in which every block of every clip is a sequence.
 
-    `kernel(q, k, v, cu_q, cu_k, max_q, max_k)` defaults to `torch.nn.attention.varlen.varlen_attn`.
+    The queries already stand in that order. The keys are gathered: block t brings its own copy of blocks <= t, because
+    sequences of such a kernel must not overlap. `kernel` is called as torch's own, which runs on CUDA in half precision
+    only: (q, k, v, cumulative lengths of the queries, of the keys, longest query sequence, longest key sequence).
     """
-    if kernel is None:
-        from torch.nn.attention.varlen import varlen_attn as kernel  # CUDA only, so not imported at the top
-    device = q_Lhe.device
-    mixed, rows = [], []
-    for t in range(query.num_blocks):
-        q_row = (query.block_L == t).nonzero().flatten()
-        k_row = (key.block_L <= t).nonzero().flatten()
-        q_len = [row[t] for row in query.lengths]
-        k_len = [ends[t] for ends in key.block_ends]
-        cu_q, cu_k = (F.pad(torch.tensor(x).cumsum(0), (1, 0)).to(device, torch.int32) for x in (q_len, k_len))
-        q, k, v = q_Lhe[q_row.to(device)], k_She[k_row.to(device)], v_She[k_row.to(device)]
-        mixed.append(kernel(q, k, v, cu_q, cu_k, max(q_len), max(k_len)))
-        rows.append(q_row)
-    back_L = torch.cat(rows).argsort()  # from block-major to the packed order
-    return torch.cat(mixed)[back_L.to(device)]
+    key_row, cu_q, cu_k = _varlen_plan(query, key, q_Lhe.device)
+    max_q, max_k = max(map(max, query.lengths)), max(key.clip_lengths)
+    return kernel(q_Lhe, k_She[key_row], v_She[key_row], cu_q, cu_k, max_q, max_k)
+
+
+@lru_cache(maxsize=4)
+def _varlen_plan(query: Packing, key: Packing, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(row of each gathered key, cumulative lengths of the queries, of the keys); the same in every layer."""
+    starts = key.first_BN[:, 0].tolist()
+    rows = [torch.arange(s, s + end) for s, ends in zip(starts, key.block_ends, strict=True) for end in ends]
+    q_len, k_len = query.length_BN.flatten(), torch.tensor(key.block_ends).flatten()
+    cu_q, cu_k = (F.pad(length.cumsum(0), (1, 0)).to(device, torch.int32) for length in (q_len, k_len))
+    return torch.cat(rows).to(device), cu_q, cu_k

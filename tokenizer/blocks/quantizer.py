@@ -8,7 +8,7 @@ Letters: L packed tokens, E code width, V codebook size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +19,22 @@ ENTROPY_TEMPERATURE = 0.01
 
 @dataclass(frozen=True)
 class Quantized:
-    """What quantising gave. Terms are scalars with gradients, or None outside training."""
+    """What quantising gave.
+
+    terms, scalars with gradients, empty where no gradients are recorded:
+        codebook    mean squared distance, moves the codes
+        commitment  the same number, moves the encoder
+        entropy     mean entropy of a token minus entropy of the mean: low = sure and evenly used
+    """
 
     latent_LE: Tensor  # unit vectors; gradients pass straight through to the encoder
     code_L: Tensor  # int64, 0 .. V-1
-    codebook: Tensor | None = None  # mean squared distance, moves the codes
-    commitment: Tensor | None = None  # the same number, moves the encoder
-    entropy: Tensor | None = None  # mean entropy of a token minus entropy of the mean: low = sure and evenly used
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 class VectorQuantizer(nn.Module):
+    """`num_codes` codes of `width` numbers; only their directions count."""
+
     def __init__(self, num_codes: int, width: int) -> None:
         super().__init__()
         self.codebook = nn.Embedding(num_codes, width)
@@ -47,6 +53,7 @@ class VectorQuantizer(nn.Module):
             return (F.normalize(z.float(), dim=-1) @ self.unit_codes().T).argmax(dim=-1)
 
     def forward(self, z_LE: Tensor) -> Quantized:
+        """Latents [L, E] -> their nearest codes, with the loss terms while gradients are recorded."""
         with torch.autocast(z_LE.device.type, enabled=False):
             z_LE = F.normalize(z_LE.float(), dim=-1)
             codes_VE = self.unit_codes()
@@ -58,9 +65,11 @@ class VectorQuantizer(nn.Module):
             return Quantized(
                 latent_LE=z_LE + (nearest_LE - z_LE).detach(),
                 code_L=code_L,
-                codebook=F.mse_loss(nearest_LE, z_LE.detach()),
-                commitment=F.mse_loss(z_LE, nearest_LE.detach()),
-                entropy=entropy_term(cosine_LV),
+                terms={
+                    "codebook": F.mse_loss(nearest_LE, z_LE.detach()),
+                    "commitment": F.mse_loss(z_LE, nearest_LE.detach()),
+                    "entropy": entropy_term(cosine_LV),
+                },
             )
 
     @torch.no_grad()

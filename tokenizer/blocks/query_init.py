@@ -34,17 +34,18 @@ def pooling_pyramid(patch_RMD: Tensor, grid: int) -> Tensor:
 def packed_queries(patch_BMD: Tensor, packing: Packing, grid: int) -> Tensor:
     """Patches of all clips, [B, N*G*G, D] -> first values of the packed queries, [L, D]."""
     pyramid = pooling_pyramid(rearrange(patch_BMD, "B (N m) D -> (B N) m D", N=packing.num_blocks), grid)
-    return rearrange(pyramid, "R K D -> (R K) D")[cell_of_token(packing, grid).to(pyramid.device)]
+    block_L = packing.clip_L * packing.num_blocks + packing.block_L  # among the blocks of all clips
+    row_L = block_L * most_queries(grid) + packed_cells(packing)
+    return rearrange(pyramid, "R K D -> (R K) D")[row_L.to(pyramid.device)]
 
 
-def cell_of_token(packing: Packing, grid: int) -> Tensor:
-    """int64 [L]: for each packed token, its row among all cells of all blocks, [B * N * 2*G*G]."""
-    cells = torch.cat([level_cells(length, grid) for row in packing.lengths for length in row])
-    return (packing.clip_L * packing.num_blocks + packing.block_L) * most_queries(grid) + cells
+def packed_cells(packing: Packing) -> Tensor:
+    """int64 [L]: for each packed token, the cell of its block's pyramid that it starts from."""
+    return torch.cat([level_cells(length) for row in packing.lengths for length in row])
 
 
 @lru_cache(maxsize=128)
-def level_cells(length: int, grid: int) -> Tensor:
+def level_cells(length: int) -> Tensor:
     """int64 [length]: which cells of the pyramid a block of `length` tokens starts from."""
     whole = 1 << (length.bit_length() - 1)  # the largest power of two that fits
     spread = torch.arange(length - whole) * whole // max(length - whole, 1)

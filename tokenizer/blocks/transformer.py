@@ -1,4 +1,4 @@
-"""The Q-Former layer: self-attention over the queries, cross-attention to a reference, feed-forward; pre-LayerNorm.
+"""The Q-Former: layers of self-attention over the queries, cross-attention to a reference, feed-forward; pre-LayerNorm.
 
 The reference is read, never updated. Two ways through one set of weights: `forward` runs a packed batch in one go
 (training, reconstruction); `step` runs one temporal block against the keys and values of the blocks before it
@@ -8,6 +8,9 @@ Letters: L queries, S reference rows (both packed), D width, B clips in lockstep
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +44,9 @@ class QFormerLayer(nn.Module):
         x_LD = x_LD + self.cross_attention.output(block_causal_attention(q, k, v, query, reference))
         return x_LD + self.mlp(self.norm_mlp(x_LD))
 
-    def step(self, x_BKD: Tensor, pos_KD: Tensor, past: list[KeysValues], reference: KeysValues):
+    def step(
+        self, x_BKD: Tensor, pos_KD: Tensor, past: list[KeysValues], reference: KeysValues
+    ) -> tuple[Tensor, KeysValues]:
         """One temporal block -> its values [B, K, D], and its own (keys, values) for the blocks to come.
 
         `past`: self-attention (keys, values) of the blocks before, `reference`: cross-attention ones of blocks <= t.
@@ -52,6 +57,16 @@ class QFormerLayer(nn.Module):
         q = self.cross_attention.queries(self.norm_cross(x_BKD), pos_KD)
         x_BKD = x_BKD + self.cross_attention.output(attend_prefix(q, *reference))
         return x_BKD + self.mlp(self.norm_mlp(x_BKD)), own
+
+
+class QFormer(nn.ModuleList):
+    """A stack of layers, iterated with their type."""
+
+    def __init__(self, layers: int, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__(QFormerLayer(width, heads, mlp_ratio) for _ in range(layers))
+
+    def __iter__(self) -> Iterator[QFormerLayer]:
+        return cast("Iterator[QFormerLayer]", super().__iter__())
 
 
 def concat_blocks(blocks: list[KeysValues]) -> KeysValues:

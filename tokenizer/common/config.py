@@ -35,34 +35,24 @@ def load_config(schema: type[T], path: str | Path | None, overrides: Sequence[st
     Raises ConfigError, one line, for a missing file, a YAML slip, an unknown key, a wrong type, a bad combination.
     """
     data = {} if path is None else _read_yaml(Path(path))
-    merged = OmegaConf.create(data)
+    _check(schema, data, str(path))
+    merged: Any = OmegaConf.create(data)
     for item in overrides:
-        if "=" not in item or item.startswith("="):
-            raise ConfigError(f"override {item!r}: write it as key.sub=value")
-        try:
-            one = OmegaConf.to_container(OmegaConf.from_dotlist([item]), resolve=False)
-            _check_keys(schema, one, f"override {item!r}")
-            merged = OmegaConf.merge(merged, OmegaConf.create(one))
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"override {item!r}: {_first_line(error)}") from error
-    plain = OmegaConf.to_container(merged, resolve=False)
-    return from_dict(schema, typing.cast("dict[str, Any]", plain), "the defaults" if path is None else str(path))
+        merged = OmegaConf.merge(merged, _read_override(schema, item))
+    plain = typing.cast("dict[str, Any]", OmegaConf.to_container(merged, resolve=False))
+    return from_dict(schema, plain, ", ".join(["the defaults" if path is None else str(path), *overrides]))
 
 
 def from_dict(schema: type[T], data: Mapping[str, Any], origin: str) -> T:
     """A plain dict -> an instance of `schema`; `origin` names where the dict came from in messages."""
-    _check_keys(schema, data, origin)
-    _check_no_interpolation(data, origin)
+    _check(schema, data, origin)
+    given = OmegaConf.create(dict(data))
     try:
-        # `data` came from to_container or JSON: no interpolation is left in it, so to_object resolves nothing
-        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(data)))
-        return typing.cast(T, OmegaConf.to_object(merged))
+        return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given)))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "?"
-        if not isinstance(error.__cause__, UserError):
-            raise ConfigError(f"{origin}: key {key!r}: {_first_line(error)}") from error
-        raise ConfigError(f"{origin}: {error.__cause__}") from error
-    except UserError as error:
+        key = error.full_key or ""
+        raise ConfigError(f"{origin}: {key} = {OmegaConf.select(given, key)!r}: {_first_line(error)}") from error
+    except UserError as error:  # a combination that a dataclass refuses
         raise ConfigError(f"{origin}: {error}") from error
 
 
@@ -102,12 +92,41 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"{path}: no such config file{hint}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {_first_line(error)}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected `key: value` lines at the top level")
     return data
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only (no tags that build objects), and no key twice: the second would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_override(schema: type, item: str) -> Any:
+    """`key.sub=value` -> nested data, checked on its own so that a message names the override."""
+    if "=" not in item or item.startswith("="):
+        raise ConfigError(f"override {item!r}: write it as key.sub=value")
+    try:
+        data = OmegaConf.to_container(OmegaConf.from_dotlist([item]), resolve=False)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"override {item!r}: {_first_line(error)}") from error
+    _check(schema, data, f"override {item!r}")
+    return data
+
+
+def _check(schema: type, data: Any, origin: str) -> None:
+    """Before OmegaConf sees the data: it would merge unknown keys and resolve interpolations."""
+    _check_no_interpolation(data, origin)
+    _check_keys(schema, data, origin)
 
 
 def _check_keys(schema: type, data: Any, origin: str, prefix: str = "") -> None:
@@ -124,13 +143,14 @@ def _check_keys(schema: type, data: Any, origin: str, prefix: str = "") -> None:
         section = _dataclass_in(fields[key])
         if section is not None and value is not None:
             _check_keys(section, value, origin, f"{prefix}{key}.")
+        elif section is None and isinstance(value, Mapping):
+            raise ConfigError(f"{origin}: key {prefix + str(key)!r} is a value, not a section with {list(value)}")
 
 
 def _dataclass_in(hint: Any) -> type | None:
     """The dataclass in a field's type, also inside `X | None`."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return next((a for a in typing.get_args(hint) if dataclasses.is_dataclass(a)), None)
-    return hint if dataclasses.is_dataclass(hint) else None
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return next((c for c in choices if isinstance(c, type) and dataclasses.is_dataclass(c)), None)
 
 
 def _check_no_interpolation(data: Any, origin: str, prefix: str = "") -> None:
@@ -142,4 +162,6 @@ def _check_no_interpolation(data: Any, origin: str, prefix: str = "") -> None:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -23,8 +23,8 @@ def parse_training_arguments(schema: type[T], stage: str, description: str) -> t
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", type=Path, help="YAML of this stage, see configs/README.md")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the YAML")
-    parser.add_argument("--dry-run", action="store_true", help="build all, run one step, say what the run would cost")
-    args = parser.parse_args()
+    parser.add_argument("--dry-run", action="store_true", help="build all, run two steps, say what the run would cost")
+    args = parser.parse_intermixed_args()  # so that --dry-run may stand before, between or after the settings
     config: Any = load_config(schema, args.config, args.overrides)
     config.run.dir = config.run.dir or f"results/{stage}/{args.config.name.removesuffix('.yaml')}"
     return config, args.dry_run
@@ -46,7 +46,8 @@ def rehearse(
     values = train_step(run, optim, state, next(source), loss_fn)
     seconds = time.perf_counter() - start
     total = sum(parts.values())
-    print(f"parameters  {total / 1e6:.2f}M: " + ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in parts.items()))
+    by_part = ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in parts.items())
+    print(f"parameters  {total / 1e6:.2f}M: {by_part}")
     print(f"memory      weights, gradients, Adam and EMA in fp32: {total * 4 * 5 / 2**30:.2f} GiB, plus activations")
     print("loss        " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
     print(f"speed       {seconds:.2f} s a step of {run.batch_size} clips on {state.device}")

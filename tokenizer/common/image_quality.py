@@ -20,8 +20,12 @@ def psnr(x_BCTHW: Tensor, y_BCTHW: Tensor) -> Tensor:
     One error over the whole clip, never a mean over frames, as the paper evaluates. Equal clips give inf.
     """
     _require_same_shape(x_BCTHW, y_BCTHW)
-    mse_B = (x_BCTHW.double() - y_BCTHW.double()).square().mean(dim=(1, 2, 3, 4))
-    return (-10 * mse_B.log10()).float()
+    return psnr_of_mse((x_BCTHW.double() - y_BCTHW.double()).square().mean(dim=(1, 2, 3, 4))).float()
+
+
+def psnr_of_mse(mse: Tensor) -> Tensor:
+    """Mean squared error of clips in [0, 1] -> dB, the same shape."""
+    return -10 * mse.log10()
 
 
 def ssim(x_BCTHW: Tensor, y_BCTHW: Tensor) -> Tensor:

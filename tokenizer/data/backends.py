@@ -7,14 +7,17 @@ same whichever decoder is used. Whatever a damaged file makes a decoder raise co
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
+import io
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import av
 import numpy as np
@@ -42,7 +45,7 @@ class VideoError(UserError):
 
 @dataclass(frozen=True)
 class Picture:
-    """One frame: its time in seconds since the first, and a call that converts it to uint8 HWC RGB (often not needed)."""
+    """One frame: its time in seconds since the first, and a call that converts it to uint8 HWC RGB."""
 
     time: float
     to_rgb: Callable[[], np.ndarray]
@@ -72,7 +75,7 @@ def display_name(path: str | os.PathLike[str]) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_reader(path: str | os.PathLike[str], backend: str) -> Iterator[Reader]:
     """Open a video with `backend` ("pyav" or "decord").
 
@@ -93,15 +96,15 @@ def open_reader(path: str | os.PathLike[str], backend: str) -> Iterator[Reader]:
             reader.close()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _decoder_errors(path: Path) -> Iterator[None]:
-    """Damaged files make the decoders raise almost anything; it all means the same to the caller."""
+    """Damaged files make the decoders raise anything, from EOFError to AttributeError: one thing to the caller."""
     try:
         yield
     except UserError:
         raise
-    except (av.FFmpegError, OSError, EOFError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:
+        text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
         raise VideoError(path, f"cannot be decoded ({text[:160]})") from error
 
 
@@ -114,18 +117,25 @@ class PyAvReader:
         rate = self._stream.average_rate or self._stream.guessed_rate
         self.fps = float(rate) if rate else DEFAULT_FPS
         self.num_frames = self._stream.frames or None
+        self._tick = self._stream.time_base or Fraction(1, 1000)
+        # Such a file keeps no presentation times, and what FFmpeg makes up for them is out of order.
+        self.untimed = self._container.format.name == "avi" and self._stream.codec_context.has_b_frames
         self._pts: list[int] | None = None
 
     def close(self) -> None:
         self._container.close()
+
+    def is_rotated(self) -> bool:
+        """Whether the first picture is stored on its side or upside down."""
+        frame = next(self._container.decode(self._stream), None)
+        return frame is not None and frame.rotation % 360 != 0
 
     def times(self) -> list[float]:
         self._pts = self._packet_pts()
         if self._pts is None:
             with open_reader(self._path, "pyav") as second_pass:
                 return [picture.time for picture in second_pass.pictures()]
-        base = self._stream.time_base
-        return [float((pts - self._pts[0]) * base) for pts in self._pts]
+        return [float((pts - self._pts[0]) * self._tick) for pts in self._pts]
 
     def pictures(self, first: int = 0) -> Iterator[Picture]:
         if first == 0:
@@ -154,7 +164,9 @@ class PyAvReader:
         return container, streams[0]
 
     def _packet_pts(self) -> list[int] | None:
-        """Sorted time stamps of all shown pictures, read without decoding; None when the container has gaps in them."""
+        """Sorted time stamps of all shown pictures, read without decoding; None when the container lacks some."""
+        if self.untimed:
+            return None
         container, stream = self._open()
         with container:
             pts = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
@@ -166,14 +178,16 @@ class PyAvReader:
         for index, frame in enumerate(frames):
             if first_pts is None:
                 first_pts = frame.pts
-            known = frame.pts is not None and first_pts is not None
-            time = float((frame.pts - first_pts) * frame.time_base) if known else index / self.fps
-            yield Picture(time, lambda frame=frame: self._to_rgb(frame, reformatter))
+            if first_pts is None or frame.pts is None or self.untimed:
+                time = index / self.fps
+            else:
+                time = float((frame.pts - first_pts) * self._tick)
+            yield Picture(time, functools.partial(self._to_rgb, frame, reformatter))
 
     def _to_rgb(self, frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
         if frame.is_corrupt:
             raise VideoError(self._path, f"is damaged (the picture at {float(frame.time or 0):.2f} s is corrupt)")
-        image_HWC = reformatter.reformat(frame, format="rgb24").to_ndarray()
+        image_HWC = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         quarter_turns = round(frame.rotation / 90) % 4
         return np.ascontiguousarray(np.rot90(image_HWC, quarter_turns)) if quarter_turns else image_HWC
 
@@ -186,27 +200,36 @@ class DecordReader:
             raise UserError("backend='decord' needs the package decord (x86_64 Linux only); install it or use 'pyav'")
         import decord
 
-        self._path = path
-        self._file: Any = None
+        # PyAV looks first: it stumbles over most files on which decord would crash, and knows what decord gets wrong.
+        with contextlib.closing(PyAvReader(path)) as twin:
+            self._untimed = twin.untimed
+            if twin.is_rotated():
+                raise VideoError(path, "is stored rotated, which decord decodes wrongly; use backend='pyav'")
         name = str(path.absolute())
-        if display_name(name) != name:  # decord takes only UTF-8 names, but also open files
-            self._file = open(path, "rb")
-        self._video = decord.VideoReader(self._file or name, ctx=decord.cpu(0), num_threads=1)
+        # decord takes only UTF-8 names, but also the bytes of a file.
+        source = name if display_name(name) == name else io.BytesIO(path.read_bytes())
+        self._video = decord.VideoReader(source, ctx=decord.cpu(0), num_threads=1)
         self.fps = float(self._video.get_avg_fps()) or DEFAULT_FPS
-        self.num_frames = len(self._video)
+        self.num_frames: int | None = len(self._video)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        del self._video
 
     def times(self) -> list[float]:
-        start_S = self._video.get_frame_timestamp(range(self.num_frames))[:, 0]
-        return [float(t) for t in np.sort(start_S - start_S.min())]
+        if self._untimed:
+            return [index / self.fps for index in range(len(self._video))]
+        start_T = self._video.get_frame_timestamp(range(len(self._video)))[:, 0]
+        return [float(time - start_T[0]) for time in start_T]
 
     def pictures(self, first: int = 0) -> Iterator[Picture]:
-        times = self.times()
-        for index in range(first, self.num_frames):
-            yield Picture(times[index], lambda index=index: self._video[index].asnumpy())
+        for index, time in enumerate(self.times()):
+            if index >= first:
+                yield Picture(time, functools.partial(self._to_rgb, index))
+            elif self._untimed:  # decord can seek in such a file, to the wrong picture
+                self._to_rgb(index)
+
+    def _to_rgb(self, index: int) -> np.ndarray:
+        return self._video[index].asnumpy()
 
 
 _READERS: dict[str, Callable[[Path], Reader]] = {"pyav": PyAvReader, "decord": DecordReader}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,13 +61,17 @@ class ClipSample:
     unreadable: dict[str, str]
 
 
+# With a generator a random clip of the item, without one the plain clip: (frames_THWC, kind of scene or None).
+_Draw = Callable[[np.random.Generator | None], tuple[np.ndarray, str | None]]
+
+
 @dataclass(frozen=True)
 class _Item:
-    """One entry of an epoch: its name, and how to get its frames. draw=None is the plain clip, else a random one."""
+    """One entry of an epoch: its name, its label, and how to get its frames."""
 
     name: str
     label: str | None
-    frames: Callable[[np.random.Generator | None], tuple[np.ndarray, str | None]]
+    frames: _Draw
 
 
 class ClipDataset:
@@ -103,8 +108,8 @@ class ClipDataset:
             if rng is not None:
                 frames_THWC = _augment(frames_THWC, self.cfg, rng)
             return ClipSample(to_model_range(frames_THWC), item.name, item.label, kind, unreadable)
-        raise UserError(f"none of the {len(self)} clips of {', '.join(self.cfg.sources)} can be read; first: "
-                        + "{}: {}".format(*next(iter(self.quarantine.items()))))  # fmt: skip
+        name, reason = next(iter(self.quarantine.items()))
+        raise UserError(f"{', '.join(self.cfg.sources)}: not one of {len(self)} clips can be read ({name}: {reason})")
 
     def put_aside(self, unreadable: dict[str, str]) -> None:
         """Enter files into the quarantine, each reported the first time."""
@@ -149,10 +154,9 @@ def _items_of(source: str, cfg: DataConfig) -> list[_Item]:
         return [_Item(f"synthetic/{rest[0]}/{i:06d}", None, _scene(i, rest[0], cfg)) for i in range(int(rest[1]))]
     if source.lower().endswith(".csv"):
         return _manifest_items(Path(source), cfg)
-    root = Path(source)
-    videos = list_videos(root)
-    base = root if root.is_file() else root.parent
-    return [_Item(display_name(v.relative_to(base)) if v != base else display_name(v.name), None, _file(v, cfg)) for v in videos]
+    folder = Path(source).absolute().parent  # names begin with the folder or file that was given
+    videos = [video.absolute() for video in list_videos(source)]
+    return [_Item(display_name(video.relative_to(folder)), None, _file(video, cfg)) for video in videos]
 
 
 def _manifest_items(manifest: Path, cfg: DataConfig) -> list[_Item]:
@@ -163,18 +167,21 @@ def _manifest_items(manifest: Path, cfg: DataConfig) -> list[_Item]:
         rows = list(csv.DictReader(file))
     if not rows or "path" not in rows[0]:
         raise UserError(f"{display_name(manifest)}: needs a header with the column path and at least one row")
-    return [_Item(display_name(r["path"]), r.get("label") or None, _file(manifest.parent / r["path"], cfg)) for r in rows]
+    paths = [manifest.absolute().parent / row["path"] for row in rows]
+    names = [display_name(row["path"]) for row in rows]
+    labels = [row.get("label") or None for row in rows]
+    return [_Item(n, label, _file(path, cfg)) for n, label, path in zip(names, labels, paths, strict=True)]
 
 
 # Where frames come from: a clip of size `_read_size`, kind known or None
 
 
 def _read_size(cfg: DataConfig) -> int:
-    """Crops are cut from a square that is just large enough, so that nothing is ever scaled up by the crop."""
-    return round(cfg.size / cfg.crop_scale) if cfg.augment else cfg.size
+    """Side of the square that is decoded: just large enough that a random crop of it is never scaled up."""
+    return math.ceil(cfg.size / cfg.crop_scale) if cfg.augment else cfg.size
 
 
-def _bundled(path: Path, cfg: DataConfig) -> Callable[[np.random.Generator | None], tuple[np.ndarray, str | None]]:
+def _bundled(path: Path, cfg: DataConfig) -> _Draw:
     """Our own files are trusted: they are decoded in this process."""
 
     def frames(rng: np.random.Generator | None) -> tuple[np.ndarray, str | None]:
@@ -187,7 +194,7 @@ def _bundled(path: Path, cfg: DataConfig) -> Callable[[np.random.Generator | Non
     return frames
 
 
-def _file(path: Path, cfg: DataConfig) -> Callable[[np.random.Generator | None], tuple[np.ndarray, str | None]]:
+def _file(path: Path, cfg: DataConfig) -> _Draw:
     """Anybody's files: a separate process decodes, so a crash or a hang costs one clip."""
 
     def frames(rng: np.random.Generator | None) -> tuple[np.ndarray, str | None]:
@@ -198,7 +205,7 @@ def _file(path: Path, cfg: DataConfig) -> Callable[[np.random.Generator | None],
     return frames
 
 
-def _scene(index: int, split: str, cfg: DataConfig) -> Callable[[np.random.Generator | None], tuple[np.ndarray, str | None]]:
+def _scene(index: int, split: str, cfg: DataConfig) -> _Draw:
     """Scene `index`, or with augmentation a fresh one of the same kind each time."""
 
     def frames(rng: np.random.Generator | None) -> tuple[np.ndarray, str | None]:

@@ -1,7 +1,7 @@
 """The process that decodes for `safe_decode.py`, which starts it: `python -m tokenizer.data.decode_worker FD`.
 
-FD is its end of a socket pair. A request is JSON, ["open", reader, path, arguments, seconds] or ["next", seconds]; the answer
-is JSON, {"clip": ...} followed by the raw frames, {"end": true}, or {"error": why, "file": true if the file is to blame}.
+FD is its end of a socket pair. A request is JSON: ["open", reader, path, arguments, seconds] or ["next", seconds]. The
+answer is JSON: {"clip": facts} followed by the raw frames, {"end": true}, or {"error": why, "file": is it the file}.
 Nothing is pickled, so a decoder that a hostile file has taken over cannot reach the caller's process that way.
 """
 
@@ -56,7 +56,7 @@ def _answer(connection: Connection, clips: Iterator[DecodedClip]) -> None:
         return _send(connection, {"end": True})
     facts = {"start": clip.start, "num_padded": clip.num_padded, "fps": clip.fps, "shape": clip.frames_THWC.shape}
     _send(connection, {"clip": facts})
-    connection.send_bytes(memoryview(clip.frames_THWC).cast("B"))
+    connection.send_bytes(clip.frames_THWC.tobytes())
 
 
 def _send(connection: Connection, answer: dict[str, Any]) -> None:

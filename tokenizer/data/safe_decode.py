@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -61,7 +61,7 @@ def decode_clip_at(
 
 def _stream(
     reader: str, path: str | os.PathLike[str], arguments: dict[str, Any], time_limit_s: float
-) -> Iterator[DecodedClip]:
+) -> Generator[DecodedClip, None, None]:
     worker = _take_worker()
     request: list[Any] = ["open", reader, os.fspath(path), arguments, time_limit_s]
     try:
@@ -88,6 +88,7 @@ class _Worker:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )
         self._connection = Connection(ours.detach())
+        self.pid = self._process.pid
         self.alive = True
         try:
             started = self._connection.poll(_START_LIMIT_S) and self._connection.recv_bytes() == b"ready"
@@ -138,7 +139,8 @@ def _take_worker() -> _Worker:
 
 
 @atexit.register
-def _stop_idle_workers() -> None:
+def stop_idle_workers() -> None:
+    """End the waiting processes of this one; the next file starts a new one."""
     for worker in _idle.pop(os.getpid(), []):
         worker.stop()
 

@@ -1,7 +1,7 @@
-"""Rendered scenes whose complexity is known: what moves, how fast, in which temporal block, over how detailed a texture.
+"""Rendered scenes whose complexity is known: what moves, how fast, in which block, over how detailed a texture.
 
-A scene is one camera pose per frame over a still photograph (a crop of a bundled clip of the same split, continued by
-reflection), with textured shapes gliding over it. The kinds, in the order of what they should cost in tokens:
+A scene is one camera pose per frame over a still photograph (a crop of a bundled clip of the same split, continued
+by reflection), with textured shapes gliding over it. The kinds, in the order of what they should cost in tokens:
 
     still   nothing changes, to the bit
     slow    the camera drifts by a fraction of a pixel a frame
@@ -39,7 +39,7 @@ _FLATTEST = 14.0  # grey levels of deviation below which a crop shows no motion 
 
 @dataclass(frozen=True)
 class Photo:
-    """A place in the bundled clips: which clip, which of its kept frames, the crop's corner and side in source pixels."""
+    """A place in the bundled clips: the clip, one of its kept frames, the crop's corner and side in source pixels."""
 
     clip: int
     frame: int
@@ -64,6 +64,8 @@ class Shape:
 class Scene:
     """All factors of a rendered clip. `speed_N` is the camera's (or the shapes') speed in every temporal block."""
 
+    split: str
+    num_frames: int
     kind: str
     texels_across: float
     photos: tuple[Photo, ...]
@@ -78,7 +80,7 @@ class Scene:
 def render_scene(seed: int, split: str, size: int = 64, num_frames: int = 16) -> tuple[np.ndarray, str]:
     """Scene number `seed` of a split ("train" or "heldout"): (frames_THWC uint8 [num_frames, size, size, 3], kind)."""
     scene = draw_scene(seed, split, num_frames)
-    return render(scene, split, size, num_frames), scene.kind
+    return render(scene, size), scene.kind
 
 
 def draw_scene(seed: int, split: str, num_frames: int = 16) -> Scene:
@@ -88,6 +90,8 @@ def draw_scene(seed: int, split: str, num_frames: int = 16) -> Scene:
     texels = float(np.exp(rng.uniform(*np.log(TEXELS_ACROSS))))
     cuts = _draw_cuts(rng, num_frames) if kind == "cuts" else ()
     return Scene(
+        split=split,
+        num_frames=num_frames,
         kind=kind,
         texels_across=texels,
         photos=tuple(_draw_photo(rng, split, texels) for _ in range(len(cuts) + 1)),
@@ -100,18 +104,18 @@ def draw_scene(seed: int, split: str, num_frames: int = 16) -> Scene:
     )
 
 
-def render(scene: Scene, split: str, size: int, num_frames: int) -> np.ndarray:
+def render(scene: Scene, size: int) -> np.ndarray:
     """Draw a scene: uint8 [T, size, size, 3]. Frames with equal poses are equal to the bit."""
-    travel_T = _travel(scene.speed_N, num_frames)
-    shot_T = np.searchsorted(scene.cut_frames, np.arange(num_frames), side="right")
-    frames_THWC = np.empty((num_frames, size, size, 3), np.float32)
+    travel_T = _travel(scene.speed_N, scene.num_frames)
+    shot_T = np.searchsorted(scene.cut_frames, np.arange(scene.num_frames), side="right")
+    frames_THWC = np.empty((scene.num_frames, size, size, 3), np.float32)
     for shot, photo in enumerate(scene.photos):
         shown_T = shot_T == shot
         moves = not scene.shapes or scene.kind == "mixed"
         pose_T4 = _poses(scene, travel_T[shown_T] if moves else np.zeros(shown_T.sum()))
-        frames_THWC[shown_T] = _photograph(photo, split, pose_T4, scene.texels_across, size)
+        frames_THWC[shown_T] = _photograph(photo, scene.split, pose_T4, scene.texels_across, size)
     for shape in scene.shapes:
-        _paint(frames_THWC, shape, split, travel_T)
+        _paint(frames_THWC, shape, scene.split, travel_T)
     return np.clip(frames_THWC + 0.5, 0, 255).astype(np.uint8)
 
 
@@ -156,19 +160,15 @@ def _draw_cuts(rng: np.random.Generator, num_frames: int) -> tuple[int, ...]:
 def _draw_photo(rng: np.random.Generator, split: str, texels: float) -> Photo:
     """A crop with room to move in; the most structured of a few draws when the first ones are flat."""
     side = int(min(_PHOTO_SIDE, 2 * texels))
-    best, best_deviation = None, -1.0
-    for _ in range(6):
+    edge = side // 4  # the middle is what the camera sees first
+    tries: list[tuple[float, Photo]] = []
+    while not tries or (tries[-1][0] < _FLATTEST and len(tries) < 6):
         top, left = (int(v) for v in rng.integers(_PHOTO_SIDE - side + 1, size=2))
         clip, frame = int(rng.integers(len(bundled_videos(split)))), int(rng.integers(2))
         photo = Photo(clip, frame, top, left, side, bool(rng.random() < 0.5))
-        edge = side // 4  # the middle is what the camera sees first
-        deviation = float(_crop(photo, split)[edge : side - edge, edge : side - edge, 1].std())
-        if deviation > best_deviation:
-            best, best_deviation = photo, deviation
-        if deviation >= _FLATTEST:
-            break
-    assert best is not None
-    return best
+        middle_HW = _crop(photo, split)[edge : side - edge, edge : side - edge, 1]
+        tries.append((float(middle_HW.std()), photo))
+    return max(tries, key=lambda scored: scored[0])[1]
 
 
 def _draw_shapes(rng: np.random.Generator, split: str) -> tuple[Shape, ...]:
@@ -225,7 +225,8 @@ def _photograph(photo: Photo, split: str, pose_T4: np.ndarray, texels_across: fl
     cos_K, sin_K = scale_K * np.cos(angle_K), scale_K * np.sin(angle_K)
     shift = 2 * size / side
     theta_K23 = np.stack([cos_K, -sin_K, shift * x_K, sin_K, cos_K, shift * y_K], axis=1).reshape(-1, 2, 3)
-    grid_KHW2 = F.affine_grid(torch.from_numpy(theta_K23).float(), [len(distinct_K4), 3, size, size], align_corners=False)
+    shape_KCHW = [len(distinct_K4), 3, size, size]
+    grid_KHW2 = F.affine_grid(torch.from_numpy(theta_K23).float(), shape_KCHW, align_corners=False)
     canvas_KCHW = torch.from_numpy(canvas_HWC).permute(2, 0, 1).float().expand(len(distinct_K4), -1, -1, -1)
     seen_KCHW = F.grid_sample(canvas_KCHW, grid_KHW2, padding_mode="reflection", align_corners=False)
     return seen_KCHW.permute(0, 2, 3, 1).numpy()[which_T.reshape(-1)]  # [T, size, size, 3]

@@ -30,7 +30,7 @@ def resize(frames_THWC: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def resize_center_crop(frames_THWC: np.ndarray, size: int) -> np.ndarray:
-    """Short side to `size`, then the square in the middle: [T, H, W, C] -> [T, size, size, C] (paper: data of stage 1)."""
+    """Short side to `size`, then the square in the middle: [T, H, W, C] -> [T, size, size, C]."""
     height, width = frames_THWC.shape[1:3]
     short = min(height, width)
     frames_THWC = resize(frames_THWC, size * height // short, size * width // short)

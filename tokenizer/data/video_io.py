@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
 import torch
+from av.video.stream import VideoStream
 
 from tokenizer.common.errors import UserError
 from tokenizer.data.backends import Picture, Reader, VideoError, display_name, open_reader
@@ -29,9 +31,10 @@ __all__ = [
     "probe", "read_clip", "read_clip_at", "to_model_range", "to_uint8", "write_video",
 ]  # fmt: skip
 
-VIDEO_SUFFIXES = frozenset(
-    ".3gp .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
-)
+VIDEO_SUFFIXES = (
+    ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov",
+    ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv",
+)  # fmt: skip
 _TIME_SLACK = 1e-3  # seconds; containers round time stamps to a millisecond
 
 
@@ -47,7 +50,7 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class DecodedClip:
-    """Consecutive frames: `start` counts frames of the file at `fps`; the last `num_padded` repeat the last real one."""
+    """Consecutive frames: `start` counts the file's frames at `fps`; the last `num_padded` repeat the last real one."""
 
     start: int
     frames_THWC: np.ndarray
@@ -229,7 +232,8 @@ def write_video(path: str | os.PathLike[str], frames_THWC: np.ndarray, fps: floa
     os.close(handle)
     try:
         with av.open(aside, "w") as container:
-            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
+            rate = Fraction(fps).limit_denominator(1001)
+            stream = cast(VideoStream, container.add_stream(codec, rate=rate, options=options))
             stream.height, stream.width = frames_THWC.shape[1:3]
             stream.pix_fmt = pixels
             for frame_HWC in frames_THWC:
@@ -257,5 +261,6 @@ def list_videos(path: str | os.PathLike[str]) -> list[Path]:
     found = [Path(folder, name) for folder, _, names in os.walk(root) for name in names]
     videos = sorted((p for p in found if p.suffix.lower() in VIDEO_SUFFIXES), key=os.fsencode)
     if not videos:
-        raise UserError(f"{display_name(root)}: no video under this folder (looked for {' '.join(sorted(VIDEO_SUFFIXES))})")
+        suffixes = " ".join(VIDEO_SUFFIXES)
+        raise UserError(f"{display_name(root)}: no video under this folder (looked for {suffixes})")
     return videos

@@ -6,6 +6,7 @@ The adversarial and the alignment term join here; each brings its own file besid
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,10 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         if (self.perceptual > 0) != (self.perceptual_net != "none"):
-            raise UserError(f"loss.perceptual = {self.perceptual} and loss.perceptual_net = {self.perceptual_net!r} clash")
+            raise UserError(
+                f"loss.perceptual = {self.perceptual} and loss.perceptual_net = {self.perceptual_net!r} clash: "
+                "a weight above 0 needs a network, and perceptual = 0 goes with 'none'"
+            )
 
 
 def tokenizer_loss(
@@ -39,17 +43,12 @@ def tokenizer_loss(
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-> the weighted sum, and every term before weighting (scalars, detached), by name."""
-    terms = {
-        "l1": F.l1_loss(output.video_BCTHW, target_BCTHW),
-        "codebook": output.quantized.codebook,
-        "commitment": output.quantized.commitment,
-        "entropy": output.quantized.entropy,
-    }
+    terms = {"l1": F.l1_loss(output.video_BCTHW, target_BCTHW), **output.quantized.terms}
     if perceptual is not None:
         frame_T = _drawn_frames(target_BCTHW.shape[2], config.perceptual_frames, generator)
         ours, real = output.video_BCTHW[:, :, frame_T], target_BCTHW[:, :, frame_T]
         terms["perceptual"] = perceptual.clip_distance(ours, real).mean()
-    total = sum(getattr(config, name) * term for name, term in terms.items())
+    total = reduce(torch.add, [getattr(config, name) * term for name, term in terms.items()])
     return total, {name: term.detach() for name, term in terms.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a router learns, made from the rewards of a stored table: no label is ever stored, so one table serves every w_q.
+"""What a router learns, made from the rewards of a stored table; no label is stored, so one table serves every w_q.
 
 Letters: B clips, A assignments (rows).
 """

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.blocks.patchify import patchify
-from tokenizer.blocks.positions import sincos_3d
 from tokenizer.common.errors import UserError
 
 TABLE_STD = 0.02
@@ -40,7 +39,7 @@ class RouterConfig:
     heads: int = 8
     mlp_ratio: float = 4.0
     stem: str = "raw"  # linear patches of pixels, the only stem so far
-    init: str = "structured"  # patches start as frequencies, positions as sin-cos; "random": both as noise
+    init: str = "structured"  # the patch embedding starts as frequency filters; "random": as noise
 
     def __post_init__(self) -> None:
         for name, length, part in (("num_frames", "num_frames", "patch_frames"), ("size", "size", "patch_size")):
@@ -109,7 +108,7 @@ class Router(nn.Module):
         patch_numbers = 3 * config.patch_frames * config.patch_size**2
         self.embed = nn.Linear(patch_numbers, width)
         self.cls_D = nn.Parameter(torch.empty(width))
-        # Where a patch is = its block + its place in the frame; a full table would add nothing but parameters.
+        # Where a patch is = its block + its place in the frame: two small tables; one for all pairs makes it 20.2M.
         self.block_position_N1D = nn.Parameter(torch.empty(config.num_blocks, 1, width))
         self.place_position_1GD = nn.Parameter(torch.empty(1, config.grid**2, width))
         self.layers = nn.ModuleList(Layer(width, config.heads, config.mlp_ratio) for _ in range(config.layers))
@@ -118,25 +117,23 @@ class Router(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Matrices: normal of std width^-0.5; biases 0; head 0, so that all rows start equal; tables: normal of std 0.02.
+        """Matrices: normal, std width^-0.5. Biases: 0. Head: 0, so that all rows start equal. Tables: normal, std 0.02.
 
-        Structured: the patch embedding starts as frequencies, the tables as separable sin-cos. With a random embedding
-        motion, small in pixels beside brightness, is lost at first: a small run then learns no more than a constant.
+        Structured: the patch embedding starts as frequency filters, in which motion, small in pixels beside brightness,
+        is heard from the first step. The tables start faint: sin-cos ones, loud, hid the content from a small run.
         """
         config = self.config
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=config.width**-0.5)
+                nn.init.normal_(module.weight, std=config.width**-0.5)
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.head.weight)
         for table in (self.cls_D, self.block_position_N1D, self.place_position_1GD):
-            nn.init.trunc_normal_(table, std=TABLE_STD)
+            nn.init.normal_(table, std=TABLE_STD)
         if config.init == "structured":
             with torch.no_grad():
                 filter_DP = frequency_filters(config.patch_frames, config.patch_size)[: config.width]
                 self.embed.weight[: len(filter_DP)].copy_(filter_DP)
-                self.block_position_N1D.copy_(sincos_3d(config.num_blocks, 1, config.width)[:, None])
-                self.place_position_1GD.copy_(sincos_3d(1, config.grid, config.width)[None])
 
     def forward(self, video_BCTHW: Tensor) -> Tensor:
         """Pixels in [0, 1] -> logits_BA, one score for each row of the assignment table."""

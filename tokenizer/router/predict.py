@@ -71,7 +71,7 @@ def load_router(
     differing key where it does not, and for damaged, pickled or foreign files.
     """
     file = read_model(path)
-    if "stem" not in file.config.get("model", {}):
+    if "stem" not in file.config.get("model", {}):  # a key that only routers have
         raise UserError(f"{path}: these weights are {file.card.get('kind', 'something')!r}, not a router")
     config = from_dict(RouterConfig, file.config["model"], f"{path} (config inside)")
     if config_path is not None:

@@ -1,4 +1,4 @@
-"""The reward of an assignment (paper.md section 1, stage 2; eq. 6 with the sign that rewards good quality). Pure functions.
+"""The reward of an assignment (paper.md section 1; eq. 6 with the sign that rewards good quality). Pure functions.
 
     R(x, a) = w_q * Q(x, a) - w_l * L(a),      w_l = 2 - w_q
     Q = (mean LPIPS - LPIPS(x, a)) / std LPIPS,      L = (tokens(a) - mean tokens) / std tokens
@@ -61,7 +61,7 @@ def reward(lpips_BA: Tensor, tokens_A: Tensor, quality_weight: float, stats: Rew
 
 
 def reward_percentile(reward_BA: Tensor, chosen_row_B: Tensor) -> float:
-    """How far the chosen rows are on the way from each clip's worst row (0) to its best (1), means over the clips first.
+    """How far the chosen rows are on the way from each clip's worst row (0) to its best (1), on the mean over clips.
 
     (E R(chosen) - E R(worst)) / (E R(best) - E R(worst)), the paper's table 8; 1 where best and worst are the same.
     """

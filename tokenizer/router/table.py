@@ -52,9 +52,10 @@ class QualityTable:
 
     def save(self, path: str | Path) -> None:
         """One .safetensors file, written aside and renamed; equal tables give equal bytes."""
-        facts = {"levels": list(self.levels), "num_blocks": self.num_blocks, "meta": self.meta}
-        header = {"kind": _KIND, "names": json.dumps(self.names), "facts": json.dumps(facts, sort_keys=True)}
+        facts = {"levels": list(self.levels), "num_blocks": self.num_blocks, "names": self.names, "meta": self.meta}
         tensors = {"lpips": self.lpips_BA, "psnr": self.psnr_BA, "mse": self.mse_BA}
+        # one metadata key: safetensors writes several in random order, and equal tables would differ in their bytes
+        header = {_KIND: json.dumps(facts, sort_keys=True)}
         atomic_write(Path(path), save({k: v.contiguous() for k, v in tensors.items()}, metadata=header))
 
     @staticmethod
@@ -65,11 +66,11 @@ class QualityTable:
         try:
             with safe_open(str(path), framework="pt") as file:
                 header = file.metadata() or {}
-                if header.get("kind") != _KIND:
-                    raise UserError(f"{path}: not a quality table (kind {header.get('kind')!r})")
+                if _KIND not in header:
+                    raise UserError(f"{path}: not a quality table; it holds {', '.join(header) or 'bare tensors'}")
                 lpips, psnr, mse = (file.get_tensor(name) for name in ("lpips", "psnr", "mse"))
         except SafetensorError as error:
             raise UserError(f"{path}: damaged quality table: {error}") from error
-        facts = json.loads(header["facts"])
-        names = json.loads(header["names"])
-        return QualityTable(lpips, psnr, mse, names, tuple(facts["levels"]), facts["num_blocks"], facts["meta"])
+        facts = json.loads(header[_KIND])
+        facts["levels"] = tuple(facts["levels"])
+        return QualityTable(lpips, psnr, mse, **facts)

@@ -3,31 +3,31 @@
     python -m tokenizer.router.train configs/router/router_w_lpips_1.2_raw.yaml
     python -m tokenizer.router.train configs/mini/router.yaml quality_weight=1.0 labels=soft run.dir=results/router/1.0
 
-The table holds no labels, only LPIPS of every (clip, assignment): the trade-off `quality_weight` is chosen here. Started
-again with the same run.dir it resumes by itself, to the same result.
+The table holds no labels, only the LPIPS of every (clip, assignment): the trade-off, `quality_weight`, is chosen here.
+Started again with the same run.dir it resumes by itself, to the same result.
 
 Letters: B clips of a batch, S clips of a table, C T H W, A assignments (rows).
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizer.assignment import AssignmentSpace
-from tokenizer.common.config import load_config, to_dict
+from tokenizer.common.config import to_dict
+from tokenizer.common.entry import parse_training_arguments, rehearse
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.loop import RunConfig, TrainState, fit, start_run
 from tokenizer.common.optim import OptimConfig
 from tokenizer.common.runtime import generator_for
 from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset
 from tokenizer.data.loader import ClipBatch, batches
+from tokenizer.model import parameters_by_part
 from tokenizer.router.labels import hard_labels, soft_labels
 from tokenizer.router.model import Router, RouterConfig
 from tokenizer.router.reward import best_uniform, reward, reward_percentile, stats_of
@@ -107,9 +107,7 @@ class RouterTraining:
         )
         self.row_of = {name: row for row, name in enumerate(table.names)}
         start_run(run)
-        model = Router(config.model)
-        start_at_best_constant(model, self._labels(self.reward_SA))
-        self.state = TrainState.start(model, run, config.optim)
+        self.state = TrainState.start(Router(config.model), run, config.optim, kind="router")
 
     def batches(self, step: int) -> Iterator[ClipBatch]:
         run = self.config.run
@@ -137,15 +135,14 @@ class RouterTraining:
         return measure(torch.cat(scores), self.val_reward_SA, self.space)
 
     def fit(self) -> None:
-        fit(
-            self.config.run,
-            self.config.optim,
-            to_dict(self.config),
-            self.state,
-            self.batches,
-            self.loss,
-            self.validate,
-        )
+        """Train to the end of `run.steps`, from wherever `run.dir` stands."""
+        config = self.config
+        fit(config.run, config.optim, to_dict(config), self.state, self.batches, self.loss, self.validate)
+
+    def rehearse(self) -> None:
+        """`--dry-run`: two steps, nothing written."""
+        config, parts = self.config, parameters_by_part(self.state.model)
+        rehearse(config.run, config.optim, self.state, self.batches, self.loss, parts)
 
     def _read_table(self, path: str) -> QualityTable:
         table = QualityTable.load(path)
@@ -161,18 +158,6 @@ class RouterTraining:
         if self.config.labels == "hard":
             return hard_labels(reward_BA)
         return soft_labels(reward_BA, self.config.temperature).float()
-
-
-def start_at_best_constant(model: Router, label_S: Tensor) -> None:
-    """Let all clips start with the scores that fit the labels best if no clip is looked at: their log frequency.
-
-    label_S: rows (S,) or probabilities (S, A). One uniform label is added, so that no row starts at minus infinity.
-    """
-    num_rows = model.space.num_rows
-    prob_SA = label_S if label_S.ndim == 2 else F.one_hot(label_S, num_rows)
-    prior_A = (prob_SA.sum(dim=0) + 1 / num_rows) / (len(prob_SA) + 1)
-    with torch.no_grad():
-        model.head.bias.copy_(prior_A.log())
 
 
 def augment(video_BCTHW: Tensor, crop_scale: float, flip: bool, generator: torch.Generator) -> Tensor:
@@ -214,13 +199,9 @@ def _percentile(score_BA: Tensor, reward_BA: Tensor, space: AssignmentSpace) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Stage 3: train a router on a quality table.")
-    parser.add_argument("config", type=Path, help="YAML of RouterTrainConfig, e.g. configs/mini/router.yaml")
-    parser.add_argument("overrides", nargs="*", help="key.sub=value")
-    args = parser.parse_args()
-    config = load_config(RouterTrainConfig, args.config, args.overrides)
-    config.run.dir = config.run.dir or f"results/router/{args.config.stem}"
-    RouterTraining(config).fit()
+    config, dry = parse_training_arguments(RouterTrainConfig, "router", "Stage 3: train a router on a quality table.")
+    training = RouterTraining(config)
+    training.rehearse() if dry else training.fit()
 
 
 if __name__ == "__main__":

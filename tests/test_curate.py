@@ -1,0 +1,120 @@
+"""Stage 2: the prefix tree equals brute force; any number of killed and restarted workers give the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenizer.assignment import pack
+from tokenizer.common.checkpoint import save_model
+from tokenizer.common.config import to_dict
+from tokenizer.common.errors import UserError
+from tokenizer.data.bundled_clips import bundled_videos
+from tokenizer.data.clips import DataConfig, build_dataset
+from tokenizer.losses.perceptual import load_perceptual
+from tokenizer.model import VideoTokenizer
+from tokenizer.presets import build_tokenizer
+from tokenizer.router.curate import CurateConfig, Curation
+from tokenizer.router.score_assignments import Scorer
+from tokenizer.router.table import QualityTable
+
+
+def heldout_scenes(num: int) -> torch.Tensor:
+    clips = build_dataset(DataConfig(sources=[f"synthetic:heldout:{num}"], size=32, augment=False))
+    return torch.stack([clips.get(i).video_CTHW for i in range(num)])
+
+
+def lively_tokenizer() -> VideoTokenizer:
+    """Random weights, but codes taken from latents of real clips, so that clips and assignments differ."""
+    torch.manual_seed(0)
+    model = build_tokenizer("VQ_debug", levels=[2, 4]).eval()
+    torch.nn.init.normal_(model.to_pixels.weight, std=0.1)
+    video = heldout_scenes(6)
+    packing = pack(model.space.lengths_of(torch.full((6,), model.space.num_rows - 1)))
+    model.quantizer.start_from(model.encode_latents(video, packing), torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory) -> Path:
+    model = lively_tokenizer()
+    path = tmp_path_factory.mktemp("proxy") / "proxy.safetensors"
+    save_model(path, model.state_dict(), {"model": to_dict(model.config)})
+    return path
+
+
+def curate(proxy: Path, folder: Path, **changes) -> Curation:
+    data = DataConfig(sources=["synthetic:heldout:5"], size=32, augment=False)
+    config = {"perceptual_net": "stlpips_alex", "clips_per_unit": 2, "data": data, "frames_per_block": 1, **changes}
+    return Curation(CurateConfig(dir=str(folder), proxy=str(proxy), **config))
+
+
+def test_tree_equals_brute_force() -> None:
+    video = heldout_scenes(2)
+    scorer = Scorer(lively_tokenizer(), load_perceptual("stlpips_alex"))
+    tree, brute = scorer.tree(video), scorer.brute_force(video)
+    for fast, slow in zip(tree, brute, strict=True):
+        assert fast.shape == (2, 16)
+        assert slow.std(dim=1).min() > 0, "assignments must differ, or the test shows nothing"
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+    assert torch.equal(tree[0].argmin(dim=1), brute[0].argmin(dim=1))
+
+
+def test_shared_and_killed_work_gives_the_bytes_of_a_serial_run(proxy: Path, tmp_path: Path) -> None:
+    serial = curate(proxy, tmp_path / "serial")
+    assert serial.run()
+    config = tmp_path / "curate.yaml"
+    config.write_text(
+        f"dir: {tmp_path / 'shared'}\nproxy: {proxy}\nperceptual_net: stlpips_alex\nframes_per_block: 1\n"
+        "clips_per_unit: 2\nnum_threads: 1\ndata: {sources: ['synthetic:heldout:5'], size: 32, augment: false}\n"
+    )
+    command = [sys.executable, "-m", "tokenizer.router.curate", str(config)]
+    victim = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    units = tmp_path / "shared" / "units"
+    deadline = time.monotonic() + 60
+    while not list(units.glob("*.safetensors")) and time.monotonic() < deadline and victim.poll() is None:
+        time.sleep(0.01)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait()
+    (units / "000000.safetensors.partial").write_bytes(b"half a unit")
+    workers = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [worker.wait(timeout=100) for worker in workers] == [0, 0]
+    shared = tmp_path / "shared" / "table.safetensors"
+    assert shared.read_bytes() == serial.table_path.read_bytes()
+
+
+def test_the_table_names_its_clips_and_counts_what_it_skipped(proxy: Path, tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / "a.mp4").write_bytes(bundled_videos("heldout")[0].path.read_bytes())
+    (videos / "b.mp4").write_bytes(b"not a video")
+    (videos / "c.mp4").write_bytes(bundled_videos("heldout")[1].path.read_bytes())
+    work = curate(proxy, tmp_path / "out", data=DataConfig(sources=[str(videos)], size=32, augment=False))
+    assert work.run()
+    table = QualityTable.load(work.table_path)
+    assert table.names == ["videos/a.mp4", "videos/c.mp4"]
+    assert "videos/b.mp4" in (tmp_path / "out" / "skipped.json").read_text()
+    assert table.meta["perceptual_net"] == "stlpips_alex"
+
+
+def test_work_of_another_proxy_or_metric_is_not_mixed(proxy: Path, tmp_path: Path) -> None:
+    curate(proxy, tmp_path / "out")
+    with pytest.raises(UserError, match="frames_per_block"):
+        curate(proxy, tmp_path / "out", frames_per_block=2)
+
+
+def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
+    space_rows = 2**4
+    table = QualityTable(*torch.rand(3, 1, space_rows), ["a"], (2, 4), 4)
+    path = tmp_path / "table.safetensors"
+    table.save(path)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match="damaged"):
+        QualityTable.load(path)
+    with pytest.raises(UserError, match="no such quality table"):
+        QualityTable.load(tmp_path / "other.safetensors")

@@ -1,0 +1,96 @@
+"""A file that crashes or hangs the decoder costs one VideoError: decoding in another process."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tokenizer.common.errors import UserError
+from tokenizer.data import safe_decode, video_io
+from tokenizer.data.bundled_clips import bundled_videos
+from tokenizer.data.safe_decode import decode_clip_at, decode_clips
+from tokenizer.data.video_io import VideoError
+
+# A decoder that dies or sleeps as native code does: no Python exception, signals held back.
+STAND_IN = """
+import os, signal, time
+cpu = lambda index: None
+def VideoReader(source, ctx, num_threads):
+    if source.endswith("hang.mp4"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+        time.sleep(600)
+    os.kill(os.getpid(), signal.SIGSEGV)
+"""
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("safe") / "two words.mp4"
+    video_io.write_video(path, np.random.default_rng(0).integers(0, 256, (40, 32, 48, 3), np.uint8), fps=10)
+    return path
+
+
+@pytest.fixture
+def stand_in_decord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Processes started in here find the stand-in under the name decord."""
+    (tmp_path / "decord.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path)
+    safe_decode.stop_idle_workers()
+    yield
+    safe_decode.stop_idle_workers()
+
+
+def idle_pids() -> list[int]:
+    return [worker.pid for worker in safe_decode._idle.get(os.getpid(), [])]
+
+
+def test_the_same_clips_as_in_this_process_by_one_reused_worker(video: Path) -> None:
+    for path, options in ((video, {"all_clips": True}), (bundled_videos("train")[0].path, {"fps": 3.0, "size": 64})):
+        ours, theirs = list(video_io.iter_clips(path, **options)), list(decode_clips(path, **options))
+        assert len(ours) == len(theirs) > 0
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one.start, one.num_padded, one.fps) == (other.start, other.num_padded, other.fps)
+            np.testing.assert_array_equal(one.frames_THWC, other.frames_THWC)
+            assert other.frames_THWC.flags.writeable
+    one, other = video_io.read_clip_at(video, 0.5, 8), decode_clip_at(video, 0.5, 8)
+    np.testing.assert_array_equal(one.frames_THWC, other.frames_THWC)
+    assert len(idle_pids()) == 1
+
+
+def test_a_reader_left_in_the_middle_and_two_at_once_do_not_mix(video: Path) -> None:
+    with contextlib.closing(decode_clips(video, 8, 32, all_clips=True)) as left:
+        next(left)
+    pairs = zip(decode_clips(video, 8, 32, all_clips=True), decode_clips(video, 8, 32, all_clips=True), strict=True)
+    assert [(a.start, b.start) for a, b in pairs] == [(s, s) for s in range(0, 40, 8)]
+
+
+def test_errors_come_across_with_file_and_reason(video: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(VideoError, match=r"empty.mp4: is empty \(zero bytes\)") as caught:
+        list(decode_clips(tmp_path / "empty.mp4"))
+    assert caught.value.path == tmp_path / "empty.mp4"
+    with pytest.raises(UserError, match="choose one of pyav, decord") as caught_too:
+        list(decode_clips(video, backend="gstreamer"))
+    assert not isinstance(caught_too.value, VideoError)
+    raw_name = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4"))
+    raw_name.write_bytes(video.read_bytes())
+    assert next(decode_clips(raw_name, 16, 32)).num_padded == 0
+
+
+@pytest.mark.usefixtures("stand_in_decord")
+def test_crash_and_hang_end_only_the_worker(tmp_path: Path, video: Path) -> None:
+    for name in ("crash.mp4", "hang.mp4"):
+        (tmp_path / name).write_bytes(video.read_bytes())
+    with pytest.raises(VideoError, match="crash.mp4: the decoder crashed on it .signal SIGSEGV."):
+        list(decode_clips(tmp_path / "crash.mp4", backend="decord"))
+    assert idle_pids() == []
+    next(decode_clips(video))  # the next worker, warm, so that the limit below is all for decoding
+    (before,) = idle_pids()
+    with pytest.raises(VideoError, match=r"hang.mp4: the decoder hangs \(no clip within 1.5 s\)"):
+        decode_clip_at(tmp_path / "hang.mp4", 0.0, backend="decord", time_limit_s=1.5)
+    with pytest.raises(ProcessLookupError):
+        os.kill(before, 0)
+    assert next(decode_clips(video, 16, 32)).start == 0

@@ -1,0 +1,226 @@
+"""Stages 1 and 4 with the debug configs, end to end: the run folder, resume to the bit, the three policies, refusals."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from tokenizer import train
+from tokenizer.common.checkpoint import read_model, save_model
+from tokenizer.common.config import load_config, to_dict
+from tokenizer.common.errors import UserError
+from tokenizer.data.loader import ClipBatch
+from tokenizer.losses.objective import LossConfig
+from tokenizer.policy import PolicyConfig, build_policy
+from tokenizer.presets import PRESETS, load_tokenizer
+from tokenizer.router.model import Router, RouterConfig
+from tokenizer.train import TokenizerTrainConfig, TokenizerTraining
+
+DEBUG = Path(__file__).parents[1] / "configs" / "debug"
+CPU = torch.device("cpu")
+
+
+def training(folder: Path, *overrides: str, config: str = "proxy.yaml") -> TokenizerTraining:
+    return TokenizerTraining(
+        load_config(TokenizerTrainConfig, DEBUG / config, [f"run.dir={folder}", "run.device=cpu", *overrides])
+    )
+
+
+def lines(folder: Path) -> list[dict]:
+    """metrics.jsonl without the clock's fields."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "data_wait")} for line in found]
+
+
+def final_bits(folder: Path) -> list[bytes]:
+    names = ("model.safetensors", "model.raw.safetensors")
+    return [t.numpy().tobytes() for n in names for _, t in sorted(read_model(folder / "final" / n).tensors.items())]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole")
+    training(folder).fit()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def router_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained router for the debug tokenizer."""
+    torch.manual_seed(0)
+    config = RouterConfig(size=32, levels=[2, 4, 8], layers=1, width=32, heads=2)
+    path = tmp_path_factory.mktemp("router") / "router.safetensors"
+    save_model(path, Router(config).state_dict(), {"model": to_dict(config)}, {"kind": "router"})
+    return path
+
+
+def test_a_run_leaves_everything_in_its_folder(whole: Path) -> None:
+    assert yaml.safe_load((whole / "config.yaml").read_text())["model"] == to_dict(PRESETS["VQ_debug"])
+    log = lines(whole)
+    steps = [line for line in log if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    terms = {"l1", "perceptual", "codebook", "commitment", "entropy"}
+    assert terms | {"loss", "lr", "grad_norm", "code_usage", "perplexity", "tokens_per_clip"} <= steps[0].keys()
+    weights = LossConfig()
+    wanted = sum(getattr(weights, name) * steps[0][name] for name in terms)
+    assert steps[0]["loss"] == pytest.approx(wanted, rel=1e-5)
+
+    validations = [line for line in log if "val/psnr_policy" in line]
+    assert [line["step"] for line in validations] == [3, 6]
+    for name in ("at_2", "at_4", "at_8", "policy"):  # every uniform level, and the run's own assignments
+        assert {f"val/psnr_{name}", f"val/stlpips_alex_{name}"} <= validations[0].keys()
+    for step in (3, 6):
+        with Image.open(whole / "samples" / f"{step:08d}.png") as picture:
+            assert picture.size[0] == 4 * 32  # one frame of each block
+            assert picture.size[1] > 3 * 2 * 32  # three clips: real above ours, and the bars of tokens
+            assert picture.convert("L").getextrema()[0] < 100  # not blank
+
+    model = load_tokenizer(whole)
+    tokens = model.encode(torch.rand(1, 3, 16, 32, 32), budget="uniform:4")
+    assert model.decode(tokens).shape == (1, 3, 16, 32, 32)
+
+
+class KilledAt(TokenizerTraining):
+    """Dies like a machine without power, just before the update of `moment`."""
+
+    moment = 0
+
+    def loss(self, batch: ClipBatch, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        if step == self.moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().loss(batch, step)
+
+
+def test_a_killed_run_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    config = load_config(TokenizerTrainConfig, DEBUG / "proxy.yaml", [f"run.dir={tmp_path}", "run.device=cpu"])
+
+    def killed(moment: int) -> None:
+        run = KilledAt(config)
+        run.moment = moment
+        run.fit()
+
+    for moment in (1, 3, 5):  # before the first checkpoint, and between two
+        child = multiprocessing.get_context("fork").Process(target=killed, args=(moment,))
+        child.start()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
+    assert len(lines(tmp_path)) < len(lines(whole))
+    TokenizerTraining(config).fit()
+    assert lines(tmp_path) == lines(whole)
+    assert final_bits(tmp_path) == final_bits(whole)
+
+
+@pytest.mark.parametrize("workers", [1])
+def test_workers_that_load_data_change_nothing(whole: Path, tmp_path: Path, workers: int) -> None:
+    training(tmp_path, f"run.num_workers={workers}", "run.steps=6").fit()
+    assert final_bits(tmp_path) == final_bits(whole)
+
+
+def test_nan_stops_the_run_and_names_step_and_term(tmp_path: Path) -> None:
+    run = training(tmp_path)
+    with torch.no_grad():
+        run.model.to_pixels.bias[0] = torch.nan
+    with pytest.raises(UserError, match="step 0: l1 is nan; the run stopped before this update"):
+        run.fit()
+    assert not (tmp_path / "final").exists()
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    """Not much, in 40 steps, but more than the colour it starts from."""
+    run = training(
+        tmp_path,
+        "data.sources=[synthetic:train:4]",
+        "data.augment=false",
+        "loss.perceptual=0",
+        "loss.perceptual_net=none",
+        "run.steps=40",
+        "run.validate_every=100",
+        "run.checkpoint_every=100",
+        "val_clips=0",
+        "optim.lr=3e-3",
+    )
+    run.fit()
+    l1 = [line["l1"] for line in lines(tmp_path) if "l1" in line]
+    assert sum(l1[-4:]) < 0.8 * sum(l1[:4])
+
+
+def test_the_codebook_starts_from_latents_of_training_clips(tmp_path: Path) -> None:
+    fresh = training(tmp_path)
+    figures = fresh.loss(next(fresh.batches(0)), 0)[1]
+    assert figures["codebook"] < 0.01  # the latents of the first batch lie on or near codes
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", ["train", *arguments])
+    train.main()
+
+
+def test_a_dry_run_says_what_the_run_would_cost_and_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command(monkeypatch, str(DEBUG / "proxy.yaml"), "--dry-run", f"run.dir={folder}", "run.steps=5000", "run.device=cpu")
+    said = capsys.readouterr().out
+    for word in ("parameters  0.18M", "encoder", "perceptual", "s a step of 2 clips on cpu", "5000 steps", "nothing was"):
+        assert word in said
+    assert str(folder) in said and not folder.exists()
+
+
+def test_the_run_is_called_after_the_whole_name_of_its_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A dot in the name cuts nothing off."""
+    seen = []
+    monkeypatch.setattr(TokenizerTraining, "__init__", lambda self, config: seen.append(config.run.dir))
+    monkeypatch.setattr(TokenizerTraining, "fit", lambda self: None)
+    for name in ("final_w_lpips_1.2", "final_w_lpips_1.2_3fps_webvid"):
+        (tmp_path / f"{name}.yaml").write_text("run: {steps: 1}\n")
+        command(monkeypatch, str(tmp_path / f"{name}.yaml"))
+    assert seen == ["results/vq/final_w_lpips_1.2", "results/vq/final_w_lpips_1.2_3fps_webvid"]
+
+
+# --- where the lengths come from ------------------------------------------------------------------------------------
+
+
+def test_stage_4_trains_with_the_routers_assignments(router_file: Path, tmp_path: Path) -> None:
+    chosen = (f"policy.router_ckpt={router_file}", "policy.router_config=", "run.steps=2")
+    run = training(tmp_path, *chosen, config="final.yaml")
+    run.fit()
+    router = build_policy(run.config.policy, run.config.model, CPU)
+    batch = next(run.batches(0))
+    wanted = router(batch.video_BCTHW, torch.Generator()).sum() / len(batch.video_BCTHW)
+    assert lines(tmp_path)[0]["tokens_per_clip"] == float(wanted)
+    assert load_tokenizer(tmp_path).sha256
+
+
+def test_the_other_policies() -> None:
+    model = PRESETS["VQ_debug"]
+    video_BCTHW = torch.rand(6, 3, 16, 32, 32)
+    fixed = build_policy(PolicyConfig("fixed", [8, 4, 2, 2]), model, CPU)
+    assert fixed(video_BCTHW, torch.Generator()).tolist() == [[8, 4, 2, 2]] * 6
+    random = build_policy(PolicyConfig("random"), model, CPU)
+    drawn = [random(video_BCTHW, torch.Generator().manual_seed(seed)).tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len({tuple(lengths) for lengths in drawn[0]}) > 1  # each clip its own
+
+
+def test_policies_that_do_not_fit_are_refused(router_file: Path) -> None:
+    model = PRESETS["VQ_debug"]
+    refused = {
+        "length 5 is none of the levels": PolicyConfig("fixed", [5, 4, 2, 2]),
+        "4 lengths, one per block; got 3": PolicyConfig("fixed", [4, 4, 4]),
+    }
+    for words, config in refused.items():
+        with pytest.raises(UserError, match=words):
+            build_policy(config, model, CPU)
+    with pytest.raises(UserError, match=r"levels \[2, 4, 8\] for 4 blocks, but the tokenizer"):
+        build_policy(PolicyConfig("router", router_ckpt=str(router_file)), PRESETS["VQ_mini"], CPU)

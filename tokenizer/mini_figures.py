@@ -1,0 +1,175 @@
+"""The held-out figures of the shipped miniature, recomputed from its files: `python -m tokenizer.mini_figures`.
+
+The clips come from other source files than the training clips. Nothing here is comparable with the paper.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+from tqdm import tqdm
+
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.image_quality import motion, psnr
+from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
+from tokenizer.data.video_io import to_uint8
+from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
+from tokenizer.model import VideoTokenizer
+from tokenizer.presets import load_tokenizer
+from tokenizer.router.predict import TrainedRouter, load_router
+from tokenizer.router.reward import RewardStats, best_uniform, reward, reward_percentile
+from tokenizer.router.table import QualityTable
+
+_BATCH = 8
+
+
+def held_out_figures(folder: Path) -> dict[str, Any]:
+    """All figures of the miniature in `folder` (final, router and held-out table), as plain numbers."""
+    tokenizer, router = load_tokenizer(folder / "final.safetensors"), load_router(folder / "router.safetensors")
+    table = QualityTable.load(folder / "heldout_table.safetensors")
+    perceptual = load_perceptual(str(table.meta["perceptual_net"]))
+    clips = build_dataset(DataConfig(**table.meta["data"]))
+    if clips.names != table.names:
+        raise UserError(f"{folder}: the held-out table lists other clips than its data section gives")
+    video = torch.stack([clips.get(i).video_CTHW for i in range(len(clips))])
+    score_BA = torch.cat([router.scores(some) for some in video.split(_BATCH)])
+    row_B = router.space.best_row(score_BA)
+    return {
+        "num_clips": len(clips),
+        "perceptual_net": perceptual.name,
+        "sha256": {"final": tokenizer.sha256, "router": router.sha256, "proxy": table.meta["tokenizer_sha256"]},
+        "router": _router_figures(score_BA, row_B, table, router),
+        "adaptivity": _adaptivity(clips, video, router.space.tokens_A[row_B]),
+        "final": _final_figures(tokenizer, perceptual, video, row_B),
+        "proxy": {
+            str(level): {name: getattr(table, f"{name}_BA")[:, table.space.uniform_row(level)].mean().item()
+                         for name in ("lpips", "psnr")}
+            for level in table.levels
+        },
+    }  # fmt: skip
+
+
+def _router_figures(score_BA: Tensor, row_B: Tensor, table: QualityTable, router: TrainedRouter) -> dict[str, Any]:
+    """How good the chosen assignments are by the proxy's table, for the weight that the router was trained with."""
+    space, meta = router.space, table.meta
+    reward_BA = reward(table.lpips_BA, space.tokens_A, meta["quality_weight"], RewardStats(**meta["reward_stats"]))
+    best_B = reward_BA.argmax(dim=1)
+    level, uniform = best_uniform(reward_BA, space)
+    constant = int(reward_BA.mean(dim=0).argmax())
+    return {
+        "quality_weight": meta["quality_weight"],
+        "top1": (row_B == best_B).double().mean().item(),
+        "top5": (score_BA.topk(5).indices == best_B[:, None]).any(dim=1).double().mean().item(),
+        "percentile": reward_percentile(reward_BA, row_B),
+        "best_uniform_level": level,
+        "best_uniform_percentile": uniform,
+        "best_constant_row": space.lengths_of(torch.tensor(constant)).tolist(),
+        "best_constant_percentile": reward_percentile(reward_BA, torch.full_like(row_B, constant)),
+        "mean_tokens": space.tokens_A[row_B].double().mean().item(),
+        "best_row_tokens": space.tokens_A[best_B].double().mean().item(),
+    }
+
+
+def _adaptivity(clips: ClipDataset, video: Tensor, tokens_B: Tensor) -> dict[str, Any]:
+    """Who gets how many tokens: rank correlation with motion, and the mean of each kind of clip."""
+    motion_B = [motion(to_uint8(clip)) for clip in video]
+    groups = defaultdict[str, list[int]](list)
+    for i in range(len(clips)):
+        sample = clips.get(i)
+        groups[f"rendered {sample.kind}" if sample.kind else f"real {sample.label}"].append(i)
+    real = [i for name, members in groups.items() if name.startswith("real") for i in members]
+
+    def rank_correlation(members: list[int]) -> float:
+        return float(spearmanr([motion_B[i] for i in members], tokens_B[members].tolist()).statistic)
+
+    return {
+        "rank_correlation_motion_tokens": rank_correlation(list(range(len(clips)))),
+        "rank_correlation_real_clips": rank_correlation(real),
+        "groups": {
+            name: {
+                "clips": len(members),
+                "motion": sum(motion_B[i] for i in members) / len(members),
+                "tokens": tokens_B[members].double().mean().item(),
+            }
+            for name, members in sorted(groups.items())
+        },
+    }
+
+
+def _final_figures(
+    tokenizer: VideoTokenizer, perceptual: PerceptualDistance, video: Tensor, row_B: Tensor
+) -> dict[str, dict[str, float]]:
+    """The final tokenizer under the router and at each uniform level: perceptual distance, PSNR, tokens."""
+    space = tokenizer.space
+    ways = {str(level): space.lengths_of(torch.full_like(row_B, space.uniform_row(level))) for level in space.levels}
+    ways["router"] = space.lengths_of(row_B)
+    figures = {}
+    for name, length_BN in tqdm(ways.items(), desc="final tokenizer", unit="assignment"):
+        distance, decibel = [], []
+        for start in range(0, len(video), _BATCH):
+            some = slice(start, start + _BATCH)
+            ours = tokenizer.decode(tokenizer.encode(video[some], length_BN[some]))
+            distance.append(perceptual.clip_distance(ours, video[some]))
+            decibel.append(psnr(ours, video[some]))
+        figures[name] = {
+            "lpips": torch.cat(distance).mean().item(),
+            "psnr": torch.cat(decibel).mean().item(),
+            "tokens": length_BN.sum(dim=1).double().mean().item(),
+        }
+    return figures
+
+
+def as_markdown(figures: dict[str, Any]) -> str:
+    """The figures as the tables of the model card and the README."""
+    router, adaptivity, net = figures["router"], figures["adaptivity"], figures["perceptual_net"]
+    lines = [
+        f"{figures['num_clips']} held-out clips. Recompute with `python -m tokenizer.mini_figures`.",
+        "",
+        f"| assignment | tokens a clip | proxy: {net} | proxy: PSNR | final: {net} | final: PSNR |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, final in figures["final"].items():
+        proxy = figures["proxy"].get(name)
+        shown = f"{proxy['lpips']:.4f} | {proxy['psnr']:.2f}" if proxy else "- | -"
+        label = "router" if name == "router" else f"uniform {name}"
+        lines.append(f"| {label} | {final['tokens']:.0f} | {shown} | {final['lpips']:.4f} | {final['psnr']:.2f} |")
+    lines += [
+        "",
+        "The proxy's distance looks at the frames named in the table's config, the final's at all 16.",
+        "",
+        f"| router at w_q = {router['quality_weight']} | |",
+        "|---|---|",
+        f"| reward percentile | {router['percentile']:.2%} |",
+        f"| best uniform (level {router['best_uniform_level']}) | {router['best_uniform_percentile']:.2%} |",
+        f"| best single assignment {router['best_constant_row']} | {router['best_constant_percentile']:.2%} |",
+        f"| top-1 / top-5 | {router['top1']:.2%} / {router['top5']:.2%} |",
+        f"| tokens a clip, router / best rows | {router['mean_tokens']:.1f} / {router['best_row_tokens']:.1f} |",
+        f"| rank correlation of motion and tokens, all clips | {adaptivity['rank_correlation_motion_tokens']:.2f} |",
+        f"| the same, real clips only | {adaptivity['rank_correlation_real_clips']:.2f} |",
+        "",
+        "| clips | number | motion (grey levels) | tokens from the router |",
+        "|---|---|---|---|",
+    ]
+    for name, group in sorted(adaptivity["groups"].items(), key=lambda item: item[1]["tokens"]):
+        lines.append(f"| {name} | {group['clips']} | {group['motion']:.2f} | {group['tokens']:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Recompute the held-out figures of the shipped miniature.")
+    parser.add_argument("--folder", type=Path, default=Path("ckpts/mini"), help="final, router and held-out table")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON instead of tables")
+    args = parser.parse_args()
+    figures = held_out_figures(args.folder)
+    print(json.dumps(figures, indent=1) if args.json else as_markdown(figures))
+
+
+if __name__ == "__main__":
+    run_cli(main)

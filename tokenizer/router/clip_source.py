@@ -1,0 +1,216 @@
+"""Which videos the main job reads, and their clips as one ordered stream that is decoded ahead of its reader."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import re
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Full, Queue
+from typing import Any
+
+from tqdm import tqdm
+
+from tokenizer.common.errors import UserError
+from tokenizer.data.safe_decode import decode_clips
+from tokenizer.data.video_io import DecodedClip, VideoError, display_name, list_videos
+
+_CLIPS_AHEAD = 2  # decoded and waiting, for each reader
+_LONGEST_SLUG = 80
+_END_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class VideoSource:
+    """One video file. `file` is for people; `name` is safe in a path and belongs to this file alone."""
+
+    path: Path
+    file: str
+    name: str
+
+    def fingerprint(self) -> str:
+        """Changes when the file is replaced: its size and the sha256 of both its ends (not its date: copies are equal).
+
+        Raises VideoError where the file cannot be opened.
+        """
+        try:
+            size = self.path.stat().st_size
+            with open(self.path, "rb") as file:
+                ends = file.read(_END_BYTES)
+                file.seek(max(0, size - _END_BYTES))
+                ends += file.read()
+        except OSError as error:
+            raise VideoError(self.path, error.strerror or str(error)) from error
+        return f"{size}-{hashlib.sha256(ends).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
+class SourceClip:
+    """One clip of a source; `decoded` is None where the caller said that it has this clip already."""
+
+    source: VideoSource
+    start: int
+    fingerprint: str
+    decoded: DecodedClip | None
+
+    @property
+    def name(self) -> str:
+        """Safe in a path, and different for every clip of a job."""
+        return f"{self.source.name}_{self.start:06d}"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A source that could not be read, or not to its end."""
+
+    source: VideoSource
+    reason: str
+
+
+@dataclass(frozen=True)
+class ClipRule:
+    """How clips are cut out of a video; see `video_io.iter_clips`."""
+
+    num_frames: int
+    size: int
+    fps: float | None = None
+    all_clips: bool = False
+    backend: str = "pyav"
+
+
+def find_sources(vid_path: str | Path, is_ours: Callable[[Path], bool]) -> list[VideoSource]:
+    """The videos under a folder, or the one file. `is_ours` picks out what this job wrote itself, to be left out.
+
+    Raises UserError for a wrong path and a folder without videos.
+    """
+    root = Path(vid_path)
+    videos = [path for path in list_videos(root) if not is_ours(path)]
+    if not videos:
+        raise UserError(f"{display_name(root)}: holds only results of this very job; give the folder of the originals")
+    return [_source(path, path.relative_to(root) if path != root else Path(path.name)) for path in videos]
+
+
+def stream_clips(
+    sources: Sequence[VideoSource], rule: ClipRule, num_readers: int, is_done: Callable[[str, str], bool]
+) -> Generator[SourceClip | Skipped, None, None]:
+    """The clips of all sources in order; a source that fails gives one `Skipped` in place of the rest of it.
+
+    `is_done(name, fingerprint)`: a clip that the caller has already. Where it is all that its file is asked for, the
+    file is not decoded again. num_readers: decoding processes that work ahead of the caller; 0 decodes on demand.
+    """
+    streams = (_clips_of(source, rule, is_done) for source in sources)
+    yield from _read_ahead(streams, num_readers) if num_readers else itertools.chain.from_iterable(streams)
+
+
+@dataclass
+class ClipWalk:
+    """One pass over the clips of a job with a progress bar; what cannot be read is said aloud and kept in `skipped`."""
+
+    sources: Sequence[VideoSource]
+    rule: ClipRule
+    num_readers: int
+    max_clips: int | None = None
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def __call__(self, title: str, is_done: Callable[[str, str], bool] = lambda *_: False) -> Iterator[SourceClip]:
+        """The clips in order, at most `max_clips`. With all_clips the bar guesses the total from the videos so far."""
+        self.skipped.clear()
+        num_clips, most = 0, self.max_clips or sys.maxsize
+        stream = stream_clips(self.sources, self.rule, self.num_readers, is_done)
+        calm = 1 if sys.stderr.isatty() else 30  # seconds between two states of the bar; a log file needs few
+        bar = tqdm(desc=title, total=min(len(self.sources), most), unit="clip", mininterval=calm, dynamic_ncols=True)
+        place = {source.name: i for i, source in enumerate(self.sources, start=1)}
+        with bar, contextlib.closing(stream):
+            for item in stream:
+                if isinstance(item, Skipped):
+                    self.skipped.append(item)
+                    tqdm.write(f"skipped {item.source.file}: {item.reason}", file=sys.stderr)
+                    continue
+                yield item
+                num_clips += 1
+                if self.rule.all_clips:
+                    bar.total = min(most, round(num_clips * len(self.sources) / place[item.source.name]))
+                bar.update()
+                if num_clips == most:
+                    return
+
+
+def _source(path: Path, relative: Path) -> VideoSource:
+    slug = re.sub(r"[^A-Za-z0-9]+", "_", os.fsencode(relative.with_suffix("")).decode("ascii", "replace")).strip("_")
+    digest = hashlib.sha256(os.fsencode(relative)).hexdigest()[:8]
+    return VideoSource(path, display_name(relative), f"{slug[:_LONGEST_SLUG] or 'video'}-{digest}")
+
+
+def _clips_of(
+    source: VideoSource, rule: ClipRule, is_done: Callable[[str, str], bool]
+) -> Iterator[SourceClip | Skipped]:
+    num_clips = 0
+    try:
+        fingerprint = source.fingerprint()
+        first = SourceClip(source, 0, fingerprint, None)
+        if not rule.all_clips and is_done(first.name, fingerprint):
+            yield first
+            return
+        decoded = decode_clips(
+            source.path, rule.num_frames, rule.size, rule.fps, all_clips=rule.all_clips, backend=rule.backend
+        )
+        with contextlib.closing(decoded):
+            for clip in decoded:
+                found = SourceClip(source, clip.start, fingerprint, None)
+                yield found if is_done(found.name, fingerprint) else SourceClip(source, clip.start, fingerprint, clip)
+                num_clips += 1
+    except VideoError as error:
+        yield Skipped(source, error.reason + (f" (after {num_clips} good clips)" if num_clips else ""))
+
+
+def _read_ahead(streams: Iterator[Iterator[Any]], num_readers: int) -> Iterator[Any]:
+    """One stream after the other, each in order, while a thread for each of the next ones draws from it already.
+
+    The threads only wait: the decoding is done by the processes of `safe_decode`.
+    """
+    stop = threading.Event()
+
+    def start(stream: Iterator[Any]) -> Queue:
+        lane: Queue = Queue(maxsize=_CLIPS_AHEAD)
+        threading.Thread(target=_fill, args=(stream, lane, stop), daemon=True).start()
+        return lane
+
+    try:
+        lanes = deque(start(stream) for stream in itertools.islice(streams, num_readers))
+        while lanes:
+            lane = lanes.popleft()
+            while (item := lane.get()) is not _END:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+            lanes.extend(start(stream) for stream in itertools.islice(streams, 1))
+    finally:
+        stop.set()
+
+
+_END = object()
+
+
+def _fill(stream: Iterator[Any], lane: Queue, stop: threading.Event) -> None:
+    """Put all of `stream` into `lane`, then the exception that ended it if any, then the end mark."""
+
+    def put(item: Any) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(Full):
+                return lane.put(item, timeout=0.1)
+
+    try:
+        for item in stream:
+            put(item)
+            if stop.is_set():
+                break
+    except BaseException as error:  # it belongs to the reader, who raises it
+        put(error)
+    put(_END)

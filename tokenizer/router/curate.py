@@ -1,0 +1,192 @@
+"""Stage 2, curation: how well the proxy reconstructs every clip under every assignment (paper.md section 1).
+
+    python -m tokenizer.router.curate configs/mini/curate_train.yaml          # as many at once as there are cores
+
+The clips are cut into units of work. Start any number of these processes, on any number of machines that share the
+folder, kill them, start them again: a unit is computed under a lock, written aside and renamed, and whoever finds
+all units done merges them into `table.safetensors`. The table has the same bytes however the work was shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from tokenizer.assignment import AssignmentSpace
+from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.config import load_config, to_dict
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.runtime import pick_device
+from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
+from tokenizer.losses.perceptual import load_perceptual
+from tokenizer.presets import load_tokenizer
+from tokenizer.router.score_assignments import Scorer, Scores
+from tokenizer.router.table import QualityTable
+
+
+@dataclass
+class CurateConfig:
+    dir: str = ""  # results folder; default results/curate/<config name>
+    proxy: str = ""  # the proxy tokenizer of stage 1: .safetensors file or run folder
+    data: DataConfig = field(default_factory=lambda: DataConfig(augment=False))
+    perceptual_net: str = "lpips_vgg"
+    frames_per_block: int = 0  # frames of each block that the perceptual distance looks at, evenly spread; 0 = all
+    method: str = "tree"  # or "brute_force": every assignment on its own, the oracle that the tree is checked against
+    clips_per_unit: int = 16  # clips that go through the tree in lockstep
+    device: str = "auto"
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.data.augment:
+            raise UserError("data.augment must be false: a table holds clips that can be found again")
+        if self.method not in ("tree", "brute_force"):
+            raise UserError(f"method = {self.method!r}: choose 'tree' or 'brute_force'")
+        if not self.proxy:
+            raise UserError("proxy is empty: give the tokenizer that stage 1 trained")
+
+
+class Curation:
+    """One table in the making."""
+
+    def __init__(self, config: CurateConfig) -> None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.config = config
+        self.folder = Path(config.dir)
+        device = pick_device(config.device)
+        self.dataset: ClipDataset = build_dataset(config.data)
+        self.tokenizer = load_tokenizer(config.proxy, device)
+        self.scorer = Scorer(self.tokenizer, load_perceptual(config.perceptual_net).to(device), config.frames_per_block)
+        self.num_units = -(-len(self.dataset) // config.clips_per_unit)
+        self._claim_folder()
+
+    @property
+    def table_path(self) -> Path:
+        return self.folder / "table.safetensors"
+
+    def run(self) -> bool:
+        """Work until no unit is free. True where the table is complete; False where others still work on units."""
+        (self.folder / "units").mkdir(parents=True, exist_ok=True)
+        mine = os.getpid() % self.num_units  # start at different places, so that workers seldom meet
+        units = [(mine + i) % self.num_units for i in range(self.num_units)]
+        for unit in tqdm(units, desc=f"curating {len(self.dataset)} clips", unit="unit"):
+            if self._unit_path(unit).exists():
+                continue
+            with _try_lock(self.folder / "units" / f"{unit:06d}.lock") as free:
+                if free and not self._unit_path(unit).exists():
+                    self._score_unit(unit).save(self._unit_path(unit))
+        return self.merge()
+
+    def merge(self) -> bool:
+        """Put the units together, in order; False while some are missing."""
+        paths = [self._unit_path(unit) for unit in range(self.num_units)]
+        if not all(path.exists() for path in paths):
+            return False
+        tables = [QualityTable.load(path) for path in paths]
+        names = [name for table in tables for name in table.names]
+        lpips_BA, psnr_BA, mse_BA = (
+            torch.cat([getattr(table, key) for table in tables]) for key in ("lpips_BA", "psnr_BA", "mse_BA")
+        )
+        self._table((lpips_BA, psnr_BA, mse_BA), names).save(self.table_path)
+        missing = sorted(set(self.dataset.names) - set(names))
+        atomic_write(self.folder / "skipped.json", json.dumps(missing, indent=1).encode())
+        print(
+            f"{self.table_path}: {len(names)} clips x {self.space.num_rows} assignments; {len(missing)} clips skipped"
+        )
+        return True
+
+    @property
+    def space(self) -> AssignmentSpace:
+        return self.tokenizer.space
+
+    def _score_unit(self, unit: int) -> QualityTable:
+        """Clips that cannot be read are left out here and counted when the table is merged."""
+        size = self.config.clips_per_unit
+        wanted = range(unit * size, min((unit + 1) * size, len(self.dataset)))
+        found = [(self.dataset.names[i], self.dataset.get(i)) for i in wanted]
+        clips = [
+            clip for name, clip in found if clip.name == name
+        ]  # the loader puts the next clip in place of a bad one
+        names = [clip.name for clip in clips]
+        if not clips:
+            nothing = torch.empty(0, self.space.num_rows)
+            return self._table((nothing, nothing, nothing), names)
+        video_BCTHW = torch.stack([clip.video_CTHW for clip in clips])
+        score = self.scorer.tree if self.config.method == "tree" else self.scorer.brute_force
+        return self._table(score(video_BCTHW.to(self.tokenizer.device)), names)
+
+    def _table(self, scores: Scores, names: list[str]) -> QualityTable:
+        return QualityTable(*scores, names, self.space.levels, self.space.num_blocks, self._meta())
+
+    def _unit_path(self, unit: int) -> Path:
+        return self.folder / "units" / f"{unit:06d}.safetensors"
+
+    def _meta(self) -> dict[str, str | int]:
+        c = self.config
+        return {
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "perceptual_net": c.perceptual_net,
+            "frames_per_block": c.frames_per_block,
+            "method": c.method,
+            "clips_sha256": hashlib.sha256(
+                "\0".join(self.dataset.names).encode("utf-8", "surrogateescape")
+            ).hexdigest(),
+        }
+
+    def _claim_folder(self) -> None:
+        """Units of another tokenizer, clip list or metric must not end up in one table."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        facts = {**self._meta(), "clips_per_unit": self.config.clips_per_unit, "data": to_dict(self.config.data)}
+        path = self.folder / "made_from.json"
+        if not path.exists():
+            atomic_write(path, json.dumps(facts, indent=1).encode())
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if changed := sorted(key for key in facts if before.get(key) != facts[key]):
+            raise UserError(f"{self.folder} holds work made from another {', '.join(changed)}; choose another dir=")
+
+
+@contextmanager
+def _try_lock(path: Path) -> Iterator[bool]:
+    """True for the one process that holds the lock; the system frees it when that process ends, however it ends."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Stage 2: quality of every clip under every assignment, by the proxy.")
+    parser.add_argument("config", type=Path, help="YAML of this stage, e.g. configs/mini/curate_train.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the YAML")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="load everything, say how much work is left, write nothing"
+    )
+    args = parser.parse_args()
+    config = load_config(CurateConfig, args.config, args.overrides)
+    config.dir = config.dir or f"results/curate/{args.config.name.removesuffix('.yaml')}"
+    curation = Curation(config)
+    if args.dry_run:
+        done = sum(curation._unit_path(unit).exists() for unit in range(curation.num_units))
+        print(f"{len(curation.dataset)} clips in {curation.num_units} units, {done} done, into {curation.table_path}")
+        return
+    if curation.table_path.exists():
+        print(f"{curation.table_path} is complete")
+    elif not curation.run():
+        print(f"no unit is free; others are at work in {curation.folder}, the last of them merges the table")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,123 @@
+"""One batch of the main job: assign, encode, decode, measure.
+
+Everything is measured on the arrays of the models, [0, 1] floats, never on a written video: an ordinary mp4 leaves even
+the original at some 33 dB of itself.
+
+Letters: B clips, C T H W, N temporal blocks, A assignments (rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenizer.budget import Budget, choose_rows
+from tokenizer.common.errors import UserError
+from tokenizer.common.image_quality import motion, psnr, ssim
+from tokenizer.data.video_io import DecodedClip, to_model_range, to_uint8
+from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
+from tokenizer.model import VideoTokenizer
+from tokenizer.router.predict import TrainedRouter
+from tokenizer.tokens import VideoTokens
+
+PERCEPTUAL_ORDER = ("lpips_vgg", "stlpips_alex")  # what `auto` looks for: the paper's, then the one that is a package
+PSNR_OF_EQUAL = 100.0  # an exact copy has infinite PSNR, for which JSON has no word
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """One clip there and back: its frames (uint8), its tokens, and what goes into its record."""
+
+    frames_THWC: np.ndarray
+    tokens: VideoTokens
+    figures: dict[str, Any]
+
+
+@dataclass
+class Reconstructor:
+    """The models with what decides the lengths. A clip's result does not depend on the others of its batch."""
+
+    tokenizer: VideoTokenizer
+    router: TrainedRouter | None
+    budget: Budget
+    price: float | None  # of `average:N`, for the whole set; None for the other budgets
+    perceptual: PerceptualDistance | None
+
+    @torch.inference_mode()
+    def __call__(self, clips: Sequence[DecodedClip]) -> list[Reconstruction]:
+        """Clips of the tokenizer's size, uint8 -> their reconstructions, in order."""
+        if not clips:
+            return []
+        space = self.tokenizer.space
+        video_BCTHW = torch.stack([to_model_range(clip.frames_THWC) for clip in clips])
+        score_BA = self.router.scores(video_BCTHW) if self.router else None
+        row_B = choose_rows(self.budget, score_BA, space, self.price, num_clips=len(clips))
+        tokens = self.tokenizer.encode(video_BCTHW, space.lengths_of(row_B))
+        ours_BCTHW = self.tokenizer.decode(tokens)
+        measured = self._measure(ours_BCTHW, video_BCTHW.to(ours_BCTHW.device))
+        results = []
+        for b, clip in enumerate(clips):
+            figures: dict[str, Any] = {
+                "assignment": tokens.length_BN[b].tolist(),
+                "tokens": int(space.tokens_A[row_B[b]]),
+            }
+            figures |= {key: None if value_B is None else float(value_B[b]) for key, value_B in measured.items()}
+            figures |= motion_figures(clip.frames_THWC, space.num_blocks)
+            if score_BA is not None:
+                figures |= self._router_figures(score_BA[b], int(row_B[b]))
+            results.append(Reconstruction(to_uint8(ours_BCTHW[b]), tokens.clip(b), figures))
+        return results
+
+    def _measure(self, ours_BCTHW: Tensor, real_BCTHW: Tensor) -> dict[str, Tensor | None]:
+        return {
+            "psnr": psnr(ours_BCTHW, real_BCTHW).clamp(max=PSNR_OF_EQUAL).cpu(),
+            "ssim": ssim(ours_BCTHW, real_BCTHW).cpu(),
+            "lpips": None if self.perceptual is None else self.perceptual.clip_distance(ours_BCTHW, real_BCTHW).cpu(),
+        }
+
+    def _router_figures(self, score_A: Tensor, row: int) -> dict[str, Any]:
+        """What the router alone would spend, and by how much it rates the choice over the best even split allowed.
+
+        Both sides of that gap are what the budget compares: score minus price times tokens.
+        """
+        space = self.tokenizer.space
+        price = self.budget.price if self.price is None else self.price
+        value_A = score_A.double() - price * space.tokens_A.double()
+        limit = self.budget.max_tokens or space.max_tokens
+        uniform = {level: space.uniform_row(level) for level in space.levels if level * space.num_blocks <= limit}
+        best_level = max(uniform, key=lambda level: float(value_A[uniform[level]]))
+        return {
+            "router_tokens": int(space.tokens_A[space.best_row(score_A)]),
+            "best_uniform": best_level,
+            "score_gap": float(value_A[row] - value_A[uniform[best_level]]),
+        }
+
+
+def motion_figures(frames_THWC: np.ndarray, num_blocks: int) -> dict[str, Any]:
+    """Motion of the clip and of each temporal block; a block's first frame is compared with the one before it."""
+    in_block = len(frames_THWC) // num_blocks
+    blocks = [frames_THWC[max(0, t * in_block - 1) : (t + 1) * in_block] for t in range(num_blocks)]
+    return {"motion": motion(frames_THWC), "block_motion": [motion(block) for block in blocks]}
+
+
+def pick_perceptual(name: str, device: torch.device) -> tuple[PerceptualDistance | None, str | None]:
+    """`auto` (the first of PERCEPTUAL_ORDER whose weights are at hand), `none`, or a name of `load_perceptual`.
+
+    -> the distance, or None with the reason. Raises UserError where the weights of a named one are absent.
+    """
+    if name == "none":
+        return None, "not asked for (--perceptual none)"
+    if name != "auto":
+        return load_perceptual(name).to(device), None
+    reasons = []
+    for candidate in PERCEPTUAL_ORDER:
+        try:
+            return load_perceptual(candidate).to(device), None
+        except UserError as error:
+            reasons.append(str(error))
+    return None, "; ".join(reasons)

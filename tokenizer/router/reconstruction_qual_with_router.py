@@ -1,0 +1,216 @@
+"""The main job: videos in, and for each clip the router's choice of tokens, the reconstruction, and a report.
+
+    python tokenizer/router/reconstruction_qual_with_router.py --vid_path DIR --save_dir OUT \\
+        --router_config R.yaml --router_ckpt R.safetensors --tok_config T.yaml --vq_ckpt T.safetensors
+
+Writes OUT/clips/<clip>/ (original, reconstruction, both side by side with the tokens of each block, the tokens
+themselves), OUT/metrics.json, OUT/skipped.json and OUT/report.html. A stopped job goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+
+from tokenizer.budget import FORMS, Budget, find_price, parse_budget
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.runtime import pick_device
+from tokenizer.data.video_io import to_model_range
+from tokenizer.model import VideoTokenizer
+from tokenizer.presets import load_tokenizer
+from tokenizer.router.clip_source import ClipRule, ClipWalk, find_sources
+from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
+from tokenizer.router.reconstruct import PERCEPTUAL_ORDER, Reconstructor, pick_perceptual
+from tokenizer.router.report import write_report
+from tokenizer.router.results import ResultsFolder
+from tokenizer.router.summary import codebook_use, means, rank_correlation, tokenizer_facts, versions
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong argument is one line like every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, spelt as in the README."""
+    about = "Reconstruct videos with as many tokens per temporal block as the router, or a budget, gives them."
+    parser = Parser(description=about, allow_abbrev=False)
+    add = parser.add_argument
+    add("--vid_path", required=True, help="a folder of videos (searched recursively) or one file")
+    add("--save_dir", required=True, help="results folder; an unfinished job in it is continued")
+    add("--router_config", help="YAML of the router, checked against its weights")
+    add("--router_ckpt", help="weights of the router; not needed for the budgets fixed and uniform")
+    add("--tok_config", help="YAML of the tokenizer, checked against its weights")
+    add("--vq_ckpt", required=True, help="weights of the tokenizer: .safetensors or a run folder")
+    add("--budget", default="router", help=f"{FORMS} (default: router)")
+    add("--max-clips", type=_at_least(1), metavar="N", help="stop after N clips")
+    add("--all-clips", action="store_true", help="every consecutive clip of a video, not only the first")
+    add("--fps", type=_positive, help="frame rate to read at (default: each file's own)")
+    add("--batch-size", type=_at_least(1), default=4, metavar="N", help="clips that go through the models together")
+    add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    add(
+        "--num-workers",
+        type=_at_least(0),
+        default=1,
+        metavar="N",
+        help="decoding processes that work ahead (default 1)",
+    )
+    add("--overwrite", action="store_true", help="remove the earlier results in --save_dir and start again")
+    add("--backend", choices=("pyav", "decord"), default="pyav", help="video reader")
+    add("--perceptual", default="auto", metavar="NAME", help=(
+        "lpips_vgg | lpips_alex | stlpips_alex | stlpips_vgg | none | auto: the first at hand of "
+        + ", ".join(PERCEPTUAL_ORDER)
+    ))  # fmt: skip
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = pick_device(args.device)
+    folder = ResultsFolder(args.save_dir)
+    sources = find_sources(args.vid_path, folder.holds)
+    tokenizer = load_tokenizer(args.vq_ckpt, device, args.tok_config)
+    router = load_fitting_router(args, tokenizer, device)
+    budget = parse_budget(args.budget, tokenizer.space)
+    perceptual, no_lpips = pick_perceptual(args.perceptual, device)
+    rule = ClipRule(tokenizer.config.num_frames, tokenizer.config.size, args.fps, args.all_clips, args.backend)
+    walk = ClipWalk(sources, rule, args.num_workers, args.max_clips)
+
+    settings = {
+        "tokenizer_sha256": tokenizer.sha256,
+        "router_sha256": router.sha256 if router else None,
+        "budget": args.budget,
+        "fps": args.fps,
+        "backend": args.backend,
+        "lpips_backbone": perceptual.name if perceptual else None,
+    }
+    folder.start(settings, args.overwrite)
+    price = price_of_the_set(walk, router, budget)
+    folder.agree({"price": price})
+
+    facts = {
+        "lpips_backbone": settings["lpips_backbone"],
+        "lpips_reason": no_lpips,
+        "budget": args.budget,
+        "price": price,
+        "tokenizer": {"weights": args.vq_ckpt, "config": args.tok_config, **tokenizer_facts(tokenizer)},
+        "router": router and {"weights": args.router_ckpt, "config": args.router_config, "sha256": router.sha256},
+        "input": {"vid_path": args.vid_path, "num_videos": len(sources), "fps": args.fps, "all_clips": args.all_clips},
+        "device": str(device),
+        "versions": versions(),
+    }
+    done: list[str] = []
+    try:
+        reconstruct = Reconstructor(tokenizer, router, budget, price, perceptual)
+        for names in reconstruct_batches(walk, folder, reconstruct, args.batch_size):
+            done += names
+    except KeyboardInterrupt:
+        finish(folder, done, walk, facts, complete=False)
+        raise KeyboardInterrupt(f"interrupted after {len(done)} clips; the same command goes on from there") from None
+    finish(folder, done, walk, facts, complete=True)
+
+
+def load_fitting_router(
+    args: argparse.Namespace, tokenizer: VideoTokenizer, device: torch.device
+) -> TrainedRouter | None:
+    """The router of the command line, or None where there is none and none is needed."""
+    if args.router_ckpt is None:
+        if args.router_config is not None:
+            raise UserError("--router_config without --router_ckpt: give the weights too, or neither")
+        if parse_budget(args.budget, tokenizer.space).needs_router:
+            raise UserError(
+                f"--budget {args.budget} asks a router: give --router_config and --router_ckpt, "
+                f"or a budget without one, such as uniform:{tokenizer.config.levels[-1]}"
+            )
+        return None
+    router = load_router(args.router_ckpt, device, args.router_config)
+    check_router_fits(router, tokenizer.config)
+    return router
+
+
+def price_of_the_set(walk: ClipWalk, router: TrainedRouter | None, budget: Budget) -> float | None:
+    """For `average:N` a first pass that only asks the router: the price per token at which the whole set keeps to N.
+
+    It keeps the scores of every clip, 2.5 KB each for 625 rows, and nothing else. Other budgets need no such price.
+    """
+    if router is None or budget.average_tokens is None:
+        return None
+    clips = walk("scoring")  # what cannot be read comes up again in the second pass
+    scores = [router.scores(to_model_range(c.decoded.frames_THWC)[None]) for c in clips if c.decoded]
+    if not scores:
+        return None
+    return find_price(torch.cat(scores), router.space, budget.average_tokens)
+
+
+def reconstruct_batches(
+    walk: ClipWalk, folder: ResultsFolder, reconstruct: Reconstructor, batch_size: int
+) -> Iterator[list[str]]:
+    """Names of the clips of each batch, once their results are in the folder; finished ones are not done again."""
+    clips = walk("reconstructing", folder.is_done)
+    longest = reconstruct.tokenizer.config.levels[-1]
+    with contextlib.closing(clips):
+        while batch := list(itertools.islice(clips, batch_size)):
+            new = [(clip, clip.decoded) for clip in batch if clip.decoded]
+            for (clip, decoded), result in zip(new, reconstruct([decoded for _, decoded in new]), strict=True):
+                folder.add(clip, decoded, result, longest)
+            yield [clip.name for clip in batch]
+
+
+def finish(folder: ResultsFolder, names: list[str], walk: ClipWalk, facts: dict[str, Any], complete: bool) -> None:
+    """Write what sums up the clips of this run, and say the essence in a line. Raises UserError where there is none."""
+    records = [folder.records[name] for name in names]
+    folder.write_skipped(walk.skipped)
+    if not records:
+        if complete:
+            first = f"; {walk.skipped[0].source.file}: {walk.skipped[0].reason}" if walk.skipped else ""
+            raise UserError(
+                f"none of the {len(walk.sources)} videos could be read, see {folder.folder / 'skipped.json'}{first}"
+            )
+        return
+    mean = means(records)
+    folder.write_metrics({
+        "clips": records,
+        "mean": mean,
+        "motion_tokens_rank_correlation": rank_correlation(*([r[key] for r in records] for key in ("motion", "tokens"))),
+        "codebook": codebook_use(folder.token_files(names), facts["tokenizer"]["codebook_size"]),
+        "num_skipped": len(walk.skipped),
+        "complete": complete,
+        **facts,
+    })  # fmt: skip
+    report = write_report(folder.folder)
+    lpips = "" if mean["lpips"] is None else f", {facts['lpips_backbone']} {mean['lpips']:.4f}"
+    print(
+        f"{len(records)} clips, {mean['tokens']:.1f} tokens each, PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}"
+        f"{lpips}; {len(walk.skipped)} videos skipped; report: {report}"
+    )
+
+
+def _at_least(smallest: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdigit() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {smallest}")
+        return int(text)
+
+    return number
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+if __name__ == "__main__":
+    run_cli(main)

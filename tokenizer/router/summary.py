@@ -1,0 +1,84 @@
+"""What a set of finished clips amounts to: means, rank correlation of motion and tokens, use of the codebook.
+
+Letters: S clips of the whole set, V codebook size.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenizer.model import VideoTokenizer
+from tokenizer.presets import PRESETS
+from tokenizer.tokens import VideoTokens
+
+MEASURES = ("tokens", "psnr", "ssim", "lpips", "motion")
+CURVE_POINTS = 129
+PACKAGES = ("evatok", "torch", "av", "numpy")
+
+
+def means(records: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Mean of every measure over the clips; None where any clip has none (lpips without weights)."""
+    columns = {key: [record[key] for record in records] for key in MEASURES}
+    return {key: None if None in column else float(np.mean(column)) for key, column in columns.items()}
+
+
+def rank_correlation(x_S: Sequence[float], y_S: Sequence[float]) -> float | None:
+    """Spearman's coefficient, -1 to 1, equal values sharing their mean rank. None where one side is all the same."""
+    rank_x, rank_y = mean_ranks(x_S), mean_ranks(y_S)
+    if np.ptp(rank_x) == 0 or np.ptp(rank_y) == 0:
+        return None
+    return float(np.corrcoef(rank_x, rank_y)[0, 1])
+
+
+def mean_ranks(values_S: Sequence[float]) -> np.ndarray:
+    """Rank of each value, 0 the lowest; equal values get the mean of their places."""
+    _, place_S, count = np.unique(np.asarray(values_S, float), return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count + 1) / 2)[place_S]
+
+
+def codebook_use(token_files: Iterable[Path], codebook_size: int) -> dict[str, Any]:
+    """How evenly the codes were used, read from saved tokens one file at a time.
+
+    `share_used` of the codebook, `perplexity` (1 .. V; V when all codes are equally frequent), `num_drawn` codes in
+    all, and `curve`: frequencies from the commonest code down, at evenly spaced ranks, relative to an even use.
+    """
+    count_V = np.zeros(codebook_size, np.int64)
+    for path in token_files:
+        count_V += np.bincount(VideoTokens.load(path).code_L.numpy(), minlength=codebook_size)
+    share_V = np.sort(count_V / max(1, count_V.sum()))[::-1]
+    used = share_V[share_V > 0]
+    at = np.linspace(0, codebook_size - 1, min(CURVE_POINTS, codebook_size)).round().astype(int)
+    return {
+        "size": codebook_size,
+        "num_drawn": int(count_V.sum()),
+        "share_used": len(used) / codebook_size,
+        "perplexity": float(np.exp(-(used * np.log(used)).sum())),
+        "curve": (share_V[at] * codebook_size).tolist(),
+    }
+
+
+def tokenizer_facts(tokenizer: VideoTokenizer) -> dict[str, Any]:
+    """What a reader of the results must know of the tokenizer. `paper_size`: it has the shape of the paper's S-B."""
+    config, paper = tokenizer.config, PRESETS["VQ_SB"]
+    return {
+        "sha256": tokenizer.sha256,
+        "num_parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
+        "num_frames": config.num_frames,
+        "size": config.size,
+        "num_blocks": config.num_blocks,
+        "levels": list(config.levels),
+        "codebook_size": config.codebook_size,
+        "paper_size": replace(config, codebook_size=paper.codebook_size, init=paper.init) == paper,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that can move a figure."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
