@@ -42,9 +42,7 @@ def attend_masked(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packing, k
     return F.scaled_dot_product_attention(q, k, v, attn_mask=same_clip & not_later).transpose(0, 1)
 
 
-def reference_kernel(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
-) -> Tensor:
+def reference_kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
     """What a variable-length kernel computes, in a loop on any device."""
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert (int(cu_q.diff().max()), int(cu_k.diff().max())) <= (max_q, max_k)

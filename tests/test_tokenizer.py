@@ -129,9 +129,14 @@ def test_packed_equals_one_clip_at_a_time_forward_and_gradients(model: VideoToke
     assert torch.equal(packed.quantized.code_L, torch.cat([output.quantized.code_L for output in single]))
     single_grads = gradients()
     model.zero_grad()
-    assert packed_grads.keys() == single_grads.keys() == dict(model.named_parameters()).keys() - {
-        "quantizer.codebook.weight"  # straight-through: only the loss terms move the codes
-    }
+    assert (
+        packed_grads.keys()
+        == single_grads.keys()
+        == dict(model.named_parameters()).keys()
+        - {
+            "quantizer.codebook.weight"  # straight-through: only the loss terms move the codes
+        }
+    )
     largest = max(float(grad.abs().max()) for grad in packed_grads.values())
     for name, grad in packed_grads.items():  # those of the keys' biases are zero but for rounding, so atol is common
         torch.testing.assert_close(grad, single_grads[name], rtol=1e-4, atol=1e-6 * largest, msg=name)
@@ -174,7 +179,9 @@ def test_one_block_makes_an_image_tokenizer() -> None:
         _, streamed = reconstruct_streaming(model, image[b : b + 1], [level])
         assert torch.equal(streamed[0], alone.code_L)
     model(image, model.space.table_AN).video_BCTHW.square().sum().backward()
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for n, p in model.named_parameters() if "code" not in n)
+    assert all(
+        p.grad is not None and bool(p.grad.isfinite().all()) for n, p in model.named_parameters() if "code" not in n
+    )
 
 
 def test_number_of_parameters_by_part() -> None:

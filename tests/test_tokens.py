@@ -83,7 +83,9 @@ def test_tokens_of_another_tokenizer_are_refused(saved: Path, tmp_path: Path) ->
         build_tokenizer("VQ_debug", levels=[4, 8]).decode(tokens)
 
 
-def test_a_config_that_does_not_belong_to_the_weights_is_named_with_its_differences(saved: Path, tmp_path: Path) -> None:
+def test_a_config_that_does_not_belong_to_the_weights_is_named_with_its_differences(
+    saved: Path, tmp_path: Path
+) -> None:
     (tmp_path / "same.yaml").write_text(yaml.safe_dump({"model": to_dict(PRESETS["VQ_debug"])}))
     assert load_tokenizer(saved, config_path=tmp_path / "same.yaml").sha256
     (tmp_path / "other.yaml").write_text("model: {size: 32, levels: [2, 4, 8], codebook_size: 64}\n")

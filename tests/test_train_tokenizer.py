@@ -1,4 +1,4 @@
-"""Stages 1 and 4 with the debug configs, end to end: the run folder, resume to the bit, the three policies, refusals."""
+"""Stages 1 and 4 with the debug configs, end to end: the run folder, resume to the bit, policies, refusals."""
 
 import json
 import multiprocessing
@@ -80,7 +80,7 @@ def test_a_run_leaves_everything_in_its_folder(whole: Path) -> None:
     for step in (3, 6):
         with Image.open(whole / "samples" / f"{step:08d}.png") as picture:
             assert picture.size[0] == 4 * 32  # one frame of each block
-            assert picture.size[1] > 3 * 2 * 32  # three clips: real above ours, and the bars of tokens
+            assert picture.size[1] > 2 * 2 * 32  # two clips: real above ours, and the bars of tokens
             assert picture.convert("L").getextrema()[0] < 100  # not blank
 
     model = load_tokenizer(whole)
@@ -118,9 +118,8 @@ def test_a_killed_run_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> No
     assert final_bits(tmp_path) == final_bits(whole)
 
 
-@pytest.mark.parametrize("workers", [1])
-def test_workers_that_load_data_change_nothing(whole: Path, tmp_path: Path, workers: int) -> None:
-    training(tmp_path, f"run.num_workers={workers}", "run.steps=6").fit()
+def test_a_worker_that_loads_data_changes_nothing(whole: Path, tmp_path: Path) -> None:
+    training(tmp_path, "run.num_workers=1").fit()
     assert final_bits(tmp_path) == final_bits(whole)
 
 
@@ -170,9 +169,18 @@ def test_a_dry_run_says_what_the_run_would_cost_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    command(monkeypatch, str(DEBUG / "proxy.yaml"), "--dry-run", f"run.dir={folder}", "run.steps=5000", "run.device=cpu")
+    command(
+        monkeypatch, str(DEBUG / "proxy.yaml"), "--dry-run", f"run.dir={folder}", "run.steps=5000", "run.device=cpu"
+    )
     said = capsys.readouterr().out
-    for word in ("parameters  0.18M", "encoder", "perceptual", "s a step of 2 clips on cpu", "5000 steps", "nothing was"):
+    for word in (
+        "parameters  0.18M",
+        "encoder",
+        "perceptual",
+        "s a step of 2 clips on cpu",
+        "5000 steps",
+        "nothing was",
+    ):
         assert word in said
     assert str(folder) in said and not folder.exists()
 
@@ -192,7 +200,7 @@ def test_the_run_is_called_after_the_whole_name_of_its_config(monkeypatch: pytes
 
 
 def test_stage_4_trains_with_the_routers_assignments(router_file: Path, tmp_path: Path) -> None:
-    chosen = (f"policy.router_ckpt={router_file}", "policy.router_config=", "run.steps=2")
+    chosen = (f"policy.router_ckpt={router_file}", 'policy.router_config=""', "run.steps=2")
     run = training(tmp_path, *chosen, config="final.yaml")
     run.fit()
     router = build_policy(run.config.policy, run.config.model, CPU)

@@ -96,7 +96,7 @@ def decode_block(model: VideoTokenizer, code_BK: Tensor, t: int, past: Past) -> 
     return model.to_video(x_BmD).clamp(0, 1), selves, crosses
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def reconstruct_streaming(model: VideoTokenizer, video_BCTHW: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Block by block, one assignment for the batch -> frames [B, 3, T, H, W] and codes [B, sum(lengths)]."""
     patches, past = read_patches(model, video_BCTHW), Past.empty(model)

@@ -40,7 +40,8 @@ def load_config(schema: type[T], path: str | Path | None, overrides: Sequence[st
     for item in overrides:
         merged = OmegaConf.merge(merged, _read_override(schema, item))
     plain = typing.cast("dict[str, Any]", OmegaConf.to_container(merged, resolve=False))
-    return from_dict(schema, plain, ", ".join(["the defaults" if path is None else str(path), *overrides]))
+    origin = "the defaults" if path is None else str(path)
+    return from_dict(schema, plain, f"{origin} with overrides" if overrides else origin)
 
 
 def from_dict(schema: type[T], data: Mapping[str, Any], origin: str) -> T:
@@ -125,7 +126,7 @@ def _read_override(schema: type, item: str) -> Any:
 
 def _check(schema: type, data: Any, origin: str) -> None:
     """Before OmegaConf sees the data: it would merge unknown keys and resolve interpolations."""
-    _check_no_interpolation(data, origin)
+    _check_plain(data, origin)
     _check_keys(schema, data, origin)
 
 
@@ -153,12 +154,15 @@ def _dataclass_in(hint: Any) -> type | None:
     return next((c for c in choices if isinstance(c, type) and dataclasses.is_dataclass(c)), None)
 
 
-def _check_no_interpolation(data: Any, origin: str, prefix: str = "") -> None:
+def _check_plain(data: Any, origin: str, prefix: str = "") -> None:
+    """No value may mean more to OmegaConf than what stands there."""
     if isinstance(data, str) and "${" in data:
         raise ConfigError(f"{origin}: key {prefix!r} holds {data!r}; write the value out, ${{..}} is not expanded")
+    if data == "???":  # OmegaConf's "missing", which would quietly become the default
+        raise ConfigError(f"{origin}: key {prefix!r} has no value yet; give one, e.g. {prefix}=VALUE")
     children: Any = data.items() if isinstance(data, Mapping) else enumerate(data) if isinstance(data, list) else ()
     for key, value in children:
-        _check_no_interpolation(value, origin, f"{prefix}.{key}".lstrip("."))
+        _check_plain(value, origin, f"{prefix}.{key}".lstrip("."))
 
 
 def _first_line(error: Exception) -> str:

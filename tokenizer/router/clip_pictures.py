@@ -1,4 +1,4 @@
-"""Pictures of one clip for people: the side-by-side video with its strip of tokens, and the film strip of the report."""
+"""Pictures of one clip for people: the side-by-side video with its strip of tokens, and the film of the report."""
 
 from __future__ import annotations
 

@@ -22,6 +22,8 @@ from tokenizer.common.errors import UserError
 from tokenizer.data.safe_decode import decode_clips
 from tokenizer.data.video_io import DecodedClip, VideoError, display_name, list_videos
 
+Clips = Generator["SourceClip", None, None]
+
 _CLIPS_AHEAD = 2  # decoded and waiting, for each reader
 _LONGEST_SLUG = 80
 _END_BYTES = 1 << 20
@@ -119,7 +121,7 @@ class ClipWalk:
     max_clips: int | None = None
     skipped: list[Skipped] = field(default_factory=list)
 
-    def __call__(self, title: str, is_done: Callable[[str, str], bool] = lambda *_: False) -> Iterator[SourceClip]:
+    def __call__(self, title: str, is_done: Callable[[str, str], bool] = lambda *_: False) -> Clips:
         """The clips in order, at most `max_clips`. With all_clips the bar guesses the total from the videos so far."""
         self.skipped.clear()
         num_clips, most = 0, self.max_clips or sys.maxsize

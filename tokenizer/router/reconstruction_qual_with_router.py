@@ -21,7 +21,7 @@ import torch
 from tokenizer.budget import FORMS, Budget, find_price, parse_budget
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.runtime import pick_device
-from tokenizer.data.video_io import to_model_range
+from tokenizer.data.video_io import display_name, to_model_range
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.clip_source import ClipRule, ClipWalk, find_sources
@@ -50,25 +50,17 @@ def parse_arguments() -> argparse.Namespace:
     add("--router_ckpt", help="weights of the router; not needed for the budgets fixed and uniform")
     add("--tok_config", help="YAML of the tokenizer, checked against its weights")
     add("--vq_ckpt", required=True, help="weights of the tokenizer: .safetensors or a run folder")
-    add("--budget", default="router", help=f"{FORMS} (default: router)")
+    add("--budget", type=str.strip, default="router", help=f"{FORMS} (default: router)")
     add("--max-clips", type=_at_least(1), metavar="N", help="stop after N clips")
     add("--all-clips", action="store_true", help="every consecutive clip of a video, not only the first")
     add("--fps", type=_positive, help="frame rate to read at (default: each file's own)")
     add("--batch-size", type=_at_least(1), default=4, metavar="N", help="clips that go through the models together")
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
-    add(
-        "--num-workers",
-        type=_at_least(0),
-        default=1,
-        metavar="N",
-        help="decoding processes that work ahead (default 1)",
-    )
+    add("--num-workers", type=_at_least(0), default=1, metavar="N", help="processes that decode ahead (default: 1)")
     add("--overwrite", action="store_true", help="remove the earlier results in --save_dir and start again")
     add("--backend", choices=("pyav", "decord"), default="pyav", help="video reader")
-    add("--perceptual", default="auto", metavar="NAME", help=(
-        "lpips_vgg | lpips_alex | stlpips_alex | stlpips_vgg | none | auto: the first at hand of "
-        + ", ".join(PERCEPTUAL_ORDER)
-    ))  # fmt: skip
+    networks = f"lpips_vgg | lpips_alex | stlpips_vgg | stlpips_alex | none | auto ({' or '.join(PERCEPTUAL_ORDER)})"
+    add("--perceptual", default="auto", metavar="NAME", help=networks)
     return parser.parse_args()
 
 
@@ -84,32 +76,24 @@ def main() -> None:
     rule = ClipRule(tokenizer.config.num_frames, tokenizer.config.size, args.fps, args.all_clips, args.backend)
     walk = ClipWalk(sources, rule, args.num_workers, args.max_clips)
 
-    settings = {
-        "tokenizer_sha256": tokenizer.sha256,
-        "router_sha256": router.sha256 if router else None,
-        "budget": args.budget,
-        "fps": args.fps,
-        "backend": args.backend,
-        "lpips_backbone": perceptual.name if perceptual else None,
-    }
-    folder.start(settings, args.overwrite)
+    folder.start(
+        {
+            "tokenizer_sha256": tokenizer.sha256,
+            "router_sha256": router.sha256 if router else None,
+            "budget": args.budget,
+            "fps": args.fps,
+            "backend": args.backend,
+            "lpips_backbone": perceptual.name if perceptual else None,
+        },
+        args.overwrite,
+    )
     price = price_of_the_set(walk, router, budget)
     folder.agree({"price": price})
 
-    facts = {
-        "lpips_backbone": settings["lpips_backbone"],
-        "lpips_reason": no_lpips,
-        "budget": args.budget,
-        "price": price,
-        "tokenizer": {"weights": args.vq_ckpt, "config": args.tok_config, **tokenizer_facts(tokenizer)},
-        "router": router and {"weights": args.router_ckpt, "config": args.router_config, "sha256": router.sha256},
-        "input": {"vid_path": args.vid_path, "num_videos": len(sources), "fps": args.fps, "all_clips": args.all_clips},
-        "device": str(device),
-        "versions": versions(),
-    }
+    reconstruct = Reconstructor(tokenizer, router, budget, price, perceptual)
+    facts = {**protocol_facts(args, reconstruct), "lpips_reason": no_lpips}
     done: list[str] = []
     try:
-        reconstruct = Reconstructor(tokenizer, router, budget, price, perceptual)
         for names in reconstruct_batches(walk, folder, reconstruct, args.batch_size):
             done += names
     except KeyboardInterrupt:
@@ -164,32 +148,56 @@ def reconstruct_batches(
             yield [clip.name for clip in batch]
 
 
+def protocol_facts(args: argparse.Namespace, made_by: Reconstructor) -> dict[str, Any]:
+    """What a reader of the figures must know: weights, budget, input, versions."""
+    tokenizer, router, perceptual = made_by.tokenizer, made_by.router, made_by.perceptual
+
+    def files(weights: str, config: str | None) -> dict[str, str | None]:
+        return {"weights": display_name(weights), "config": config and display_name(config)}
+
+    return {
+        "lpips_backbone": perceptual.name if perceptual else None,
+        "budget": args.budget,
+        "price": made_by.price,
+        "tokenizer": {**files(args.vq_ckpt, args.tok_config), **tokenizer_facts(tokenizer)},
+        "router": router and {**files(args.router_ckpt, args.router_config), "sha256": router.sha256},
+        "input": {
+            "vid_path": display_name(args.vid_path),
+            **{key: getattr(args, key) for key in ("fps", "all_clips", "max_clips", "backend")},
+        },
+        "device": str(tokenizer.device),
+        "versions": versions(),
+    }
+
+
 def finish(folder: ResultsFolder, names: list[str], walk: ClipWalk, facts: dict[str, Any], complete: bool) -> None:
     """Write what sums up the clips of this run, and say the essence in a line. Raises UserError where there is none."""
-    records = [folder.records[name] for name in names]
     folder.write_skipped(walk.skipped)
-    if not records:
+    if not names:
         if complete:
             first = f"; {walk.skipped[0].source.file}: {walk.skipped[0].reason}" if walk.skipped else ""
-            raise UserError(
-                f"none of the {len(walk.sources)} videos could be read, see {folder.folder / 'skipped.json'}{first}"
-            )
+            listed = folder.folder / "skipped.json"
+            raise UserError(f"none of the {len(walk.sources)} videos could be read, see {listed}{first}")
         return
+    records = [folder.records[name] for name in names]
     mean = means(records)
-    folder.write_metrics({
+    summary = {
         "clips": records,
         "mean": mean,
-        "motion_tokens_rank_correlation": rank_correlation(*([r[key] for r in records] for key in ("motion", "tokens"))),
+        "motion_tokens_rank_correlation": rank_correlation(
+            *([r[key] for r in records] for key in ("motion", "tokens"))
+        ),
         "codebook": codebook_use(folder.token_files(names), facts["tokenizer"]["codebook_size"]),
+        "num_videos": len(walk.sources),
         "num_skipped": len(walk.skipped),
         "complete": complete,
-        **facts,
-    })  # fmt: skip
+    }
+    folder.write_metrics({**summary, **facts})
     report = write_report(folder.folder)
     lpips = "" if mean["lpips"] is None else f", {facts['lpips_backbone']} {mean['lpips']:.4f}"
     print(
-        f"{len(records)} clips, {mean['tokens']:.1f} tokens each, PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}"
-        f"{lpips}; {len(walk.skipped)} videos skipped; report: {report}"
+        f"{len(records)} clip(s), {mean['tokens']:.1f} tokens each, PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}"
+        f"{lpips}; {len(walk.skipped)} video(s) skipped; report: {report}"
     )
 
 

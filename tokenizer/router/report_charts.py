@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-Record = Mapping[str, Any]
+from tokenizer.router.report_words import Record
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 480, 280, 46, 40, 22
 MOST_DOTS = 2000
-MOST_ASSIGNMENTS = 10
+MOST_ASSIGNMENTS = 12
 
 
 def motion_against_tokens(records: Sequence[Record], totals: Sequence[int], links: Mapping[str, str]) -> str:
@@ -65,8 +65,8 @@ def codebook_curve(codebook: Mapping[str, Any]) -> str:
     return _svg(parts, "codes, commonest first", "frequency", "Use of the codebook")
 
 
-def assignment_histogram(records: Sequence[Record], longest: int) -> str:
-    """The commonest assignments with their counts."""
+def assignment_histogram(records: Sequence[Record], longest: int) -> tuple[str, str]:
+    """The commonest assignments with their counts, and a line about the others."""
     counts = Counter(tuple(r["assignment"]) for r in records)
     ranked = sorted(counts.items(), key=lambda item: (-item[1], sum(item[0])))
     rows = []
@@ -78,10 +78,10 @@ def assignment_histogram(records: Sequence[Record], longest: int) -> str:
             f'<span class="count"><i style="width:{share:.0f}%"></i></span><span>{count}</span>'
         )
     rest = ranked[MOST_ASSIGNMENTS:]
-    more = f" {len(rest)} more share the other {sum(count for _, count in rest)} clips." if rest else ""
-    one = len(counts) == 1
-    words = "One assignment for all clips." if one else f"{len(counts)} different assignments.{more}"
-    return f'<div class="rows">{"".join(rows)}</div><p class="soft">{words}</p>'
+    line = "One assignment for all clips." if len(counts) == 1 else f"{len(counts)} different assignments."
+    if rest:
+        line += f" Those not drawn have {sum(count for _, count in rest)} clips together."
+    return f'<div class="rows">{"".join(rows)}</div>', line
 
 
 def levels_by_block(records: Sequence[Record], levels: Sequence[int]) -> str:
@@ -92,9 +92,7 @@ def levels_by_block(records: Sequence[Record], levels: Sequence[int]) -> str:
     for level in reversed(levels):
         shares = 100 * (length_SN == level).mean(axis=0)
         cells = "".join(
-            f'<td style="background:color-mix(in srgb, var(--accent) {12 + 0.58 * share:.0f}%, var(--card))">{share:.0f} %</td>'
-            if share
-            else '<td style="background:var(--wash)"></td>'
+            f'<td style="--share:{12 + 0.58 * share:.0f}%">{share:.0f} %</td>' if share else "<td></td>"
             for share in shares
         )
         rows.append(f"<tr><th>{level}</th>{cells}</tr>")
@@ -133,4 +131,5 @@ def _x_mark(x: float, label: str) -> str:
 def _svg(parts: Sequence[str], x_title: str, y_title: str, name: str) -> str:
     titles = f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 3}" text-anchor="middle">{x_title}</text>'
     titles += f'<text x="0" y="10">{y_title}</text>'
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{"".join(parts)}{titles}</svg>'
+    box = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}"'
+    return f'<svg class="chart" {box}>{"".join(parts)}{titles}</svg>'

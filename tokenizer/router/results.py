@@ -26,6 +26,7 @@ from tokenizer.router.clip_source import Skipped, SourceClip
 from tokenizer.router.reconstruct import Reconstruction
 
 _TOKENS = "tokens.safetensors"
+_FILES = ("original.mp4", "reconstruction.mp4", "side_by_side.mp4", "frames.jpg", _TOKENS)
 _WRITING = ".writing-"
 
 
@@ -49,7 +50,10 @@ class ResultsFolder:
 
     def start(self, settings: Mapping[str, Any], overwrite: bool) -> None:
         """Make the folder ready. `overwrite` removes what an earlier run wrote, and only that; else see `agree`."""
-        self.clips.mkdir(parents=True, exist_ok=True)
+        try:
+            self.clips.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.clips}: cannot be made ({error.strerror}); give another --save_dir") from error
         if overwrite:
             self._clear()
         if not self.records:
@@ -72,7 +76,9 @@ class ResultsFolder:
     def is_done(self, name: str, fingerprint: str) -> bool:
         """Whether this clip of this very file is finished and still here."""
         record = self.records.get(name)
-        return bool(record and record["fingerprint"] == fingerprint and (self.clips / name / _TOKENS).is_file())
+        if record is None or record["fingerprint"] != fingerprint:
+            return False
+        return all((self.clips / name / file).is_file() for file in _FILES)
 
     def add(self, clip: SourceClip, decoded: DecodedClip, result: Reconstruction, longest: int) -> None:
         """Write one clip. `longest`: the largest level, a full bar in the pictures. Raises OSError on a full disk."""

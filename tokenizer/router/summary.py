@@ -6,7 +6,7 @@ Letters: S clips of the whole set, V codebook size.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ CURVE_POINTS = 129
 PACKAGES = ("evatok", "torch", "av", "numpy")
 
 
-def means(records: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+def means(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean of every measure over the clips; None where any clip has none (lpips without weights)."""
     columns = {key: [record[key] for record in records] for key in MEASURES}
     return {key: None if None in column else float(np.mean(column)) for key, column in columns.items()}
