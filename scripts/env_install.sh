@@ -3,7 +3,7 @@
 #
 #   bash scripts/env_install.sh
 #
-# PYTHON=...  the interpreter to build from, 3.10 or newer (default: python3, else python3.11)
+# PYTHON=...  the interpreter to build from, 3.11 or newer (default: python3, else python3.11)
 # VENV=...    the folder of the environment (default: .venv in the repository)
 
 set -euo pipefail
@@ -16,14 +16,14 @@ stamp=$VENV/evatok-installed
 wanted() { echo "$ROOT" && cat pyproject.toml; }
 if wanted | cmp -s - "$stamp" && [ -x "$VENV/bin/python" ]; then exit 0; fi
 
-new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 if [ ! -x "$VENV/bin/python" ] || ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
   for python in ${PYTHON:-python3 python3.11}; do new_enough "$python" && break; done
-  new_enough "$python" || die "no Python 3.10 or newer as '${PYTHON:-python3 or python3.11}': set PYTHON to one"
+  new_enough "$python" || die "no Python 3.11 or newer as '${PYTHON:-python3 or python3.11}': set PYTHON to one"
   echo "Creating $VENV"
   "$python" -m venv "$VENV" || die "'$python -m venv $VENV' failed (on Debian and Ubuntu: apt-get install python3-venv)"
 fi
-new_enough "$VENV/bin/python" || die "$VENV holds a Python older than 3.10: remove that folder or set VENV to another"
+new_enough "$VENV/bin/python" || die "$VENV holds a Python older than 3.11: remove that folder or set VENV to another"
 
 echo "Installing evatok and its packages into $VENV (once; about 2 minutes and 6 GB)"
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[offline,dev]" ||
