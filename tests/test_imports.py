@@ -29,12 +29,13 @@ LAYERS = (
     {"losses"},
     {"router"},
     {"policy"},
-    {"train", "release"},
+    {"train", "mini_figures"},
+    {"release"},
 )
 LAYER_OF = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 
-# Libraries that `python -m` also runs, to list the named sizes.
-LIBRARIES_WITH_A_COMMAND = {"tokenizer.presets", "autoregressive.presets"}
+# Libraries that `python -m` also runs: to list the named sizes, to recompute the shipped figures.
+LIBRARIES_WITH_A_COMMAND = {"tokenizer.presets", "autoregressive.presets", "tokenizer.mini_figures"}
 
 # What a machine with the core dependencies only does not have; decord has wheels for one platform.
 NOT_CORE = ("transformers", "stlpips_pytorch", "skvideo", "tensorboard", "pytest", "hypothesis", "decord")

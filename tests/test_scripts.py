@@ -142,7 +142,7 @@ def test_set_up_installs_once(tmp_path: Path) -> None:
 
 def test_set_up_says_what_is_wrong(tmp_path: Path) -> None:
     too_old = str(executable(tmp_path / "python2", "exit 1"))
-    assert_refuses(bash("scripts/env_install.sh", VENV=str(tmp_path / "venv"), PYTHON=too_old), "3.10", too_old)
+    assert_refuses(bash("scripts/env_install.sh", VENV=str(tmp_path / "venv"), PYTHON=too_old), "3.11", too_old)
 
     offline = executable(tmp_path / "venv/bin/python", 'case "$*" in *install*) exit 1;; esac')
     result = bash("scripts/env_install.sh", VENV=str(offline.parents[1]))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +24,7 @@ from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.predict import TrainedRouter, load_router
 from tokenizer.router.reward import RewardStats, best_uniform, reward, reward_percentile
+from tokenizer.router.summary import rank_correlation
 from tokenizer.router.table import QualityTable
 
 _BATCH = 8
@@ -86,12 +86,12 @@ def _adaptivity(clips: ClipDataset, video: Tensor, tokens_B: Tensor) -> dict[str
         groups[f"rendered {sample.kind}" if sample.kind else f"real {sample.label}"].append(i)
     real = [i for name, members in groups.items() if name.startswith("real") for i in members]
 
-    def rank_correlation(members: list[int]) -> float:
-        return float(spearmanr([motion_B[i] for i in members], tokens_B[members].tolist()).statistic)
+    def correlation(members: list[int]) -> float | None:
+        return rank_correlation([motion_B[i] for i in members], tokens_B[members].tolist())
 
     return {
-        "rank_correlation_motion_tokens": rank_correlation(list(range(len(clips)))),
-        "rank_correlation_real_clips": rank_correlation(real),
+        "rank_correlation_motion_tokens": correlation(list(range(len(clips)))),
+        "rank_correlation_real_clips": correlation(real),
         "groups": {
             name: {
                 "clips": len(members),

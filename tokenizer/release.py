@@ -1,6 +1,6 @@
 """The last step of scripts/train/mini.sh: from results/mini to the shipped folder ckpts/mini, with its model card.
 
-python -m tokenizer.release                        # copy weights and table, measure, write card and README figures
+python -m tokenizer.release        # copy weights and table, measure, write card and README figures
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import shutil
 from pathlib import Path
 
 from tokenizer.common.checkpoint import atomic_write, file_sha256, read_model
-from tokenizer.common.config import load_config, to_dict
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.mini_figures import as_markdown, held_out_figures
-from tokenizer.router.curate import CurateConfig
 from tokenizer.router.reward import stats_of
 from tokenizer.router.table import QualityTable
 
@@ -23,12 +21,12 @@ _WEIGHTS = ("final", "router")
 _MOST_BYTES = 25 * 2**20  # what the repository can carry
 
 
-def release(results: Path, configs: Path, target: Path, readme: Path) -> None:
+def release(results: Path, target: Path, readme: Path) -> None:
     """Copy, measure, write the card, and put the figures between the markers of the README."""
     target.mkdir(parents=True, exist_ok=True)
     for name in _WEIGHTS:
         shutil.copyfile(results / name / "final" / "model.safetensors", target / f"{name}.safetensors")
-    _ship_table(results, configs, target / "heldout_table.safetensors")
+    _ship_table(results, target / "heldout_table.safetensors")
     files = sorted(target.glob("*.safetensors"))
     if sum(file.stat().st_size for file in files) > _MOST_BYTES:
         raise UserError(f"{target}: more than {_MOST_BYTES >> 20} MB of weights; the repository cannot carry that")
@@ -43,13 +41,12 @@ def release(results: Path, configs: Path, target: Path, readme: Path) -> None:
     print(f"{target}: {', '.join(file.name for file in files)}, README.md, figures.json")
 
 
-def _ship_table(results: Path, configs: Path, path: Path) -> None:
-    """The held-out table, with what is needed to rate a router by it: clips, weight and statistics of the reward."""
+def _ship_table(results: Path, path: Path) -> None:
+    """The held-out table, with what is needed to rate a router by it: weight and statistics of the reward."""
     table = QualityTable.load(results / "curate_heldout" / "table.safetensors")
     train_table = QualityTable.load(results / "curate_train" / "table.safetensors")
-    data = to_dict(load_config(CurateConfig, configs / "curate_heldout.yaml").data)
     router = read_model(results / "router").config
-    table.meta.update(data=data, quality_weight=router["quality_weight"], reward_stats=vars(stats_of(train_table)))
+    table.meta.update(quality_weight=router["quality_weight"], reward_stats=vars(stats_of(train_table)))
     table.save(path)
 
 
@@ -90,11 +87,10 @@ def _between_markers(text: str, name: str, content: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Copy the trained miniature into ckpts/mini and write its card.")
     parser.add_argument("--results", type=Path, default=Path("results/mini"))
-    parser.add_argument("--configs", type=Path, default=Path("configs/mini"))
     parser.add_argument("--target", type=Path, default=Path("ckpts/mini"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     args = parser.parse_args()
-    release(args.results, args.configs, args.target, args.readme)
+    release(args.results, args.target, args.readme)
 
 
 if __name__ == "__main__":

@@ -161,6 +161,7 @@ def fit(
         if state.step < run.steps:
             _train(run, optim, state, batches, loss_fn, validate, log, lambda: state.save(store, config))
         _write_final(folder / "final", state, config)
+        print(f"{state.step} steps done: {folder / 'final' / 'model.safetensors'}", flush=True)
         if finish is not None:
             with _averaged_weights(run, state):
                 finish()

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -74,6 +75,10 @@ class Curation:
     def table_path(self) -> Path:
         return self.folder / "table.safetensors"
 
+    def num_done(self) -> int:
+        """Units that some worker has finished."""
+        return sum(self._unit_path(unit).exists() for unit in range(self.num_units))
+
     def run(self) -> bool:
         """Work until no unit is free. True where the table is complete; False where others still work on units."""
         (self.folder / "units").mkdir(parents=True, exist_ok=True)
@@ -113,10 +118,8 @@ class Curation:
         """Clips that cannot be read are left out here and counted when the table is merged."""
         size = self.config.clips_per_unit
         wanted = range(unit * size, min((unit + 1) * size, len(self.dataset)))
-        found = [(self.dataset.names[i], self.dataset.get(i)) for i in wanted]
-        clips = [
-            clip for name, clip in found if clip.name == name
-        ]  # the loader puts the next clip in place of a bad one
+        found = ((self.dataset.names[i], self.dataset.get(i)) for i in wanted)
+        clips = [clip for name, clip in found if clip.name == name]  # the data set gives the next clip for a bad one
         names = [clip.name for clip in clips]
         if not clips:
             nothing = torch.empty(0, self.space.num_rows)
@@ -131,22 +134,21 @@ class Curation:
     def _unit_path(self, unit: int) -> Path:
         return self.folder / "units" / f"{unit:06d}.safetensors"
 
-    def _meta(self) -> dict[str, str | int]:
-        c = self.config
+    def _meta(self) -> dict[str, Any]:
+        c, names = self.config, "\0".join(self.dataset.names).encode("utf-8", "surrogateescape")
         return {
             "tokenizer_sha256": self.tokenizer.sha256,
             "perceptual_net": c.perceptual_net,
             "frames_per_block": c.frames_per_block,
             "method": c.method,
-            "clips_sha256": hashlib.sha256(
-                "\0".join(self.dataset.names).encode("utf-8", "surrogateescape")
-            ).hexdigest(),
+            "data": to_dict(c.data),
+            "clips_sha256": hashlib.sha256(names).hexdigest(),
         }
 
     def _claim_folder(self) -> None:
         """Units of another tokenizer, clip list or metric must not end up in one table."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        facts = {**self._meta(), "clips_per_unit": self.config.clips_per_unit, "data": to_dict(self.config.data)}
+        facts = {**self._meta(), "clips_per_unit": self.config.clips_per_unit}
         path = self.folder / "made_from.json"
         if not path.exists():
             atomic_write(path, json.dumps(facts, indent=1).encode())
@@ -179,8 +181,8 @@ def main() -> None:
     config.dir = config.dir or f"results/curate/{args.config.name.removesuffix('.yaml')}"
     curation = Curation(config)
     if args.dry_run:
-        done = sum(curation._unit_path(unit).exists() for unit in range(curation.num_units))
-        print(f"{len(curation.dataset)} clips in {curation.num_units} units, {done} done, into {curation.table_path}")
+        done, units = curation.num_done(), curation.num_units
+        print(f"{len(curation.dataset)} clips in {units} units, {done} done, into {curation.table_path}")
         return
     if curation.table_path.exists():
         print(f"{curation.table_path} is complete")

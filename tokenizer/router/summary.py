@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import PRESETS
@@ -31,16 +32,9 @@ def means(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def rank_correlation(x_S: Sequence[float], y_S: Sequence[float]) -> float | None:
     """Spearman's coefficient, -1 to 1, equal values sharing their mean rank. None where one side is all the same."""
-    rank_x, rank_y = mean_ranks(x_S), mean_ranks(y_S)
-    if np.ptp(rank_x) == 0 or np.ptp(rank_y) == 0:
+    if len(set(x_S)) < 2 or len(set(y_S)) < 2:
         return None
-    return float(np.corrcoef(rank_x, rank_y)[0, 1])
-
-
-def mean_ranks(values_S: Sequence[float]) -> np.ndarray:
-    """Rank of each value, 0 the lowest; equal values get the mean of their places."""
-    _, place_S, count = np.unique(np.asarray(values_S, float), return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count + 1) / 2)[place_S]
+    return float(spearmanr(x_S, y_S).statistic)
 
 
 def codebook_use(token_files: Iterable[Path], codebook_size: int) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+"""The four training stages and the main job, one after the other, by the commands that a user types."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tokenizer import load_router, load_tokenizer
+from tokenizer.router.table import QualityTable
+
+ROOT = Path(__file__).parents[1]
+HELD_OUT = ROOT / "tokenizer" / "data" / "bundled" / "tree_000.mp4"
+
+
+def run(*command: str | Path) -> str:
+    environment = os.environ | {"PYPATH": sys.executable, "OMP_NUM_THREADS": "1"}
+    words = [str(word) for word in command]
+    result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which all four stages of configs/debug have run."""
+    out = tmp_path_factory.mktemp("debug")
+
+    def stage(script: str, config: str, *overrides: str) -> None:
+        run("bash", f"scripts/train/{script}", f"configs/debug/{config}.yaml", *overrides)
+
+    stage("1_proxy_tokenizer.sh", "proxy", f"run.dir={out}/proxy")
+    for table in ("curate_train", "curate_heldout"):
+        stage("2_curate_router_data.sh", table, f"dir={out}/{table}", f"proxy={out}/proxy")
+    tables = [f"table={out}/curate_train/table.safetensors", f"val_table={out}/curate_heldout/table.safetensors"]
+    stage("3_router.sh", "router", f"run.dir={out}/router", *tables)
+    stage("4_final_tokenizer.sh", "final", f"run.dir={out}/final", f"policy.router_ckpt={out}/router")
+    return out
+
+
+def test_every_stage_leaves_what_the_next_one_reads(results: Path) -> None:
+    for name in ("proxy", "router", "final"):
+        for part in ("config.yaml", "metrics.jsonl", "checkpoints", "final/model.safetensors"):
+            assert (results / name / part).exists(), f"{name}/{part}"
+    assert list((results / "final" / "samples").glob("*.png"))
+    table = QualityTable.load(results / "curate_train" / "table.safetensors")
+    assert table.lpips_BA.shape == (12, 81) and table.lpips_BA.isfinite().all()
+    assert load_tokenizer(results / "final").space.levels == load_router(results / "router").space.levels == (2, 4, 8)
+
+
+def test_main_job_with_the_trained_pair(results: Path) -> None:
+    out = results / "main job"
+    weights = ["--router_config", "configs/debug/router.yaml", "--router_ckpt", results / "router"]
+    weights += ["--tok_config", "configs/debug/final.yaml", "--vq_ckpt", results / "final"]
+    job = [sys.executable, "tokenizer/router/reconstruction_qual_with_router.py", "--vid_path", HELD_OUT]
+    said = run(*job, "--save_dir", out, *weights, "--budget", "tokens:12", "--device", "cpu")
+    clip = json.loads((out / "metrics.json").read_text())["clips"][0]
+    assert sum(clip["assignment"]) == clip["tokens"] <= 12
+    assert (out / "report.html").stat().st_size > 10_000 and str(out / "report.html") in said
+
+
+def test_a_finished_stage_ends_at_once(results: Path) -> None:
+    before = (results / "proxy" / "metrics.jsonl").read_bytes()
+    run("bash", "scripts/train/1_proxy_tokenizer.sh", "configs/debug/proxy.yaml", f"run.dir={results}/proxy")
+    assert (results / "proxy" / "metrics.jsonl").read_bytes() == before
