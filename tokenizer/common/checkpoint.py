@@ -17,7 +17,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +59,14 @@ class Checkpoint:
 
 def file_sha256(path: str | Path) -> str:
     """The sha256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
     """Put `data` at `path`: written aside, synced, renamed. On an OSError the old file stays as it was."""
-    path = Path(path)
-    aside = _aside(path)
-    try:
+    with _written_aside(Path(path)) as aside:
         aside.write_bytes(data)
-        _sync(aside)
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
 
 
 def save_model(
@@ -84,17 +74,10 @@ def save_model(
 ) -> None:
     """One `.safetensors` at `path` with `config` and `card` inside; equal contents give equal bytes."""
     path = Path(path)
-    aside = _aside(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {_METADATA_KEY: json.dumps({"config": config, "card": dict(card or {})}, sort_keys=True)}
-    try:
+    with _written_aside(path) as aside:
         _write_tensors(aside, tensors, metadata)
-        _sync(aside)
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
 
 
 def read_model(path: str | Path) -> ModelFile:
@@ -277,6 +260,20 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+@contextmanager
+def _written_aside(path: Path) -> Iterator[Path]:
+    """Yields where to write; what is there at the end is synced and renamed to `path`, or removed on an exception."""
+    aside = _aside(path)
+    try:
+        yield aside
+        _sync(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
 
 
 def _aside(path: Path) -> Path:
