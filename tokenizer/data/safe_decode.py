@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -37,7 +37,7 @@ def decode_clips(
     all_clips: bool = False,
     backend: str = "pyav",
     time_limit_s: float = TIME_LIMIT_S,
-) -> Iterator[DecodedClip]:
+) -> Generator[DecodedClip, None, None]:
     """`video_io.iter_clips` in another process. A crash, or a clip that takes longer than the limit: VideoError."""
     arguments = {"num_frames": num_frames, "size": size, "fps": fps, "all_clips": all_clips, "backend": backend}
     return _stream("iter_clips", path, arguments, time_limit_s)
