@@ -1,13 +1,12 @@
 """Clips for training and measuring: a list of sources -> a ClipDataset with stable names and reproducible draws.
 
-A source is a folder, a video file, a manifest .csv with the column `path` (and, if known, `label`), or one of
+A source is a folder, a video file, a manifest .csv (see manifest_table.py), or one of
     bundled:train  bundled:heldout            the real clips shipped with the package
     synthetic:train:N  synthetic:heldout:N    N rendered scenes of known complexity
 """
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 
 from tokenizer.common.errors import UserError
 from tokenizer.data.bundled_clips import SPLITS, bundled_videos
+from tokenizer.data.manifest_table import read_rows
 from tokenizer.data.safe_decode import decode_clip_at
 from tokenizer.data.synthetic import KINDS, render_scene
 from tokenizer.data.transforms import horizontal_flip, random_resized_crop, rng_for
@@ -160,17 +160,10 @@ def _items_of(source: str, cfg: DataConfig) -> list[_Item]:
 
 
 def _manifest_items(manifest: Path, cfg: DataConfig) -> list[_Item]:
-    """Rows of a CSV; paths are relative to its folder. Whether the files are there shows when they are read."""
-    if not manifest.is_file():
-        raise UserError(f"{display_name(manifest)}: no such manifest; give a .csv with the column path")
-    with open(manifest, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "path" not in rows[0]:
-        raise UserError(f"{display_name(manifest)}: needs a header with the column path and at least one row")
-    paths = [manifest.absolute().parent / row["path"] for row in rows]
-    names = [display_name(row["path"]) for row in rows]
-    labels = [row.get("label") or None for row in rows]
-    return [_Item(n, label, _file(path, cfg)) for n, label, path in zip(names, labels, paths, strict=True)]
+    """Rows of a manifest. Whether the files are there shows when they are read."""
+    return [
+        _Item(display_name(row.path), row.label or None, _file(row.file(manifest), cfg)) for row in read_rows(manifest)
+    ]
 
 
 # Where frames come from: a clip of size `_read_size`, kind known or None

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import math
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from tokenizer.budget import FORMS, Budget, find_price, parse_budget
+from tokenizer.common.arguments import Parser, at_least, positive
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.runtime import pick_device
 from tokenizer.data.video_io import display_name, to_model_range
@@ -32,17 +32,10 @@ from tokenizer.router.results import ResultsFolder
 from tokenizer.router.summary import codebook_use, means, rank_correlation, tokenizer_facts, versions
 
 
-class Parser(argparse.ArgumentParser):
-    """A wrong argument is one line like every other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def parse_arguments() -> argparse.Namespace:
     """The command line, spelt as in the README."""
     about = "Reconstruct videos with as many tokens per temporal block as the router, or a budget, gives them."
-    parser = Parser(description=about, allow_abbrev=False)
+    parser = Parser(about)
     add = parser.add_argument
     add("--vid_path", required=True, help="a folder of videos (searched recursively) or one file")
     add("--save_dir", required=True, help="results folder; an unfinished job in it is continued")
@@ -51,12 +44,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--tok_config", help="YAML of the tokenizer, checked against its weights")
     add("--vq_ckpt", required=True, help="weights of the tokenizer: .safetensors or a run folder")
     add("--budget", type=str.strip, default="router", help=f"{FORMS} (default: router)")
-    add("--max-clips", type=_at_least(1), metavar="N", help="stop after N clips")
+    add("--max-clips", type=at_least(1), metavar="N", help="stop after N clips")
     add("--all-clips", action="store_true", help="every consecutive clip of a video, not only the first")
-    add("--fps", type=_positive, help="frame rate to read at (default: each file's own)")
-    add("--batch-size", type=_at_least(1), default=4, metavar="N", help="clips that go through the models together")
+    add("--fps", type=positive, help="frame rate to read at (default: each file's own)")
+    add("--batch-size", type=at_least(1), default=4, metavar="N", help="clips that go through the models together")
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
-    add("--num-workers", type=_at_least(0), default=1, metavar="N", help="processes that decode ahead (default: 1)")
+    add("--num-workers", type=at_least(0), default=1, metavar="N", help="processes that decode ahead (default: 1)")
     add("--overwrite", action="store_true", help="remove the earlier results in --save_dir and start again")
     add("--backend", choices=("pyav", "decord"), default="pyav", help="video reader")
     networks = f"lpips_vgg | lpips_alex | stlpips_vgg | stlpips_alex | none | auto ({' or '.join(PERCEPTUAL_ORDER)})"
@@ -199,25 +192,6 @@ def finish(folder: ResultsFolder, names: list[str], walk: ClipWalk, facts: dict[
         f"{len(records)} clip(s), {mean['tokens']:.1f} tokens each, PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}"
         f"{lpips}; {len(walk.skipped)} video(s) skipped; report: {report}"
     )
-
-
-def _at_least(smallest: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdigit() or int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {smallest}")
-        return int(text)
-
-    return number
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return number
 
 
 if __name__ == "__main__":

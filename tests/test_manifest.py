@@ -1,0 +1,135 @@
+"""Manifests: read whatever spreadsheets make of them, built from the true layouts, checked, and prepared."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenizer.common.errors import UserError
+from tokenizer.data.clips import DataConfig, build_dataset
+from tokenizer.data.manifest_check import CheckRule, check_manifest, collect
+from tokenizer.data.manifest_table import ManifestRow, read_rows, write_rows
+from tokenizer.data.prepare import PrepareRule, prepare_video
+from tokenizer.data.ucf101 import ASCII_ORDER, OFFICIAL_ORDER, class_index
+from tokenizer.data.video_io import probe, write_video
+
+NAME = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=12)
+
+
+def video(path: Path, num: int = 20, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, np.random.default_rng(seed).integers(0, 255, (num, 40, 60, 3), dtype=np.uint8), 10)
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["manifest", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("tokenizer.data.manifest", run_name="__main__")
+    return int(end.value.code or 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(NAME, NAME), min_size=1, max_size=5))
+def test_any_name_survives_writing_and_reading(
+    tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]]
+) -> None:
+    path = tmp_path_factory.mktemp("m") / "m.csv"
+    assert write_rows(path, (ManifestRow(*pair) for pair in pairs)) == len(pairs)
+    assert [(row.path, row.label) for row in read_rows(path)] == pairs
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=80))
+def test_any_bytes_are_rows_or_one_clear_line(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.mktemp("m") / "m.csv"
+    path.write_bytes(b"path,label\n" + data)
+    try:
+        assert all(row.path for row in read_rows(path))
+    except UserError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+
+
+def test_forms_of_lists(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    for data in (b"\xef\xbb\xbfpath,label\r\na.mp4,x\r\n\r\n", b"path,action,label\na.mp4,x,3\n"):
+        path.write_bytes(data)
+        assert [(row.path, row.label) for row in read_rows(path)] == [("a.mp4", "x")]
+        assert build_dataset(DataConfig(sources=[str(path)])).names == ["a.mp4"]
+    path.write_bytes(b"a.mp4\nb.avi\n")
+    assert [row.path for row in read_rows(path)] == ["a.mp4", "b.avi"]
+    for data, word in (
+        (b"name\nx\n", "header"),
+        (b'path\n"a\n', "quote"),
+        (b"path\na,b\n", "line 2"),
+        (b"path\n", "row"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=word):
+            list(read_rows(path))
+
+
+def test_class_orders() -> None:
+    assert len(set(OFFICIAL_ORDER)) == 101
+    assert (class_index("JumpRope"), class_index("hammerthrow"), class_index("71")) == (46, 34, 71)
+    moved = [name for name in ASCII_ORDER if ASCII_ORDER.index(name) != OFFICIAL_ORDER.index(name)]
+    assert sorted(moved) == ["HammerThrow", "Hammering", "JumpRope", "JumpingJack"]
+
+
+def test_build_from_true_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "UCF-101"
+    for name in ("YoYo/v_YoYo_g08_c01.avi", "HandstandPushups/v_HandStandPushups_g08_c02.avi"):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).touch()
+    lists = tmp_path / "ucfTrainTestlist"
+    lists.mkdir()
+    listed = [
+        "YoYo/v_YoYo_g08_c01.avi 101",
+        "HandstandPushups/v_HandstandPushups_g08_c02.avi 37",
+        "Punch/v_Punch_g09_c01.avi 71",
+    ]
+    (lists / "trainlist01.txt").write_text("\r\n".join(listed))
+    out = tmp_path / "m.csv"
+    assert run(monkeypatch, "build", "--dataset", "ucf101", "--root", root, "--out", out) == 0
+    assert [row.label for row in read_rows(out)] == ["YoYo", "HandstandPushups"]
+    assert Path(f"{out}.missing.txt").read_text() == "Punch/v_Punch_g09_c01.avi\n"
+
+    k600 = tmp_path / "val"
+    k600.mkdir()
+    (k600 / "-abc_000004_000014.mp4").touch()
+    (tmp_path / "v.csv").write_text(
+        "label,youtube_id,time_start,time_end,split\nyoga,-abc,4,14,val\nyoga,gone,1,11,val\n"
+    )
+    words = ("--dataset", "k600", "--root", k600, "--list", tmp_path / "v.csv", "--out", out)
+    assert run(monkeypatch, "build", *words) == 0
+    assert [(row.path, row.label) for row in read_rows(out)] == [("val/-abc_000004_000014.mp4", "yoga")]
+
+
+def test_check_finds_each_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    video(tmp_path / "good.mp4")
+    video(tmp_path / "short.mp4", num=5)
+    (tmp_path / "bad.mp4").write_text("words")
+    other = tmp_path / "other.csv"
+    write_rows(other, [ManifestRow("good.mp4")])
+    manifest = tmp_path / "m.csv"
+    write_rows(manifest, map(ManifestRow, ("good.mp4", "./good.mp4", "short.mp4", "bad.mp4", "gone.mp4")))
+    counts = collect(check_manifest(manifest, CheckRule(), other)).counts
+    assert counts == {"duplicate": 1, "too short": 1, "unreadable": 1, "missing": 1, "overlap": 2}
+    assert run(monkeypatch, "check", manifest, "--decode", "none", "--json") == 1
+    assert run(monkeypatch, "check", other) == 0
+    assert run(monkeypatch, "check", tmp_path / "none.csv") == 2
+
+
+def test_prepared_videos_keep_every_frame(tmp_path: Path) -> None:
+    copy = tmp_path / "copy.mp4"
+    prepare_video(video(tmp_path / "a.mp4", num=19), copy, PrepareRule(short_side=20))
+    info = probe(copy)
+    assert (info.num_frames, info.height, info.width, info.fps) == (19, 20, 30, 10)
+    assert json.dumps(PrepareRule().name_of(copy)) != json.dumps(PrepareRule(fps=3).name_of(copy))

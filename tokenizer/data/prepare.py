@@ -1,0 +1,156 @@
+"""One-off transcode for fast training: small frames and a keyframe every 8, so that a random clip is cheap to reach.
+
+    python -m tokenizer.data.prepare M.csv --out DIR [--short-side 128] [--fps 3] [--workers 2]
+
+Writes DIR/videos/*.mp4 and DIR/manifest.csv, which takes the place of M.csv in a config. H.264 loses a little, so
+prepared videos are for training; measure on the originals. A stopped run goes on where it was. A video that cannot be
+read is named in DIR/skipped.json and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+from tokenizer.common.arguments import Parser, at_least, positive
+from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.data.manifest_table import ManifestRow, read_rows, write_rows
+from tokenizer.data.parallel import map_ahead
+from tokenizer.data.safe_decode import decode_clips
+from tokenizer.data.transforms import resize
+from tokenizer.data.video_io import DecodedClip, VideoError, display_name
+
+KEYFRAME_EVERY = 8
+_LONGEST_SLUG = 60
+
+
+@dataclass(frozen=True)
+class PrepareRule:
+    """short_side: videos are made this small, never larger, and not cropped. fps: None keeps each file's own."""
+
+    short_side: int = 128
+    fps: float | None = None
+    crf: int = 16  # H.264 quality; lower is better and larger
+    backend: str = "pyav"
+
+    def name_of(self, source: Path) -> str:
+        """File name of the copy: different for every source and every rule."""
+        slug = re.sub(r"[^A-Za-z0-9]+", "_", source.stem.encode("ascii", "replace").decode()).strip("_")
+        facts = repr((os.fsencode(source), self.short_side, self.fps, self.crf))
+        return f"{slug[:_LONGEST_SLUG] or 'video'}-{hashlib.sha256(facts.encode()).hexdigest()[:10]}.mp4"
+
+
+def prepare_video(source: Path, target: Path, rule: PrepareRule) -> None:
+    """One video -> `target`, which appears complete or not at all. The decoding is done in another process.
+
+    Raises VideoError where the source cannot be read to its end, OSError on a full disk.
+    """
+    # Frame by frame: memory does not grow with the video, and none of its end is lost to a whole number of clips.
+    frames = decode_clips(source, 1, None, rule.fps, all_clips=True, backend=rule.backend)
+    handle, aside = tempfile.mkstemp(suffix=".mp4", prefix=".writing-", dir=target.parent)
+    os.close(handle)
+    try:
+        with contextlib.closing(frames):
+            _encode(frames, Path(aside), rule)
+        os.chmod(aside, 0o644)
+        os.replace(aside, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
+        raise
+
+
+def prepare(manifest: Path, out: Path, rule: PrepareRule, num_threads: int) -> tuple[int, list[dict[str, str]]]:
+    """All videos of a manifest -> DIR/videos and DIR/manifest.csv. Returns how many there are, and what was skipped."""
+    videos = out / "videos"
+    videos.mkdir(parents=True, exist_ok=True)
+    for leftover in videos.glob(".writing-*"):
+        leftover.unlink()
+    skipped: list[dict[str, str]] = []
+
+    def work(row: ManifestRow) -> tuple[ManifestRow, Path, str | None]:
+        source = row.file(manifest)
+        target = videos / rule.name_of(source)
+        try:
+            if not target.exists():
+                prepare_video(source, target, rule)
+        except VideoError as error:
+            return row, target, error.reason
+        return row, target, None
+
+    def rows() -> Iterator[ManifestRow]:
+        for row, target, reason in tqdm(map_ahead(work, read_rows(manifest), num_threads), unit="video", disable=None):
+            if reason is None:
+                yield ManifestRow(str(target.relative_to(out)), row.label)
+            else:
+                skipped.append({"path": display_name(row.path), "reason": reason})
+
+    num_done = write_rows(out / "manifest.csv", rows())
+    atomic_write(out / "skipped.json", json.dumps(skipped, indent=1).encode())
+    return num_done, skipped
+
+
+def _encode(frames: Iterator[DecodedClip], path: Path, rule: PrepareRule) -> None:
+    first = next(frames)
+    height, width = _even_size(first.frames_THWC, rule.short_side)
+    # fastdecode leaves out what is dear to decode: deblocking, CABAC, weighted prediction
+    options = {"crf": str(rule.crf), "preset": "medium", "tune": "fastdecode", "g": str(KEYFRAME_EVERY), "bf": "0"}
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        rate = Fraction(first.fps).limit_denominator(1001)
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.codec_context.thread_count = 1
+        for clip in _with_first(first, frames):
+            image_HWC = resize(clip.frames_THWC, height, width)[0]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image_HWC), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _with_first(first: DecodedClip, rest: Iterator[DecodedClip]) -> Iterator[DecodedClip]:
+    yield first
+    for clip in rest:
+        if clip.frames_THWC.shape[1:3] != first.frames_THWC.shape[1:3]:
+            return  # a video that changes its size: what comes after the change is left out
+        yield clip
+
+
+def _even_size(frames_THWC: np.ndarray, short_side: int) -> tuple[int, int]:
+    """The size of the copy: short side as asked or as it is, both sides even, which H.264 wants."""
+    height, width = frames_THWC.shape[1:3]
+    scale = min(1.0, short_side / min(height, width))
+    return max(2, 2 * round(height * scale / 2)), max(2, 2 * round(width * scale / 2))
+
+
+def main() -> None:
+    parser = Parser("Transcode the videos of a manifest once, so that training reads them many times faster.")
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument("--out", required=True, type=Path, help="folder of the copies and their manifest.csv")
+    parser.add_argument("--short-side", type=at_least(16), default=128, help="pixels; never enlarged (default: 128)")
+    parser.add_argument("--fps", type=positive, help="frame rate of the copies (default: each file's own)")
+    parser.add_argument("--crf", type=at_least(0), default=16, help="H.264 quality, lower is better (default: 16)")
+    parser.add_argument("--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N", help="videos at once")
+    parser.add_argument("--backend", choices=("pyav", "decord"), default="pyav", help="video reader")
+    args: argparse.Namespace = parser.parse_args()
+    rule = PrepareRule(args.short_side, args.fps, args.crf, args.backend)
+    num_done, skipped = prepare(args.manifest, args.out, rule, args.workers)
+    if not num_done:
+        raise UserError(f"none of the {len(skipped)} videos could be read, see {args.out / 'skipped.json'}")
+    print(f"{args.out / 'manifest.csv'}: {num_done} videos; {len(skipped)} skipped")
+
+
+if __name__ == "__main__":
+    run_cli(main)
