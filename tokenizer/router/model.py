@@ -4,7 +4,7 @@ A pre-LayerNorm vision transformer over raw spatio-temporal patches: [CLS] gathe
 rows of the assignment table. The higher a score the better the row. Scores of one clip can be compared, those of two
 clips only in their differences: the softmax of the training loss leaves a constant free for each clip.
 
-Letters: B clips, C T H W, M patches, P numbers in a patch, D width, h heads, A assignments (rows).
+Letters: B clips, C T H W, M patches, P numbers in a patch, D width, A assignments (rows).
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.blocks.patchify import patchify
+from tokenizer.blocks.vit import ViTLayer
 from tokenizer.common.errors import UserError
 
 TABLE_STD = 0.02
@@ -67,36 +66,6 @@ class RouterConfig:
         return AssignmentSpace(tuple(self.levels), self.num_blocks)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention: every position sees every other."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_qkv = nn.Linear(width, 3 * width)
-        self.to_out = nn.Linear(width, width)
-
-    def forward(self, x_BMD: Tensor) -> Tensor:
-        q, k, v = rearrange(self.to_qkv(x_BMD), "B M (three h e) -> three B h M e", three=3, h=self.heads)
-        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "B h M e -> B M (h e)"))
-
-
-class Layer(nn.Module):
-    """Self-attention, then a feed-forward, each after a LayerNorm and added to its input."""
-
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.norm_attention = nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
-        self.norm_mlp = nn.LayerNorm(width)
-        hidden = int(width * mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-
-    def forward(self, x_BMD: Tensor) -> Tensor:
-        x_BMD = x_BMD + self.attention(self.norm_attention(x_BMD))
-        return x_BMD + self.mlp(self.norm_mlp(x_BMD))
-
-
 class Router(nn.Module):
     """Clip -> score of every assignment. `space` says which assignment a score belongs to."""
 
@@ -111,7 +80,7 @@ class Router(nn.Module):
         # Where a patch is = its block + its place in the frame: two small tables; one for all pairs makes it 20.2M.
         self.block_position_N1D = nn.Parameter(torch.empty(config.num_blocks, 1, width))
         self.place_position_1GD = nn.Parameter(torch.empty(1, config.grid**2, width))
-        self.layers = nn.ModuleList(Layer(width, config.heads, config.mlp_ratio) for _ in range(config.layers))
+        self.layers = nn.ModuleList(ViTLayer(width, config.heads, config.mlp_ratio) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, self.space.num_rows)
         self.init_weights()
