@@ -34,6 +34,10 @@ LAYERS = (
 )
 LAYER_OF = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 
+# The same for the files of `autoregressive`.
+GPT_LAYERS = ({"sequence", "attention"}, {"kv_cache"}, {"model"}, {"presets"})
+GPT_LAYER_OF = {room: height for height, rooms in enumerate(GPT_LAYERS) for room in rooms}
+
 # Libraries that `python -m` also runs: to list the named sizes, to recompute the shipped figures.
 LIBRARIES_WITH_A_COMMAND = {"tokenizer.presets", "autoregressive.presets", "tokenizer.mini_figures"}
 
@@ -95,6 +99,21 @@ def test_rooms_of_the_tokenizer_import_only_what_stands_before_them() -> None:
                 continue
             if room(target) not in LAYER_OF or LAYER_OF[room(target)] >= LAYER_OF[here]:
                 wrong.append(f"{name} imports {target}")
+    assert not wrong, wrong
+
+
+def test_files_of_the_gpt_import_only_what_stands_before_them() -> None:
+    wrong = []
+    for name, tree in TREES.items():
+        if not name.startswith("autoregressive."):
+            continue
+        assert room(name) in GPT_LAYER_OF, f"give {room(name)!r} a place in GPT_LAYERS"
+        targets = [target for target in imports(tree) if target.startswith("autoregressive.")]
+        wrong += [
+            f"{name} imports {target}"
+            for target in targets
+            if GPT_LAYER_OF.get(room(target), len(GPT_LAYERS)) >= GPT_LAYER_OF[room(name)]
+        ]
     assert not wrong, wrong
 
 

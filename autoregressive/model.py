@@ -1,0 +1,157 @@
+"""The GPT: class (or given frames) in, the next token of a clip out (paper.md section 5).
+
+A plain decoder: RMSNorm, SwiGLU, no biases, learned absolute positions, untied head. Sequences are packed, never
+padded, so that a clip with fewer tokens is less work in training as well as in sampling.
+
+Letters: L packed tokens, R rows of a decoding step, S slots, D width, V ids the head can say, h heads, e head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoregressive.attention import attend_causal
+from autoregressive.kv_cache import KVCache, bytes_per_slot
+from autoregressive.sequence import SequenceLayout
+from tokenizer.common.errors import UserError
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(queries, keys, values), each [L, h, e], of one layer -> what each token takes from those before it, [L, h, e]."""
+
+_HIDDEN_MULTIPLE = 256  # of the feed-forward's width; narrower models round up to 64
+
+
+@dataclass
+class GPTConfig:
+    """Shape of a model and of its sequences. The defaults are GPT-B on UCF-101 with the paper's tokenizer."""
+
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    dropout: float = 0.1  # after the embedding, the attention and the feed-forward
+    codebook_size: int = 8192
+    levels: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
+    num_blocks: int = 4
+    num_classes: int = 101  # 0 for frame prediction
+    condition_lengths: list[int] = field(default_factory=list)  # frame prediction: e.g. [512, 128]
+
+    def __post_init__(self) -> None:
+        if min(self.layers, self.width, self.heads) < 1 or self.width % self.heads:
+            raise UserError(f"width = {self.width} must be a multiple of heads = {self.heads}, layers at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout = {self.dropout}: must lie in [0, 1)")
+        self.layout.__post_init__()
+
+    @property
+    def layout(self) -> SequenceLayout:
+        levels, condition = tuple(self.levels), tuple(self.condition_lengths)
+        return SequenceLayout(self.codebook_size, levels, self.num_blocks, self.num_classes, condition)
+
+    @property
+    def hidden_width(self) -> int:
+        """Of the SwiGLU: 8/3 of the width, rounded up to 256 (to 64 in models narrower than 256)."""
+        multiple = _HIDDEN_MULTIPLE if self.width >= _HIDDEN_MULTIPLE else 64
+        return -(-8 * self.width // (3 * multiple)) * multiple
+
+
+class Block(nn.Module):
+    """Attention, then SwiGLU, each on a normalised copy of the stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, config.hidden_width
+        self.heads = config.heads
+        self.attention_norm = nn.RMSNorm(width, eps=1e-5)
+        self.to_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.to_out = nn.Linear(width, width, bias=False)
+        self.feed_norm = nn.RMSNorm(width, eps=1e-5)
+        self.to_hidden = nn.Linear(width, 2 * hidden, bias=False)  # gate and value
+        self.from_hidden = nn.Linear(hidden, width, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_LD: Tensor, attend: Attend) -> Tensor:
+        """[L, D] -> [L, D]"""
+        qkv = rearrange(self.to_qkv(self.attention_norm(x_LD)), "L (three h e) -> three L h e", three=3, h=self.heads)
+        mixed_LD = rearrange(attend(*qkv), "L h e -> L (h e)")
+        x_LD = x_LD + self.dropout(self.to_out(mixed_LD))
+        gate, value = self.to_hidden(self.feed_norm(x_LD)).chunk(2, dim=-1)
+        return x_LD + self.dropout(self.from_hidden(F.silu(gate) * value))
+
+
+class GPT(nn.Module):
+    """Ids of packed sequences -> logits of the id that follows each."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config, self.layout = config, config.layout
+        self.embedding = nn.Embedding(self.layout.num_input_ids, config.width)
+        self.positions = nn.Parameter(torch.empty(self.layout.max_length, config.width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.head = nn.Linear(config.width, self.layout.num_ids, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        if self.positions.device.type != "meta":
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """How every weight begins.
+
+        linear, embedding, positions   N(0, 0.02)
+        head                           0, so that training starts from equal probabilities: loss = ln V
+        gains of the norms             1
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.02)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, id_L: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Packed sequences of `lengths` ids each, int64 [L] -> logits [L, V]; each sees its own past only."""
+        position_L = torch.cat([torch.arange(length) for length in lengths]).to(id_L.device)
+        attend = partial(attend_causal, lengths=lengths)
+        return self.head(self._hidden(id_L, position_L, lambda layer: attend))
+
+    def step(self, id_R: Tensor, position_S: Tensor, live: Sequence[int], cache: KVCache) -> Tensor:
+        """The next id of every row, at its slot's position -> logits [R, V]. `live`: see `KVCache.step`."""
+        position_R = position_S.repeat_interleave(len(id_R) // len(position_S))
+        attend = partial(cache.step, position_S=position_S, live=live)
+        return self.head(self._hidden(id_R, position_R, lambda layer: partial(attend, layer)))
+
+    def prefill(self, id_Q: Tensor, slot: int, cache: KVCache) -> None:
+        """Take the first ids of a sequence into a slot of the cache, all in one pass."""
+
+        def attend(layer: int, q_Qhe: Tensor, k_Qhe: Tensor, v_Qhe: Tensor) -> Tensor:
+            cache.fill(layer, slot, k_Qhe, v_Qhe)
+            return attend_causal(q_Qhe, k_Qhe, v_Qhe, (len(id_Q),))
+
+        self._hidden(id_Q, torch.arange(len(id_Q), device=id_Q.device), lambda layer: partial(attend, layer))
+
+    def new_cache(self, slots: int, streams: int) -> KVCache:
+        """Room for sequences of any length, in the precision of the weights."""
+        c, weight = self.config, self.head.weight
+        places = self.layout.max_length
+        return KVCache(c.layers, c.heads, c.width // c.heads, slots, streams, places, weight.dtype, weight.device)
+
+    def cache_bytes_per_slot(self, streams: int) -> int:
+        """What one slot of `new_cache` takes."""
+        dtype = self.head.weight.dtype
+        return bytes_per_slot(self.config.layers, self.config.width, streams, self.layout.max_length, dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def _hidden(self, id_L: Tensor, position_L: Tensor, attend_of: Callable[[int], Attend]) -> Tensor:
+        x_LD = self.dropout(self.embedding(id_L) + self.positions[position_L])
+        for layer, block in enumerate(self.blocks):
+            x_LD = block(x_LD, attend_of(layer))
+        return self.norm(x_LD)

@@ -1,0 +1,119 @@
+"""Named sizes, and the doors through which a GPT is built or loaded. `python -m autoregressive.presets` lists them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from autoregressive.model import GPT, GPTConfig
+from tokenizer.common.checkpoint import load_strict, read_model
+from tokenizer.common.config import from_dict
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.model import TokenizerConfig, VideoTokenizer, parameters_by_part
+
+_SIZE_KEYS = ("layers", "width", "heads")
+_K600 = {"num_classes": 0, "condition_lengths": [512, 128]}
+
+PRESETS: dict[str, GPTConfig] = {
+    # the paper's sizes, as class-to-video on UCF-101: 99.2M, 327.3M, 633.3M (paper.md section 5)
+    "GPT-B": GPTConfig(),
+    "GPT-L": GPTConfig(layers=24, width=1024, heads=16),
+    "GPT-LP": GPTConfig(layers=30, width=1280, heads=20),
+    # the same for the miniature tokenizer, small enough to be shipped
+    "GPT-mini": GPTConfig(
+        layers=4, width=192, heads=6, codebook_size=1024, levels=[8, 16, 32, 64, 128], num_classes=11
+    ),
+    # fractions of a second on a CPU, for tests
+    "GPT-debug": GPTConfig(layers=2, width=32, heads=2, codebook_size=64, levels=[2, 4, 8], num_classes=11),
+}
+# what `--gpt-model` cannot name: the same sizes with the sequences of frame prediction on K600
+FRAME_PREDICTION = {
+    "GPT-L (frame prediction)": replace(PRESETS["GPT-L"], **_K600),  # type: ignore[arg-type]
+    "GPT-LP (frame prediction)": replace(PRESETS["GPT-LP"], **_K600),  # type: ignore[arg-type]
+}
+
+
+@dataclass(frozen=True)
+class TrainedGPT:
+    """A GPT for sampling, with what its weights file says of the tokens it was trained on. Made by `load_gpt`."""
+
+    model: GPT
+    class_names: tuple[str, ...]
+    tokenizer_sha256: str
+    sha256: str
+    origin: str
+
+
+def load_gpt(path: str | Path, device: str | torch.device = "cpu", size: str | None = None) -> TrainedGPT:
+    """A trained GPT from a .safetensors file or a run folder; the config is inside the file.
+
+    `size`: the preset that it must be, as `--gpt-model` names it. Raises UserError naming both where it is not, and for
+    damaged, pickled or foreign files.
+    """
+    file = read_model(path)
+    if "condition_lengths" not in file.config.get("model", {}):  # a key that only GPTs have
+        raise UserError(f"{path}: these weights are {file.card.get('kind', 'something')!r}, not a GPT")
+    config = from_dict(GPTConfig, file.config["model"], f"{path} (config inside)")
+    if size is not None:
+        check_size(config, size, str(path))
+    model = GPT(config)
+    load_strict(model, file.tensors, str(path))
+    tokens = file.config.get("tokens", {})
+    names = tuple(tokens.get("class_names", ()))
+    return TrainedGPT(model.eval().to(device), names, tokens.get("tokenizer_sha256", ""), file.sha256, str(path))
+
+
+def check_size(config: GPTConfig, size: str, origin: str) -> None:
+    """Raises UserError where `config` has not the layers, width and heads of the preset `size`."""
+    if size not in PRESETS:
+        raise UserError(f"no GPT size {size!r}; there are {', '.join(PRESETS)}")
+    wanted, found = (tuple(getattr(c, key) for key in _SIZE_KEYS) for c in (PRESETS[size], config))
+    if wanted != found:
+        fits = [name for name, preset in PRESETS.items() if tuple(getattr(preset, k) for k in _SIZE_KEYS) == found]
+        raise UserError(
+            f"{origin} holds {'x'.join(map(str, found))} (layers x width x heads), but {size} is "
+            f"{'x'.join(map(str, wanted))}; use --gpt-model {fits[0] if fits else 'of its own size'}"
+        )
+
+
+def check_tokenizer_fits(gpt: TrainedGPT, tokenizer: VideoTokenizer) -> None:
+    """Raises UserError where the GPT does not speak the tokenizer's codes, naming both."""
+    check_vocabulary(gpt.model.config, tokenizer.config, gpt.origin)
+    made_by, mine = gpt.tokenizer_sha256, tokenizer.sha256
+    if made_by and mine and made_by != mine:
+        raise UserError(
+            f"{gpt.origin} was trained on the tokens of tokenizer {made_by[:12]}.., this one is {mine[:12]}..: "
+            "give the --vq_ckpt / --vq-ckpt that it was trained with"
+        )
+
+
+def check_vocabulary(config: GPTConfig, tokenizer: TokenizerConfig, origin: str) -> None:
+    """Raises UserError, naming both sides, where codes, levels or blocks differ."""
+    for name in ("codebook_size", "levels", "num_blocks"):
+        ours, theirs = getattr(config, name), getattr(tokenizer, name)
+        if ours != theirs:
+            raise UserError(
+                f"{origin} has {name} = {ours}, but the tokenizer's is {theirs}: use the tokenizer that made its tokens"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="List the named GPT sizes with their parameters by part.")
+    parser.add_argument("--json", action="store_true", help="for machines: name -> {total, parts}")
+    as_json = parser.parse_args().json
+    with torch.device("meta"):
+        listing = {name: parameters_by_part(GPT(config)) for name, config in (PRESETS | FRAME_PREDICTION).items()}
+    if as_json:
+        print(json.dumps({name: {"total": sum(parts.values()), "parts": parts} for name, parts in listing.items()}))
+        return
+    for name, parts in listing.items():
+        print(f"{name}: {sum(parts.values()) / 1e6:.2f}M")
+        print("\n".join(f"    {part:<18} {count / 1e6:9.3f}M" for part, count in parts.items()))
+
+
+if __name__ == "__main__":
+    run_cli(main)

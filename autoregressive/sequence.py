@@ -1,0 +1,272 @@
+"""What the GPT reads and writes: ids, their order, and the grammar. The only file that knows (paper.md section 5).
+
+    ids         codes 0 .. E-1, then one length token for each level; the head can say these V = E + m
+                then one condition for each class and the open condition, which the head never says
+    sequence    [condition tokens]  condition  then for each temporal block: its length token, exactly that many codes
+
+Class-to-video: the condition is the class, or the open one where guidance asks for "no class". Frame prediction: the
+codes of the given frames come first, and the open condition is the separator behind them. There is no end token:
+the grammar knows when a clip is complete.
+
+Letters: E codes, m levels, V ids that the head can say, N temporal blocks, L packed tokens, Q ids of one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tokenizer.assignment import AssignmentSpace
+from tokenizer.common.errors import UserError
+
+IGNORE = -100  # a target that no loss looks at; torch's own default
+
+
+@dataclass(frozen=True)
+class ClipCodes:
+    """One clip as tokens: `code_L` int64, block after block; `lengths` how many each block has.
+
+    `label`: number of its class, None where it has none. `condition_L`: the codes of the frames that are given to
+    frame prediction, int64, empty otherwise.
+    """
+
+    code_L: Tensor
+    lengths: tuple[int, ...]
+    label: int | None = None
+    condition_L: Tensor = torch.empty(0, dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """The vocabulary and the order of a model's sequences.
+
+    condition_lengths: tokens of each temporal block of the given frames (frame prediction; the paper: (512, 128)); the
+    clip itself then begins with blocks of these lengths, because the given frames are generated again. Empty otherwise.
+    """
+
+    codebook_size: int
+    levels: tuple[int, ...]
+    num_blocks: int
+    num_classes: int = 0
+    condition_lengths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.codebook_size < 1 or self.num_classes < 0:
+            raise UserError(f"codebook_size = {self.codebook_size} must be >= 1, num_classes = {self.num_classes} >= 0")
+        _check_prefix(self, self.condition_lengths)
+
+    @cached_property
+    def space(self) -> AssignmentSpace:
+        return AssignmentSpace(tuple(self.levels), self.num_blocks)
+
+    @property
+    def num_ids(self) -> int:
+        """V, what the head can say: codes and length tokens."""
+        return self.codebook_size + len(self.levels)
+
+    @property
+    def num_input_ids(self) -> int:
+        """What the model can read: V, the classes, the open condition."""
+        return self.num_ids + self.num_classes + 1
+
+    @property
+    def open_id(self) -> int:
+        """No class; in frame prediction the separator."""
+        return self.num_input_ids - 1
+
+    @property
+    def condition_tokens(self) -> int:
+        return sum(self.condition_lengths)
+
+    @property
+    def max_length(self) -> int:
+        """Ids of the longest sequence: the rows of a table of positions (2053 and 2309 at the paper's size)."""
+        free_blocks = self.num_blocks - len(self.condition_lengths)
+        clip = self.condition_tokens + free_blocks * self.levels[-1] + self.num_blocks
+        return self.condition_tokens + 1 + clip
+
+    def condition_id(self, label: int | None) -> int:
+        """Class number, or None for the open condition -> id. UserError for a class that there is not."""
+        if label is None:
+            return self.open_id
+        if not 0 <= label < self.num_classes:
+            raise UserError(f"class {label} does not exist: this model has classes 0 .. {self.num_classes - 1}")
+        return self.num_ids + label
+
+    def length_id(self, length: int) -> int:
+        return self.codebook_size + self.levels.index(length)
+
+    def encode(self, clip: ClipCodes) -> Tensor:
+        """Clip -> its sequence, int64 [Q]. Raises UserError where lengths, codes and layout do not fit together."""
+        self._check(clip)
+        parts = [clip.condition_L, torch.tensor([self.condition_id(clip.label)])]
+        for length, code_K in zip(clip.lengths, clip.code_L.split(list(clip.lengths)), strict=True):
+            parts += [torch.tensor([self.length_id(length)]), code_K]
+        return torch.cat(parts)
+
+    def decode(self, id_Q: Tensor) -> ClipCodes:
+        """The inverse of `encode`. Raises UserError, naming the place, for anything that `encode` does not write."""
+        ids, start = id_Q.tolist(), self.condition_tokens
+        if len(ids) <= start or not self.num_ids <= ids[start] <= self.open_id:
+            raise UserError(f"place {start} of a sequence must hold its condition; the sequence has {len(ids)} ids")
+        if any(not 0 <= code < self.codebook_size for code in ids[:start]):
+            raise UserError(f"the first {start} ids of a sequence must be the codes of the condition")
+        grammar = Grammar(self)
+        for place, token in enumerate(ids[start + 1 :], start=start + 1):
+            if not grammar.allows(token):
+                raise UserError(f"place {place} of a sequence holds {token}, where the grammar wants {grammar.wanted}")
+            grammar.advance(token)
+        if not grammar.finished:
+            raise UserError(f"a sequence ends after {len(ids)} ids, where the grammar wants {grammar.wanted}")
+        body_L = id_Q[start + 1 :]
+        label = None if ids[start] == self.open_id else ids[start] - self.num_ids
+        return ClipCodes(body_L[body_L < self.codebook_size], grammar.lengths, label, id_Q[:start])
+
+    def _check(self, clip: ClipCodes) -> None:
+        self.space.rows_of(torch.tensor(clip.lengths))
+        if clip.lengths[: len(self.condition_lengths)] != self.condition_lengths:
+            raise UserError(f"a clip of lengths {clip.lengths} does not begin with {self.condition_lengths}")
+        if len(clip.condition_L) != self.condition_tokens:
+            raise UserError(f"{len(clip.condition_L)} condition codes, but this layout has {self.condition_tokens}")
+        if len(clip.code_L) != sum(clip.lengths):
+            raise UserError(f"{len(clip.code_L)} codes do not fit lengths that add up to {sum(clip.lengths)}")
+        all_L = torch.cat([clip.condition_L, clip.code_L])
+        if not 0 <= int(all_L.min()) <= int(all_L.max()) < self.codebook_size:
+            raise UserError(f"codes must lie in 0 .. {self.codebook_size - 1}; the clip was made by another tokenizer")
+
+
+@dataclass(frozen=True)
+class LengthRule:
+    """Which lengths a sampler may choose: some blocks forced, or all of them together at most `max_tokens`.
+
+    forced[t] is the length of block t; blocks behind its end are free. Made by `length_rule`, which checks it.
+    """
+
+    forced: tuple[int, ...] = ()
+    max_tokens: int | None = None
+
+    def allowed(self, space: AssignmentSpace, lengths: tuple[int, ...]) -> tuple[bool, ...]:
+        """For each level: may the block after `lengths` have it, so that the rest can still be completed?"""
+        block = len(lengths)
+        if block < len(self.forced):
+            return tuple(level == self.forced[block] for level in space.levels)
+        if self.max_tokens is None:
+            return (True,) * len(space.levels)
+        left = self.max_tokens - sum(lengths) - self._least_after(space, block + 1)
+        return tuple(level <= left for level in space.levels)
+
+    def _least_after(self, space: AssignmentSpace, block: int) -> int:
+        free_blocks = space.num_blocks - max(block, len(self.forced))
+        return sum(self.forced[block:]) + free_blocks * space.levels[0]
+
+
+def length_rule(layout: SequenceLayout, forced: Sequence[int] = (), max_tokens: int | None = None) -> LengthRule:
+    """The rule for a layout: in frame prediction the blocks of the condition are forced in any case.
+
+    Raises UserError for a length that is no level, for more lengths than blocks, where `forced` contradicts the
+    condition, and for a limit that the smallest possible assignment exceeds.
+    """
+    forced = tuple(forced)
+    _check_prefix(layout, forced)
+    shared = min(len(forced), len(layout.condition_lengths))
+    if forced[:shared] != layout.condition_lengths[:shared]:
+        raise UserError(
+            f"lengths {list(forced)} are forced, but this model's clips begin with {list(layout.condition_lengths)}"
+        )
+    rule = LengthRule(max(forced, layout.condition_lengths, key=len), max_tokens)
+    least = rule._least_after(layout.space, 0)
+    if max_tokens is not None and max_tokens < least:
+        raise UserError(f"{max_tokens} tokens are below the smallest clip that is allowed here: {least}")
+    return rule
+
+
+def _check_prefix(layout: SequenceLayout, lengths: Sequence[int]) -> None:
+    """Plain numbers only: a layout is also made where tensors are `meta`."""
+    strange = [length for length in lengths if length not in layout.levels]
+    if strange:
+        raise UserError(f"length {strange[0]} is none of the levels {list(layout.levels)}")
+    if len(lengths) > layout.num_blocks:
+        raise UserError(f"{len(lengths)} lengths {list(lengths)}, but a clip has {layout.num_blocks} blocks")
+
+
+@dataclass
+class Grammar:
+    """The state of one row that is being written: which ids may come next, and when the clip is complete.
+
+    A length token opens a block, then exactly that many codes follow; after the last block nothing does.
+    """
+
+    layout: SequenceLayout
+    rule: LengthRule = LengthRule()
+    lengths: tuple[int, ...] = ()
+    codes_left: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.codes_left == 0 and len(self.lengths) == self.layout.num_blocks
+
+    @property
+    def wants_length(self) -> bool:
+        return self.codes_left == 0 and not self.finished
+
+    @property
+    def wanted(self) -> str:
+        return "nothing more" if self.finished else "a length token" if self.wants_length else "a code"
+
+    def allowed_levels(self) -> tuple[bool, ...]:
+        """For each level, whether its length token may come next."""
+        if not self.wants_length:
+            return (False,) * len(self.layout.levels)
+        return self.rule.allowed(self.layout.space, self.lengths)
+
+    def allowed_ids(self) -> Tensor:
+        """bool [V], True for every id that may come next."""
+        codes = torch.full((self.layout.codebook_size,), self.codes_left > 0)
+        return torch.cat([codes, torch.tensor(self.allowed_levels())])
+
+    def allows(self, token: int) -> bool:
+        if 0 <= token < self.layout.codebook_size:
+            return self.codes_left > 0
+        return token < self.layout.num_ids and token >= 0 and self.allowed_levels()[token - self.layout.codebook_size]
+
+    def advance(self, token: int) -> None:
+        """Take in the next id, which must be allowed."""
+        assert self.allows(token), f"id {token}, where the grammar wants {self.wanted}"
+        if self.wants_length:
+            length = self.layout.levels[token - self.layout.codebook_size]
+            self.lengths, self.codes_left = (*self.lengths, length), length
+        else:
+            self.codes_left -= 1
+
+    def skip_codes(self, num: int) -> None:
+        """Take in `num` codes at once, whichever they are: how a sampler avoids asking a device for each of them."""
+        assert num <= self.codes_left
+        self.codes_left -= num
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """Sequences one after the other, as training reads them: `id_L` goes in, `target_L` is what should come out.
+
+    `lengths`: ids of each sequence. Targets are IGNORE where nothing is to be said: inside the condition's codes.
+    """
+
+    id_L: Tensor
+    target_L: Tensor
+    lengths: tuple[int, ...]
+
+
+def pack_sequences(layout: SequenceLayout, sequences: Sequence[Tensor]) -> PackedSequences:
+    """Sequences of `encode` -> inputs and targets, shifted by one. Equal lengths stand side by side."""
+    ordered = sorted(sequences, key=len)
+    targets = []
+    for id_Q in ordered:
+        target_Q = id_Q[1:].clone()
+        target_Q[: layout.condition_tokens] = IGNORE
+        targets.append(target_Q)
+    inputs = [id_Q[:-1] for id_Q in ordered]
+    return PackedSequences(torch.cat(inputs), torch.cat(targets), tuple(map(len, inputs)))

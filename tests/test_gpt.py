@@ -1,0 +1,194 @@
+"""The GPT: the published sizes, causality, packing, the cache, and what does not belong together."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoregressive.attention import attend_by_length, attend_by_slot, attend_to_longest, attend_varlen
+from autoregressive.kv_cache import check_memory, free_bytes
+from autoregressive.model import GPT, GPTConfig
+from autoregressive.presets import (
+    FRAME_PREDICTION,
+    PRESETS,
+    TrainedGPT,
+    check_tokenizer_fits,
+    load_gpt,
+)
+from tokenizer.common.checkpoint import save_model
+from tokenizer.common.config import to_dict
+from tokenizer.common.errors import UserError
+from tokenizer.model import parameters_by_part
+from tokenizer.presets import build_tokenizer
+
+DEBUG = PRESETS["GPT-debug"]
+
+
+@pytest.fixture(scope="module")
+def gpt() -> GPT:
+    """A random model whose head is not the zeros it starts with."""
+    torch.manual_seed(0)
+    model = GPT(DEBUG).eval()
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def random_ids(num: int, seed: int = 0) -> Tensor:
+    return torch.randint(DEBUG.layout.num_input_ids, (num,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("name", "millions"), [("GPT-B", 99.2), ("GPT-L", 327.3), ("GPT-LP", 633.3)])
+def test_parameters_are_those_of_the_paper(name: str, millions: float) -> None:
+    with torch.device("meta"):
+        for listing in (PRESETS, FRAME_PREDICTION):
+            found = [config for key, config in listing.items() if key.split(" ")[0] == name]
+            for config in found:
+                total = sum(parameters_by_part(GPT(config)).values())
+                assert total / 1e6 == pytest.approx(millions, rel=0.005)
+
+
+def test_presets_are_listed_for_machines() -> None:
+    command = [sys.executable, "-m", "autoregressive.presets", "--json"]
+    listing = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+    assert set(PRESETS) <= set(listing)
+    for entry in listing.values():
+        assert entry["total"] == sum(entry["parts"].values())
+
+
+def test_two_miniatures_fit_into_20_mb() -> None:
+    with torch.device("meta"):
+        assert 2 * 4 * sum(parameters_by_part(GPT(PRESETS["GPT-mini"])).values()) < 20e6
+
+
+def test_training_starts_from_equal_probabilities() -> None:
+    model = GPT(DEBUG)
+    logits_LV = model(random_ids(9), [9])
+    assert torch.equal(logits_LV, torch.zeros(9, DEBUG.layout.num_ids))
+
+
+def test_changing_a_token_changes_nothing_before_it(gpt: GPT) -> None:
+    id_L, place = random_ids(20), 12
+    changed = id_L.clone()
+    changed[place] = (changed[place] + 1) % DEBUG.layout.num_input_ids
+    before, after = gpt(id_L, [20]), gpt(changed, [20])
+    assert torch.equal(before[:place], after[:place])
+    assert (before[place:] != after[place:]).any(dim=1).all()
+
+
+def test_a_sequence_does_not_see_its_neighbours(gpt: GPT) -> None:
+    """Forward and gradients: packed equals one sequence at a time."""
+    lengths = [3, 7, 7, 12]
+    parts = [random_ids(length, seed) for seed, length in enumerate(lengths)]
+    weight = torch.randn(DEBUG.layout.num_ids, generator=torch.Generator().manual_seed(9))
+
+    def gradient(packed: bool) -> tuple[Tensor, Tensor]:
+        gpt.zero_grad()
+        logits = gpt(torch.cat(parts), lengths) if packed else torch.cat([gpt(p, [len(p)]) for p in parts])
+        (logits * weight).square().mean().backward()
+        return logits.detach(), torch.cat([p.grad.flatten() for p in gpt.parameters() if p.grad is not None])
+
+    for ours, reference in zip(gradient(True), gradient(False), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_the_varlen_call_equals_the_reference() -> None:
+    """A kernel with torch's signature, in plain operations: the plan is what is tested on a machine without a GPU."""
+
+    def kernel(q, k, v, ends_q, ends_k, longest_q, longest_k, *, window_size):
+        assert torch.equal(ends_q, ends_k) and longest_q == longest_k == 7 and window_size == (-1, 0)
+        parts = [[x[a:b].transpose(0, 1) for x in (q, k, v)] for a, b in zip(ends_q[:-1], ends_q[1:], strict=True)]
+        mixed = [F.scaled_dot_product_attention(*part, is_causal=True).transpose(0, 1) for part in parts]
+        return torch.cat(mixed)
+
+    lengths = [3, 7, 7]
+    q, k, v = torch.randn(3, sum(lengths), 2, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(attend_varlen(q, k, v, lengths, kernel), attend_by_length(q, k, v, lengths))
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_cached_decoding_equals_uncached(gpt: GPT, streams: int) -> None:
+    """Two slots at different positions, one of them idle at first and prefilled later."""
+    first, second = random_ids(15, 1), random_ids(14, 2)
+    wanted = [gpt(first, [15]), gpt(second, [14])]
+    cache = gpt.new_cache(slots=2, streams=streams)
+    assert cache.num_bytes == 2 * gpt.cache_bytes_per_slot(streams)
+    with torch.no_grad():
+        for t in range(15):
+            if t == 5:
+                gpt.prefill(second[:4], 1, cache)
+            live = [t + 1, t if t >= 5 else 0]  # slot 1 decodes its place 4 at t = 5
+            position_S = torch.tensor([max(0, num - 1) for num in live])
+            id_S = torch.stack([first[t], second[t - 1]])
+            logits_SGV = gpt.step(id_S.repeat_interleave(streams), position_S, live, cache).unflatten(0, (2, streams))
+            for s, num in enumerate(live):
+                if num:
+                    expected = wanted[s][num - 1].expand(streams, -1)
+                    torch.testing.assert_close(logits_SGV[s], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_in_one_call_equals_slot_by_slot() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 2, 2, 8, generator=generator)
+    k, v = torch.randn(2, 3, 2, 2, 20, 8, generator=generator)
+    for live in ([5, 0, 20], [1, 9, 3], [0, 0, 0]):
+        ours, reference = attend_to_longest(q, k, v, live, step=4), attend_by_slot(q, k, v, live)
+        torch.testing.assert_close(ours, reference)
+
+
+def test_a_row_reads_nothing_past_what_lives() -> None:
+    q, k, v = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 2, 20, 8), torch.randn(1, 1, 2, 20, 8)
+    before = attend_by_slot(q, k, v, [6])
+    k[..., 6:, :] = v[..., 6:, :] = torch.nan
+    assert torch.equal(attend_by_slot(q, k, v, [6]), before)
+
+
+def test_too_many_slots_are_refused_with_the_number_that_fits() -> None:
+    cpu = torch.device("cpu")
+    check_memory(1, 1, cpu)
+    tenth = free_bytes(cpu) // 10
+    with pytest.raises(UserError, match=r"1000 slots need .* GiB .* slots would fit"):
+        check_memory(1000, tenth, cpu)
+
+
+def test_loading_is_strict_and_knows_the_size(gpt: GPT, tmp_path: Path) -> None:
+    path = tmp_path / "gpt.safetensors"
+    tokens = {"tokenizer_sha256": "ab" * 32, "class_names": ["a", "b"]}
+    save_model(path, gpt.state_dict(), {"model": to_dict(DEBUG), "tokens": tokens}, {"kind": "gpt"})
+    trained = load_gpt(path, size="GPT-debug")
+    assert (trained.class_names, trained.tokenizer_sha256) == (("a", "b"), "ab" * 32)
+    assert torch.equal(trained.model(random_ids(5), [5]), gpt(random_ids(5), [5]))
+    with pytest.raises(UserError, match="but GPT-L is 24x1024x16; use --gpt-model GPT-debug"):
+        load_gpt(path, size="GPT-L")
+    with pytest.raises(UserError, match="no GPT size 'GPT-XL'"):
+        load_gpt(path, size="GPT-XL")
+    save_model(path, {}, {"model": {"encoder": {}}}, {"kind": "tokenizer"})
+    with pytest.raises(UserError, match="'tokenizer', not a GPT"):
+        load_gpt(path)
+
+
+def test_a_gpt_for_another_tokenizer_is_refused(gpt: GPT) -> None:
+    tokenizer = build_tokenizer("VQ_debug")
+    check_tokenizer_fits(TrainedGPT(gpt, (), "", "", "gpt"), tokenizer)
+    with pytest.raises(UserError, match="levels = \\[2, 4, 8\\], but the tokenizer's is \\[2, 4\\]"):
+        check_tokenizer_fits(TrainedGPT(gpt, (), "", "", "gpt"), build_tokenizer("VQ_debug", levels=[2, 4]))
+    tokenizer.sha256 = "cd" * 32
+    with pytest.raises(UserError, match=r"tokenizer abababababab\.\., this one is cdcdcdcdcdcd"):
+        check_tokenizer_fits(TrainedGPT(gpt, (), "ab" * 32, "", "gpt"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"heads": 5}, "multiple of heads = 5"),
+        ({"dropout": 1.0}, "dropout = 1.0"),
+        ({"condition_lengths": [3]}, "length 3 is none of the levels"),
+    ],
+)
+def test_impossible_shapes_are_refused(changes: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        GPTConfig(**changes)
