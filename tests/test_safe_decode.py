@@ -48,6 +48,7 @@ def idle_pids() -> list[int]:
 
 
 def test_the_same_clips_as_in_this_process_by_one_reused_worker(video: Path) -> None:
+    idle_before = len(idle_pids())  # left by other tests
     for path, options in ((video, {"all_clips": True}), (bundled_videos("train")[0].path, {"fps": 3.0, "size": 64})):
         ours, theirs = list(video_io.iter_clips(path, **options)), list(decode_clips(path, **options))
         assert len(ours) == len(theirs) > 0
@@ -57,7 +58,7 @@ def test_the_same_clips_as_in_this_process_by_one_reused_worker(video: Path) -> 
             assert other.frames_THWC.flags.writeable
     one, other = video_io.read_clip_at(video, 0.5, 8), decode_clip_at(video, 0.5, 8)
     np.testing.assert_array_equal(one.frames_THWC, other.frames_THWC)
-    assert len(idle_pids()) == 1
+    assert len(idle_pids()) == max(1, idle_before)
 
 
 def test_a_reader_left_in_the_middle_and_two_at_once_do_not_mix(video: Path) -> None:

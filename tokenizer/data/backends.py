@@ -223,10 +223,12 @@ class DecordReader:
 
     def pictures(self, first: int = 0) -> Iterator[Picture]:
         for index, time in enumerate(self.times()):
-            if index >= first:
+            if self._untimed:  # skipping frames of such a file, decord now and then gives the wrong picture
+                image = self._to_rgb(index)
+                if index >= first:
+                    yield Picture(time, functools.partial(np.copy, image))
+            elif index >= first:
                 yield Picture(time, functools.partial(self._to_rgb, index))
-            elif self._untimed:  # decord can seek in such a file, to the wrong picture
-                self._to_rgb(index)
 
     def _to_rgb(self, index: int) -> np.ndarray:
         return self._video[index].asnumpy()
