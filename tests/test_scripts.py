@@ -20,7 +20,7 @@ SOURCED = {"scripts/_launch.sh", "scripts/set_env_vars_template.sh", "scripts/se
 COMMANDS = [script for script in SCRIPTS if script not in SOURCED]
 STAGES = [script for script in COMMANDS if re.match(r"scripts/train/\d", script)]
 TRAINING_STAGES = [script for script in STAGES if "/2_" not in script]
-READMES = ("README.md", "scripts/README.md", "ckpts/README.md")
+READMES = ("README.md", "configs/README.md", "scripts/README.md", "ckpts/README.md")
 
 
 def bash(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
