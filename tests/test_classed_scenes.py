@@ -16,8 +16,8 @@ def motion(frames_THWC: np.ndarray) -> float:
 def test_motion_and_speed_are_those_of_the_class() -> None:
     by_motion: dict[str, list[float]] = {}
     for seed in SEEDS:
-        frames_THWC, label = render_classed_scene(seed, "train")
-        by_motion.setdefault(label.partition(" ")[2], []).append(motion(frames_THWC))
+        frames_THWC, kind = render_classed_scene(seed, "train")
+        by_motion.setdefault(kind, []).append(motion(frames_THWC))
     mean = {name: np.mean(values) for name, values in by_motion.items()}
     assert max(by_motion["still"]) == 0
     for kind in ("slide", "pulse"):
@@ -36,10 +36,10 @@ def test_a_square_fills_its_corners_and_a_disc_does_not() -> None:
 
 
 def test_a_seed_is_a_scene_and_splits_differ() -> None:
-    one, label = render_classed_scene(3, "train", 32)
+    one, kind = render_classed_scene(3, "train", 32)
     again, _ = render_classed_scene(3, "train", 32)
     np.testing.assert_array_equal(one, again)
-    assert one.shape == (16, 32, 32, 3) and one.dtype == np.uint8 and label == CLASS_NAMES[3]
+    assert one.shape == (16, 32, 32, 3) and one.dtype == np.uint8 and f"disc {kind}" == CLASS_NAMES[3]
     assert not np.array_equal(one, render_classed_scene(3, "heldout", 32)[0])
     assert len(render_classed_scene(2, "train", 16, num_frames=1)[0]) == 1
 
@@ -47,7 +47,7 @@ def test_a_seed_is_a_scene_and_splits_differ() -> None:
 def test_as_a_source_every_epoch_shows_other_scenes_of_the_same_class() -> None:
     clips = build_dataset(DataConfig(sources=[f"classed:train:{len(CLASS_NAMES)}"], size=16))
     first, second = ([clips.get(i, epoch) for i in range(len(clips))] for epoch in (0, 1))
-    assert [s.label for s in first] == [s.label for s in second] == list(CLASS_NAMES) == [s.kind for s in first]
+    assert [s.label for s in first] == [s.label for s in second] == list(CLASS_NAMES)
     assert all(not a.video_CTHW.equal(b.video_CTHW) for a, b in zip(first, second, strict=True))
 
 

@@ -62,11 +62,11 @@ def draw_classed_scene(seed: int, split: str) -> ClassedScene:
 
 
 def render_classed_scene(seed: int, split: str, size: int = 64, num_frames: int = 16) -> tuple[np.ndarray, str]:
-    """Scene number `seed` of a split: (frames_THWC uint8 [num_frames, size, size, 3], its class)."""
+    """Scene number `seed` of a split: (frames_THWC uint8 [num_frames, size, size, 3], how its shape moves)."""
     scene = draw_classed_scene(seed, split)
     ground_HWC = resize(scene.background_HWC[None], size, size)[0].astype(np.float32)
     frames_THWC = np.stack([_frame(scene, t, ground_HWC) for t in range(num_frames)])
-    return np.clip(frames_THWC + 0.5, 0, 255).astype(np.uint8), scene.label
+    return np.clip(frames_THWC + 0.5, 0, 255).astype(np.uint8), scene.label.partition(" ")[2]
 
 
 def _frame(scene: ClassedScene, t: int, ground_HWC: np.ndarray) -> np.ndarray:
