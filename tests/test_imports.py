@@ -30,7 +30,6 @@ LAYERS = (
     {"router"},
     {"policy"},
     {"train", "mini_figures"},
-    {"release"},
 )
 LAYER_OF = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 
@@ -50,6 +49,7 @@ LIBRARIES_WITH_A_COMMAND = {
     "autoregressive.presets",
     "tokenizer.mini_figures",
     "autoregressive.token_archive",
+    "evaluations.mini_generation",
 }
 
 # What a machine with the core dependencies only does not have; decord has wheels for one platform.
