@@ -12,8 +12,10 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from autoregressive.sequence import IGNORE, PackedSequences, SequenceLayout, pack_sequences
 from autoregressive.token_archive import TokenArchive
@@ -26,10 +28,27 @@ _OPEN_BINS = 8  # batches that are filled at the same time; more of them waste l
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What one rank reads in one step. `num_targets`: ids to be said by all ranks of this step together."""
+    """What one rank reads in one step: sequences as `SequenceLayout.encode` writes them."""
 
-    packed: PackedSequences
-    num_targets: int
+    layout: SequenceLayout
+    sequences: list[Tensor]
+    width: int  # of the model that reads them
+
+    @cached_property
+    def packed(self) -> PackedSequences:
+        return pack_sequences(self.layout, self.sequences)
+
+    @property
+    def num_targets(self) -> int:
+        """Ids that a model is asked to say."""
+        return int((self.packed.target_L != IGNORE).sum())
+
+    def split(self, num_parts: int) -> list[TokenBatch]:
+        """Parts of nearly equal cost, for gradients that are added up (run.accumulate)."""
+        if num_parts > len(self.sequences):
+            raise UserError(f"run.accumulate={num_parts} parts, but a process has {len(self.sequences)} clips a step")
+        shares = share_out([cost(len(id_Q), self.width) for id_Q in self.sequences], num_parts)
+        return [TokenBatch(self.layout, [self.sequences[i] for i in share], self.width) for share in shares]
 
 
 @dataclass(frozen=True)
@@ -47,26 +66,23 @@ class BatchRule:
 def token_batches(
     archive: TokenArchive, layout: SequenceLayout, width: int, rule: BatchRule, start_step: int = 0
 ) -> Iterator[TokenBatch]:
-    """The batches of a rank from `start_step` on, without end. `width`: of the model, for its cost at a given length.
+    """The batches of a rank from `start_step` on, without end. `width`: of the model, see `cost`.
 
     Raises UserError where `most_ids` is less than the longest clip has, or a step has fewer clips than ranks.
     """
     num_inputs = [layout.num_inputs(tokens) for tokens in archive.length_SN.sum(dim=1).tolist()]
-    for step, clips_of_ranks in enumerate(_plan(num_inputs, width, rule, start_step), start=start_step):
-        everyone = [clip for clips in clips_of_ranks for clip in clips]
-        draw_S = torch.rand(len(everyone), generator=generator_for(rule.seed, "class dropout", step))
-        hidden = (draw_S < rule.class_dropout).tolist()
-        first = sum(map(len, clips_of_ranks[: rule.rank]))
-        mine = clips_of_ranks[rule.rank]
-        chosen = ((archive.clip(clip), hidden[first + place]) for place, clip in enumerate(mine))
-        clips = [replace(clip, label=None) if hide else clip for clip, hide in chosen]
-        num_targets = sum(num_inputs[clip] - layout.condition_tokens for clip in everyone)
-        yield TokenBatch(pack_sequences(layout, [layout.encode(clip) for clip in clips]), num_targets)
+    for step, (clips, shares) in enumerate(_plan(num_inputs, width, rule, start_step), start=start_step):
+        # drawn for the whole step, so that whose class is hidden does not depend on the number of ranks
+        generator = generator_for(rule.seed, "class dropout", step)
+        hidden = (torch.rand(len(clips), generator=generator) < rule.class_dropout).tolist()
+        mine = [(archive.clip(clips[place]), hidden[place]) for place in shares[rule.rank]]
+        shown = [replace(clip, label=None) if hide else clip for clip, hide in mine]
+        yield TokenBatch(layout, [layout.encode(clip) for clip in shown], width)
 
 
-def count_targets(packed: PackedSequences) -> int:
-    """Ids that a model is asked to say."""
-    return int((packed.target_L != IGNORE).sum())
+def cost(num_ids: int, width: int) -> float:
+    """What a sequence costs in each layer, in some unit: matrices grow with its ids, attention with their square."""
+    return num_ids * (12.0 * width + num_ids)
 
 
 def share_out(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
@@ -99,24 +115,26 @@ def fill_bins(clips: Iterable[int], size_of: Callable[[int], int], room: int) ->
         bins[place] = (held, used + size)
 
 
-def _plan(num_inputs: Sequence[int], width: int, rule: BatchRule, start_step: int) -> Iterator[list[list[int]]]:
-    """For each step from `start_step` on: the clips of each rank."""
+def _plan(
+    num_inputs: Sequence[int], width: int, rule: BatchRule, start_step: int
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """For each step from `start_step` on: its clips, and for each rank the places of its own among them."""
     if not rule.most_ids:
         if rule.clips < rule.num_ranks:
             raise UserError(f"run.batch_size={rule.clips} clips for {rule.num_ranks} processes: give at least one each")
-        clips = _endless_row(len(num_inputs), rule.seed, start_step * rule.clips)
+        row = _endless_row(len(num_inputs), rule.seed, start_step * rule.clips)
         while True:
-            step = list(itertools.islice(clips, rule.clips))
-            # a clip of Q ids costs about Q * (12 width + Q) in each layer: matrices and attention
-            shares = share_out([num_inputs[i] * (12.0 * width + num_inputs[i]) for i in step], rule.num_ranks)
-            yield [[step[place] for place in share] for share in shares]
+            clips = list(itertools.islice(row, rule.clips))
+            yield clips, share_out([cost(num_inputs[clip], width) for clip in clips], rule.num_ranks)
     if max(num_inputs) > rule.most_ids:
         raise UserError(f"batch_ids={rule.most_ids} is less than the {max(num_inputs)} ids of the longest clip")
-    # which bin a step has depends on all before it: they are counted again, about a second for a million clips
+    # what a bin holds depends on all before it: they are counted again, about a second for a million clips
     bins = fill_bins(_endless_row(len(num_inputs), rule.seed, 0), num_inputs.__getitem__, rule.most_ids)
     bins = itertools.islice(bins, start_step * rule.num_ranks, None)
     while True:
-        yield list(itertools.islice(bins, rule.num_ranks))
+        filled = list(itertools.islice(bins, rule.num_ranks))
+        places = iter(range(sum(map(len, filled))))
+        yield [clip for clips in filled for clip in clips], [list(itertools.islice(places, len(c))) for c in filled]
 
 
 def _endless_row(num_clips: int, seed: int, start: int) -> Iterator[int]:

@@ -25,10 +25,11 @@ from autoregressive.model import GPT, GPTConfig
 from autoregressive.presets import check_vocabulary
 from autoregressive.sequence import IGNORE, PackedSequences, SequenceLayout, pack_sequences
 from autoregressive.token_archive import TokenArchive
+from tokenizer.common import ranks
 from tokenizer.common.config import to_dict
 from tokenizer.common.entry import parse_training_arguments, rehearse
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.loop import RunConfig, TrainState, fit, start_run
+from tokenizer.common.loop import RunConfig, Summed, TrainState, fit, start_run
 from tokenizer.common.optim import OptimConfig
 from tokenizer.model import parameters_by_part
 from tokenizer.presets import load_tokenizer
@@ -76,27 +77,25 @@ class GPTTraining:
     def batches(self, start_step: int) -> Iterator[TokenBatch]:
         c = self.config
         dropout = c.class_dropout if c.model.num_classes else 0.0
-        rule = BatchRule(c.run.seed, c.run.batch_size, c.batch_ids, dropout)
+        rule = BatchRule(c.run.seed, c.run.batch_size, c.batch_ids, dropout, ranks.rank(), ranks.num_ranks())
         return token_batches(self.archive, self.layout, c.model.width, rule, start_step)
 
-    def loss(self, batch: TokenBatch, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Cross-entropy summed over all ids that are to be said, divided by their number."""
+    def loss(self, batch: TokenBatch, step: int) -> tuple[Summed, dict[str, Tensor | float]]:
+        """Cross-entropy summed over all ids that are to be said; the loop divides by their number on all processes."""
         logits_LV, target_L = read(self.state.model, batch.packed)
         each_L = cross_entropy(logits_LV, target_L)
-        num_clips = len(batch.packed.lengths)
-        terms = {name: total / num for name, (total, num) in by_kind(each_L.detach(), target_L, self.layout).items()}
-        return each_L.sum() / batch.num_targets, {**terms, "clips": num_clips, "ids": len(each_L)}
+        kinds = by_kind(each_L.detach(), target_L, self.layout)
+        terms: dict[str, Tensor | float] = {name: total / num for name, (total, num) in kinds.items()}
+        terms["ids_per_clip"] = len(each_L) / len(batch.sequences)
+        return Summed(each_L.sum(), batch.num_targets), terms
 
     def validate(self, step: int) -> dict[str, float]:
         """Loss, perplexity and how often the most probable length is the true one, on held-out clips."""
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for packed in self._validation_batches():
             logits_LV, target_L = read(self.state.model, packed)
-            is_length_L = target_L >= self.layout.codebook_size
-            guess_L = logits_LV[is_length_L, self.layout.codebook_size :].argmax(dim=1) + self.layout.codebook_size
-            right = (guess_L == target_L[is_length_L]).float().sum()
-            losses = by_kind(cross_entropy(logits_LV, target_L), target_L, self.layout)
-            measured = {"length_accuracy": (right, is_length_L.sum()), **losses}
+            measured = by_kind(cross_entropy(logits_LV, target_L), target_L, self.layout)
+            measured["length_accuracy"] = right_lengths(logits_LV, target_L, self.layout)
             for name, (total, num) in measured.items():
                 sums[name][0] += float(total)
                 sums[name][1] += float(num)
@@ -146,6 +145,14 @@ def by_kind(each_L: Tensor, target_L: Tensor, layout: SequenceLayout) -> dict[st
     """(sum, number) of the losses of length tokens and of codes."""
     is_length_L, is_code_L = target_L >= layout.codebook_size, (target_L >= 0) & (target_L < layout.codebook_size)
     return {name: (each_L[at].sum(), at.sum()) for name, at in zip(KINDS, (is_length_L, is_code_L), strict=True)}
+
+
+def right_lengths(logits_LV: Tensor, target_L: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+    """How often the most probable length is the true one, and of how many; lengths that are given are not counted."""
+    at_L = target_L >= layout.codebook_size
+    guess = logits_LV[at_L, layout.codebook_size :].argmax(dim=1) + layout.codebook_size
+    right_BN = (guess == target_L[at_L]).unflatten(0, (-1, layout.num_blocks))[:, len(layout.condition_lengths) :]
+    return right_BN.sum(), torch.tensor(right_BN.numel())
 
 
 def open_archives(config: GPTTrainConfig) -> tuple[TokenArchive, TokenArchive]:
