@@ -81,7 +81,7 @@ def attend_by_slot(q_SGhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, live: Seque
 
 
 def attend_one(q_Gh1e: Tensor, k_GhQe: Tensor, v_GhQe: Tensor) -> Tensor:
-    """Attention of a single query in half precision as matrix-vector products: on a CPU 3 to 4 times faster than SDPA."""
+    """One query in half precision, as matrix-vector products: on a CPU 3 to 4 times faster than SDPA."""
     score_GhQ1 = k_GhQe @ (q_Gh1e * q_Gh1e.shape[-1] ** -0.5).transpose(-1, -2)
     share_Gh1Q = score_GhQ1.float().softmax(dim=-2).to(v_GhQe.dtype).transpose(-1, -2)
     return share_Gh1Q @ v_GhQe

@@ -16,6 +16,7 @@ from tokenizer.common.errors import UserError
 
 CLASSES = PRESETS["GPT-debug"]
 FRAMES = replace(CLASSES, num_classes=0, condition_lengths=[8, 4])
+ANY = LengthRule()
 GUIDED = SamplingConfig(slots=3, guidance=(2.0,))
 
 
@@ -37,7 +38,7 @@ def frames_gpt() -> GPT:
     return random_gpt(FRAMES)
 
 
-def requests_of(num: int, rule: LengthRule = LengthRule()) -> list[Request]:
+def requests_of(num: int, rule: LengthRule = ANY) -> list[Request]:
     return [Request(("clip", i), label=i % CLASSES.num_classes, rule=rule) for i in range(num)]
 
 
