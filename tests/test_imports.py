@@ -35,11 +35,13 @@ LAYER_OF = {room: height for height, rooms in enumerate(LAYERS) for room in room
 
 # The same for the files of `autoregressive`.
 GPT_LAYERS = (
-    {"sequence", "attention", "condition"},
-    {"kv_cache", "token_archive"},
+    {"sequence", "attention", "noise", "pick", "condition", "sample_pictures", "class_names"},
+    {"kv_cache", "sample_folder", "token_archive"},
     {"model", "batches"},
-    {"presets"},
-    {"extract_codes", "train"},
+    {"presets", "sampler"},
+    {"sample_grid"},
+    {"sample_job", "extract_codes", "train"},
+    {"sample_c2v", "sample_frame_prediction"},
 )
 GPT_LAYER_OF = {room: height for height, rooms in enumerate(GPT_LAYERS) for room in rooms}
 
