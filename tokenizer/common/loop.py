@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tokenizer.common import ranks
 from tokenizer.common.checkpoint import CheckpointStore, atomic_write, file_sha256, save_model
 from tokenizer.common.errors import UserError
 from tokenizer.common.metrics_log import Clock, MetricsLog, Progress
@@ -30,6 +31,7 @@ __all__ = ["Adversary", "LossFn", "RunConfig", "Summed", "TrainState", "fit", "s
 
 def start_run(run: RunConfig) -> torch.device:
     """Threads, seeds, kernels, the run's other processes: an entry point calls it before it builds the model."""
+    ranks.join(on_cpu=run.device == "cpu" or not torch.cuda.is_available())
     if run.num_threads is not None:
         torch.set_num_threads(run.num_threads)
     set_deterministic(run.seed)
