@@ -132,7 +132,7 @@ class _Turn:
         self.player.backward(total * (ranks.num_ranks() / self._assumed), last=number == num_parts - 1)
 
     def clip(self) -> Values:
-        """Make the gradients ready. The figures of the turn, none after a rest; NotFinite for a gradient that is not."""
+        """Make the gradients ready. The turn's figures, none after a rest; NotFinite for a gradient that is not."""
         if not self._assumed:
             return {}
         player, module = self.player, self.player.module
