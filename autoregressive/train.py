@@ -80,7 +80,8 @@ class GPTTraining:
         self.device = start_run(config.run)
         self.tokenizer = load_tokenizer(config.tokenizer, self.device)
         self.archive, self.val_archive = open_archives(config, self.tokenizer)
-        self.state = TrainState.start(GPT(config.model), config.run, config.optim, kind="gpt")
+        self.model = GPT(config.model)
+        self.state = TrainState.start(self.model, config.run, config.optim, kind="gpt")
 
     def batches(self, start_step: int) -> Iterator[TokenBatch]:
         c = self.config
@@ -90,7 +91,7 @@ class GPTTraining:
 
     def loss(self, batch: TokenBatch, step: int) -> tuple[Summed, dict[str, Tensor | float]]:
         """Cross-entropy summed over all ids that are to be said; the loop divides by their number on all processes."""
-        logits_LV, target_L = read(self.state.model, batch.packed)
+        logits_LV, target_L = read(self.model, batch.packed)
         each_L = cross_entropy(logits_LV, target_L)
         kinds = by_kind(each_L.detach(), target_L, self.layout)
         terms: dict[str, Tensor | float] = {name: total / num for name, (total, num) in kinds.items()}
@@ -101,7 +102,7 @@ class GPTTraining:
         """Loss, perplexity and how often the most probable length is the true one, on held-out clips."""
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for packed in self._validation_batches():
-            logits_LV, target_L = read(self.state.model, packed)
+            logits_LV, target_L = read(self.model, packed)
             measured = by_kind(cross_entropy(logits_LV, target_L), target_L, self.layout)
             measured["length_accuracy"] = right_lengths(logits_LV, target_L, self.layout)
             for name, (total, num) in measured.items():
@@ -121,7 +122,7 @@ class GPTTraining:
 
     def rehearse(self) -> None:
         """`--dry-run`: two steps, nothing written."""
-        config, parts = self.config, parameters_by_part(self.state.model)
+        config, parts = self.config, parameters_by_part(self.model)
         rehearse(config.run, config.optim, self.state, self.batches, self.loss, parts)
 
     def token_facts(self) -> dict[str, Any]:
@@ -137,7 +138,7 @@ class GPTTraining:
         rule = length_rule(self.layout)
         requests = [Request((i,), clip.label, clip.condition_L, rule) for i, clip in enumerate(clips)]
         path = Path(self.config.run.dir) / "samples" / f"{step:08d}.png"
-        sample_grid(path, self.state.model, self.tokenizer, requests, SamplingConfig(slots=num))
+        sample_grid(path, self.model, self.tokenizer, requests, SamplingConfig(slots=num))
 
     def _validation_batches(self) -> Iterator[PackedSequences]:
         num = min(self.config.val_clips, len(self.val_archive))
