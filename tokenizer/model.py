@@ -91,6 +91,11 @@ class TokenizerConfig:
                 f"model.levels: {self.levels[-1]} is more than the {most_queries(self.grid)} queries that pooling a "
                 f"{self.grid}x{self.grid} block gives; the largest possible level is {most_queries(self.grid)}"
             )
+        if self.bottleneck_width < self.code_width:
+            raise UserError(
+                f"model.bottleneck_width = {self.bottleneck_width} is below model.code_width = {self.code_width}, which "
+                "it leads to: it must be at least as wide"
+            )
         if self.init not in ("structured", "random"):
             raise UserError(f"model.init = {self.init!r}: choose 'structured' or 'random'")
 
