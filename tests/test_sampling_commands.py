@@ -18,7 +18,7 @@ from autoregressive.model import GPT, GPTConfig
 from autoregressive.presets import PRESETS
 from autoregressive.sample_grid import sample_grid
 from autoregressive.sample_pictures import ShownClip, contact_sheet, grid_video, mark_given
-from autoregressive.sampler import Request, SamplingConfig
+from autoregressive.sampler import Request, Sampler, SamplingConfig
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError
@@ -121,7 +121,7 @@ def test_class_to_video_as_in_the_readme(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ["--cfg-scale", "2.25", "--qual-num", "2", "--class-idx", "1,Star", "--check-special-token-mask"]
     command = ["bash", "scripts/test/sample_c2v_visualization.sh", *common(models, "c2v", out), *flags]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     assert "3 slots x 2 streams x 37 places" in result.stdout and "4 samples" in result.stdout
 
@@ -248,6 +248,37 @@ def test_missing_flags_and_wrong_models(models: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(sys, "argv", ["sample_c2v", *words])
     with pytest.raises(UserError, match=r"other\.safetensors has codebook_size = 32, but the tokenizer's is 64"):
         sample_c2v.main()
+
+
+def test_out_of_memory_says_how_to_go_on(c2v, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(sampler: Sampler) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Sampler, "_step", full)
+    with pytest.raises(UserError, match=r"cpu is out of memory with --per-proc-batch-size 3 and .* GiB .*; try 1$"):
+        c2v(tmp_path / "out", "--class-idx", "0")
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (sample_c2v, "--cfg-scale --qual-num --class-idx"),
+        (
+            sample_frame_prediction,
+            "--dataset --vid_path --orig-aspect-ratio --sample-num --fixed-prefix --condition-mode",
+        ),
+    ],
+)
+def test_every_promised_flag_is_explained(command, flags: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    shared = (
+        "--tok-config --vq-ckpt --gpt-model --gpt-ckpt --sample-dir --per-proc-batch-size --check-special-token-mask "
+        "--seed --temperature --top-k --top-p --precision --device --tokens-per-block"
+    )
+    monkeypatch.setattr(sys, "argv", ["command", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        command.parse_arguments()
+    usage = capsys.readouterr().out.split()
+    assert {*flags.split(), *shared.split()} <= set(usage)
 
 
 def test_classes_by_name_and_number() -> None:
