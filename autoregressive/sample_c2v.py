@@ -62,7 +62,8 @@ def main() -> None:
     classes = [Class(i, class_names[i], args.qual_num) for i in parse_classes(args.class_idx, class_names)]
     job.start(task="class-to-video")
     wanted = [each for each in wanted_clips(job, classes, args.fps) if job.folder.record(each.name) is None]
-    job.make(wanted, len(wanted))
+    if wanted:
+        job.make(wanted, len(wanted))
     job.finish({each.title: each.names for each in classes}, args.fps)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -40,7 +41,7 @@ class Wanted:
     request: Request
     record: dict[str, Any]
     fps: float
-    real_THWC: Any = None  # uint8 frames that the sample is shown beside
+    real_THWC: np.ndarray | None = None  # uint8 frames that the sample is shown beside
     num_given: int = 0
 
 
@@ -206,8 +207,6 @@ class SampleJob:
         """Says what the keys and values take before anything is allocated."""
         model, config = self.gpt.model, self.config
         places = longest_sequence(self.layout, self.rule)
-        if not config.check_grammar:  # nobody keeps to the rule
-            places = self.layout.max_length
         size = config.slots * model.cache_bytes_per_slot(config.streams, places)
         weights = sum(parameters_by_part(model).values())
         print(

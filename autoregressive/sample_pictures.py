@@ -17,6 +17,7 @@ from tokenizer.router.clip_pictures import over_strip, token_strip
 
 _PAPER, _MARK = (24, 24, 27), (56, 189, 248)
 _GAP = 8
+_CELL_SIDE = 128  # pixels of a clip in a grid, where it is not larger by itself
 _WIDEST = 2048  # pixels of a sheet's row of frames; beyond it every second frame is shown, or every fourth ..
 
 
@@ -53,7 +54,7 @@ def clip_video(clip: ShownClip, longest: int) -> np.ndarray:
 
 def grid_video(clips: Sequence[ShownClip], longest: int) -> np.ndarray:
     """All clips playing at once in a grid that is about as wide as high, uint8 [T, H, W, C]."""
-    cells = [clip_video(clip, longest) for clip in clips]
+    cells = [over_strip(clip.rows, clip.lengths, longest, _CELL_SIDE) for clip in clips]
     height, width = cells[0].shape[1:3]
     columns = math.ceil(math.sqrt(len(cells) * height / width))
     cells += [np.full_like(cells[0], _PAPER)] * (-len(cells) % columns)

@@ -72,7 +72,8 @@ class Sample:
 class SamplingConfig:
     """How ids are drawn. The defaults are the paper's: no guidance, temperature 1, nothing cut off.
 
-    guidance: s of u + s (c - u), one number, or one for each temporal block. All 1: the half without class is not run.
+    guidance: s of u + s (c - u), one number, or one for each temporal block. Where all are 1, the half without class is
+    not run; with any other number it is run in all blocks.
     check_grammar: only ids that the grammar allows are drawn; else sequences that break it are found and marked.
     """
 

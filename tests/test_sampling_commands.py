@@ -18,7 +18,7 @@ from autoregressive.model import GPT, GPTConfig
 from autoregressive.presets import PRESETS
 from autoregressive.sample_grid import sample_grid
 from autoregressive.sample_pictures import ShownClip, contact_sheet, grid_video, mark_given
-from autoregressive.sampler import Request, SamplingConfig
+from autoregressive.sampler import Request, Sampler, SamplingConfig
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError
@@ -121,7 +121,7 @@ def test_class_to_video_as_in_the_readme(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ["--cfg-scale", "2.25", "--qual-num", "2", "--class-idx", "1,Star", "--check-special-token-mask"]
     command = ["bash", "scripts/test/sample_c2v_visualization.sh", *common(models, "c2v", out), *flags]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     assert "3 slots x 2 streams x 37 places" in result.stdout and "4 samples" in result.stdout
 
@@ -143,16 +143,6 @@ def test_class_to_video_as_in_the_readme(models: Path, tmp_path: Path) -> None:
         assert (out / "grids" / f"{title}.png").is_file()
 
 
-def test_interrupted_sampling_goes_on(c2v, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ("--qual-num", "3", "--class-idx", "square,cone", "--seed", "5")
-    c2v(tmp_path / "whole", *flags)
-    monkeypatch.setattr(sample_c2v.SampleJob, "_finish", interrupted_after(2, sample_c2v.SampleJob._finish))
-    with pytest.raises(KeyboardInterrupt, match="interrupted after 3 clips; the same command goes on"):
-        c2v(tmp_path / "parts", *flags)
-    monkeypatch.undo()
-    assert len(list((tmp_path / "parts/samples").iterdir())) == 2
-
-
 def interrupted_after(num: int, finish):
     calls = 0
 
@@ -166,9 +156,7 @@ def interrupted_after(num: int, finish):
     return stops
 
 
-def test_resumed_and_divided_sampling_makes_the_same_clips(
-    c2v, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_or_divided_sampling_makes_the_same(c2v, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--qual-num", "3", "--class-idx", "square,cone")
     whole = c2v(tmp_path / "whole", *flags)
     wanted = contents(tmp_path / "whole", "frames.npy")
@@ -180,7 +168,7 @@ def test_resumed_and_divided_sampling_makes_the_same_clips(
     done = contents(tmp_path / "parts", "frames.npy")
     first = min(path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("frames.npy"))
     assert len(done) == 2 and done.items() <= wanted.items()
-    assert c2v(tmp_path / "parts", *flags) == whole | {"samples": whole["samples"]}
+    assert c2v(tmp_path / "parts", *flags) == whole
     assert contents(tmp_path / "parts", "frames.npy") == wanted
     assert first in {path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("frames.npy")}, "kept, not redone"
 
@@ -262,6 +250,37 @@ def test_missing_flags_and_wrong_models(models: Path, tmp_path: Path, monkeypatc
         sample_c2v.main()
 
 
+def test_out_of_memory_says_how_to_go_on(c2v, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(sampler: Sampler) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Sampler, "_step", full)
+    with pytest.raises(UserError, match=r"cpu is out of memory with --per-proc-batch-size 3 and .* GiB .*; try 1$"):
+        c2v(tmp_path / "out", "--class-idx", "0")
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (sample_c2v, "--cfg-scale --qual-num --class-idx"),
+        (
+            sample_frame_prediction,
+            "--dataset --vid_path --orig-aspect-ratio --sample-num --fixed-prefix --condition-mode",
+        ),
+    ],
+)
+def test_every_promised_flag_is_explained(command, flags: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    shared = (
+        "--tok-config --vq-ckpt --gpt-model --gpt-ckpt --sample-dir --per-proc-batch-size --check-special-token-mask "
+        "--seed --temperature --top-k --top-p --precision --device --tokens-per-block"
+    )
+    monkeypatch.setattr(sys, "argv", ["command", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        command.parse_arguments()
+    usage = capsys.readouterr().out.split()
+    assert {*flags.split(), *shared.split()} <= set(usage)
+
+
 def test_classes_by_name_and_number() -> None:
     names = names_of((), 101)
     assert names == ASCII_ORDER
@@ -298,20 +317,19 @@ def test_frame_prediction_of_a_folder(frame_prediction, models: Path, videos: Pa
 
 
 def test_only_the_given_frames_are_seen(frame_prediction, tmp_path: Path) -> None:
-    """Two videos that differ from the sixth frame on are continued alike; a change in the fifth is seen."""
+    """Videos that differ from the sixth frame on are continued alike; a change in the fifth is seen."""
     rng = np.random.default_rng(0)
     first = rng.integers(0, 255, (16, 32, 32, 3), np.uint8)
+    (tmp_path / "in").mkdir()
     for name, place in (("a", None), ("b", 5), ("c", 4)):
         frames = first.copy()
         if place is not None:
             frames[place] = 255 - frames[place]
-        (tmp_path / name).mkdir()
-        write_video(tmp_path / name / "clip.mp4", frames, 24, lossless=True)
-    made = {}
-    for name in ("a", "b", "c"):
-        frame_prediction(tmp_path / f"out_{name}", "--vid_path", str(tmp_path / name))
-        made[name] = list(contents(tmp_path / f"out_{name}", "tokens.safetensors").values())[0]
-    assert made["a"] == made["b"] != made["c"]
+        write_video(tmp_path / "in" / f"{name}.mp4", frames, 24, lossless=True)
+    likeliest = frame_prediction(tmp_path / "out", "--vid_path", str(tmp_path / "in"), "--top-k", "1")
+    names = [sample["name"] for sample in likeliest["samples"]]
+    a, b, c = (VideoTokens.load(tmp_path / "out/samples" / name / "tokens.safetensors").code_L for name in names)
+    assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_kinetics_is_found_by_its_environment(

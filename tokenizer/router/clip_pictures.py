@@ -20,13 +20,17 @@ def side_by_side(real_THWC: np.ndarray, ours_THWC: np.ndarray, lengths: Sequence
     return over_strip([real_THWC, ours_THWC], lengths, longest)
 
 
-def over_strip(clips: Sequence[np.ndarray], lengths: Sequence[int], longest: int) -> np.ndarray:
+def over_strip(
+    clips: Sequence[np.ndarray], lengths: Sequence[int], longest: int, side: int = _SHOWN_SIDE
+) -> np.ndarray:
     """Clips of one size side by side over a strip that shows the tokens of each temporal block; uint8 in and out.
+
+    Clips smaller than `side` are enlarged by a whole number, up to it.
 
     The strip runs from left to right as time does: a bar of height length / longest for each block with the number on
     it, bright while the block plays, and a line at the frame on show.
     """
-    zoom = max(1, _SHOWN_SIDE // clips[0].shape[1])
+    zoom = max(1, side // clips[0].shape[1])
     columns = [frames.repeat(zoom, axis=1).repeat(zoom, axis=2) for frames in clips]
     gap = np.full((*columns[0].shape[:2], _GAP, 3), _PAPER, np.uint8)
     pictures = np.concatenate([part for column in columns for part in (gap, column)][1:], axis=2)
