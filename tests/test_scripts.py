@@ -25,7 +25,19 @@ READMES = ("README.md", "configs/README.md", "scripts/README.md", "ckpts/README.
 
 
 def bash(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    cleared = {"GPUS", "NNODES", "WORKERS", "PRECISION", "PYPATH", "PYTHON", "VENV"}
+    cleared = {
+        "GPUS",
+        "NNODES",
+        "NODE_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "MAX_RESTARTS",
+        "WORKERS",
+        "PRECISION",
+        "PYPATH",
+        "PYTHON",
+        "VENV",
+    }
     environment = {key: value for key, value in os.environ.items() if key not in cleared} | variables
     return subprocess.run(
         ["bash", *command],
@@ -97,8 +109,24 @@ def test_training_stage_starts_one_process(script: str, tmp_path: Path, echo_pyt
     modules = {"3_router": "tokenizer.router.train", "5b_gpt": "autoregressive.train"}
     module = next((module for part, module in modules.items() if part in script), "tokenizer.train")
     assert result.stdout.split(" threads=")[0] == f"-m {module} {config} run.precision=bf16 run.steps=5 --dry-run"
-    for several in ({"GPUS": "8"}, {"NNODES": "2"}):
-        assert_refuses(bash(script, str(config), PYPATH=echo_python, **several), "several processes")
+
+
+def test_training_stage_starts_torchrun_for_several_processes(tmp_path: Path, echo_python: str) -> None:
+    script, config = "scripts/train/1_proxy_tokenizer.sh", tmp_path / "proxy.yaml"
+    config.touch()
+
+    def started(*words: str, **variables: str) -> str:
+        return bash(script, str(config), *words, PYPATH=echo_python, OMP_NUM_THREADS="1", **variables).stdout.strip()
+
+    stage = f"-m tokenizer.train {config} threads=1"
+    run = "-m torch.distributed.run"
+    assert started(GPUS="8") == f"{run} --nnodes 1 --nproc-per-node 8 --standalone --max-restarts 0 {stage}"
+    several = {"NNODES": "2", "GPUS": "4", "NODE_RANK": "1", "MASTER_ADDR": "first", "MAX_RESTARTS": "3"}
+    rendezvous = "--node-rank 1 --master-addr first --master-port 29500"
+    assert started(**several) == f"{run} --nnodes 2 --nproc-per-node 4 {rendezvous} --max-restarts 3 {stage}"
+    assert "--global-batch-size=64" in started("--global-batch-size=64", "--overfit-one-batch")
+    for wrong, word in (({"GPUS": "all"}, "'all'"), ({"NNODES": "2"}, "MASTER_ADDR"), ({"NODE_RANK": "1"}, "NNODES=1")):
+        assert_refuses(bash(script, str(config), PYPATH=echo_python, **wrong), word)
 
 
 @pytest.mark.parametrize("script", SHARED_STAGES)
