@@ -30,9 +30,11 @@ from tokenizer.common.picture import save_comparison
 from tokenizer.common.runtime import generator_for
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.loader import ClipBatch, batches
+from tokenizer.losses.adversary import Adversary, AdversaryConfig
 from tokenizer.losses.objective import LossConfig, tokenizer_loss
 from tokenizer.losses.perceptual import load_perceptual
-from tokenizer.model import TokenizerConfig, VideoTokenizer, parameters_by_part
+from tokenizer.losses.semantic import Alignment, AlignmentConfig
+from tokenizer.model import TokenizerConfig, TokenizerOutput, VideoTokenizer, parameters_by_part
 from tokenizer.policy import PolicyConfig, build_policy
 
 _PICTURED = 6  # clips in the picture of a validation
@@ -49,6 +51,8 @@ class TokenizerTrainConfig:
     val_data: DataConfig = field(default_factory=lambda: DataConfig(sources=["bundled:heldout"], augment=False))
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)  # with loss.gan
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)  # with loss.align
     optim: OptimConfig = field(default_factory=OptimConfig)
     val_clips: int = 64  # held-out clips that a validation looks at, spread evenly over val_data
 
@@ -59,6 +63,15 @@ class TokenizerTrainConfig:
                 raise UserError(
                     f"{section}.{name} = {found} but model.{name} = {wanted}: set {section}.{name}={wanted}"
                 )
+        if (self.loss.gan > 0) != (self.adversary.net != "none"):
+            raise UserError(
+                f"loss.gan = {self.loss.gan} and adversary.net = {self.adversary.net!r} clash: a weight above 0 needs "
+                "patch or videomae, and loss.gan=0 goes with none"
+            )
+        if self.adversary.net == "none" and self.adversary != AdversaryConfig():
+            raise UserError("the section adversary is set, but adversary.net = 'none' does not read it: choose a net")
+        if self.loss.align == 0 and self.alignment != AlignmentConfig():
+            raise UserError("the section alignment is set, but loss.align = 0 does not read it: set loss.align=0.7")
 
 
 class TokenizerTraining:
@@ -73,8 +86,13 @@ class TokenizerTraining:
         self.perceptual = load_perceptual(config.loss.perceptual_net).to(self.device) if needs_net else None
         self.policy = build_policy(config.policy, config.model, self.device)
         self.model = VideoTokenizer(config.model).to(self.device)
+        shape = (config.model.num_frames, config.model.size)
+        self.adversary = Adversary(config.adversary, *shape, run.seed, self.device) if config.loss.gan > 0 else None
+        self.alignment = Alignment(config.alignment, config.model, self.device) if config.loss.align > 0 else None
         self.start_codebook()
-        self.state = TrainState.start(self.model, run, config.optim, kind="tokenizer")
+        head = self.alignment.head if self.alignment else None
+        players = {"adversary": self.adversary, "companion": head} if self.adversary or head else {}
+        self.state = TrainState.start(self.model, run, config.optim, self._kind(), **players)
 
     def batches(self, start_step: int) -> Iterator[ClipBatch]:
         run = self.config.run
@@ -85,10 +103,32 @@ class TokenizerTraining:
         generator = generator_for(self.config.run.seed, "loss", step)
         video_BCTHW = batch.video_BCTHW.to(self.device)
         length_BN = self.policy(video_BCTHW, generator)
-        output = self.model(video_BCTHW, length_BN)
-        loss, terms = tokenizer_loss(self.config.loss, output, video_BCTHW, self.perceptual, generator)
-        usage = code_usage(output.quantized.code_L, self.config.model.codebook_size)
-        return loss, {**terms, **usage, "tokens_per_clip": float(length_BN.sum()) / len(length_BN)}
+        output = self.model(video_BCTHW, length_BN, self.alignment.layer if self.alignment else 0)
+        others = self.terms_of_others(output, video_BCTHW, step)
+        loss, terms = tokenizer_loss(self.config.loss, output, video_BCTHW, self.perceptual, generator, others)
+        figures = {**terms, **code_usage(output.quantized.code_L, self.config.model.codebook_size)}
+        if random := self.random_encoders:
+            figures["random_frozen_encoders"] = float(len(random))  # so that no log line passes for a real one
+        return loss, {**figures, "tokens_per_clip": float(length_BN.sum()) / len(length_BN)}
+
+    def terms_of_others(self, output: TokenizerOutput, video_BCTHW: Tensor, step: int) -> dict[str, Tensor]:
+        """What the networks beside the tokenizer say of a reconstruction at this step: gan, align."""
+        terms: dict[str, Tensor] = {}
+        if self.adversary is not None:
+            gan = self.adversary.term(video_BCTHW, output.video_BCTHW, step)
+            terms |= {"gan": gan} if gan is not None else {}
+        if self.alignment is not None and output.feature_BMD is not None:
+            terms["align"] = self.alignment.term(output.feature_BMD, video_BCTHW)
+        return terms
+
+    @property
+    def random_encoders(self) -> list[str]:
+        """Frozen encoders that have random weights, because the config says random_for_tests."""
+        encoders = {
+            "V-JEPA 2": self.alignment.encoder if self.alignment else None,
+            "VideoMAE": self.adversary.encoder if self.adversary else None,
+        }
+        return [name for name, encoder in encoders.items() if encoder is not None and encoder.is_random]
 
     @torch.no_grad()
     def start_codebook(self) -> None:
@@ -134,6 +174,11 @@ class TokenizerTraining:
         """`--dry-run`: two steps, nothing written."""
         config, parts = self.config, parameters_by_part(self.model)
         rehearse(config.run, config.optim, self.state, self.batches, self.loss, parts)
+
+    def _kind(self) -> str:
+        """What the weights are, for the cards of the files."""
+        random = self.random_encoders
+        return "tokenizer" + (f" (trained with RANDOM weights of {' and '.join(random)}, for tests)" if random else "")
 
     def _validation_clips(self) -> list[int]:
         """Indices spread evenly over the held-out set, in an order that mixes the first picture's clips."""
