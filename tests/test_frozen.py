@@ -94,8 +94,9 @@ def test_vjepa2_features_are_the_librarys() -> None:
 def test_a_place_of_the_features_is_a_place_of_the_clip() -> None:
     """Order (slot, row, column): what changes in frames 4, 5 at the lower left shows most in its own features."""
     encoder = FrozenVJEPA2(TINY)
-    before, after = torch.full((2, 1, 3, 16, 32, 32), 0.5)
-    after[:, :, 4:6, 24:, :8] = 1.0
+    before = clips(32, 1)
+    after = before.clone()
+    after[:, :, 4:6, 24:, :8] = 1 - before[:, :, 4:6, 24:, :8]
     change_S = (encoder.features(after) - encoder.features(before)).norm(dim=-1)[0]
     assert set(change_S.topk(4).indices.tolist()) == {2 * 64 + row * 8 + column for row in (6, 7) for column in (0, 1)}
 

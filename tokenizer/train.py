@@ -106,10 +106,15 @@ class TokenizerTraining:
         output = self.model(video_BCTHW, length_BN, self.alignment.layer if self.alignment else 0)
         others = self.terms_of_others(output, video_BCTHW, step)
         loss, terms = tokenizer_loss(self.config.loss, output, video_BCTHW, self.perceptual, generator, others)
-        figures = {**terms, **code_usage(output.quantized.code_L, self.config.model.codebook_size)}
+        usage = code_usage(output.quantized.code_L, self.config.model.codebook_size)
+        figures: dict[str, Tensor | float] = {
+            **terms,
+            **usage,
+            "tokens_per_clip": float(length_BN.sum()) / len(length_BN),
+        }
         if random := self.random_encoders:
             figures["random_frozen_encoders"] = float(len(random))  # so that no log line passes for a real one
-        return loss, {**figures, "tokens_per_clip": float(length_BN.sum()) / len(length_BN)}
+        return loss, figures
 
     def terms_of_others(self, output: TokenizerOutput, video_BCTHW: Tensor, step: int) -> dict[str, Tensor]:
         """What the networks beside the tokenizer say of a reconstruction at this step: gan, align."""

@@ -68,8 +68,8 @@ class Adversary:
         """Raises UserError where weights are absent or the clips do not fit."""
         self.config, self.seed, self.optim = config, seed, config.optim
         self.encoder = FrozenVideoMAE(config.videomae.encoder).to(device) if config.net == "videomae" else None
-        discriminator = self._build(num_frames, size)
-        self.module = nn.ModuleDict({"discriminator": discriminator, "lecam": LeCam()}).to(device)
+        self.discriminator, self.lecam = self._build(num_frames, size), LeCam()
+        self.module = nn.ModuleDict({"discriminator": self.discriminator, "lecam": self.lecam}).to(device)
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def term(self, real_BCTHW: Tensor, fake_BCTHW: Tensor, step: int) -> Tensor | None:
@@ -97,9 +97,8 @@ class Adversary:
         total = discriminator_loss(config.loss, real_BK, fake_BK, config.label_noise, labels)
         terms = {"adversary/loss": total.detach()}
         if config.lecam > 0:
-            lecam = self.module["lecam"]
-            lecam.update(real_BK, fake_BK)
-            penalty = lecam(real_BK, fake_BK)
+            self.lecam.update(real_BK, fake_BK)
+            penalty = self.lecam(real_BK, fake_BK)
             total = total + config.lecam * penalty
             terms["adversary/lecam"] = penalty.detach()
         return total, terms | _health(real_BK.detach().float(), fake_BK.detach().float())
@@ -107,7 +106,7 @@ class Adversary:
     def _judge(self, video_BCTHW: Tensor, side: str, step: int) -> Tensor:
         if self.config.augment:
             video_BCTHW = augment_clips(video_BCTHW, generator_for(self.seed, "augment", side, step))
-        return self.module["discriminator"](video_BCTHW)
+        return self.discriminator(video_BCTHW)
 
     def _build(self, num_frames: int, size: int) -> nn.Module:
         if self.encoder is not None:

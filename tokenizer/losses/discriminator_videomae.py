@@ -57,7 +57,8 @@ class _Block(nn.Module):
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
-        self.conv = spectral_norm(nn.Conv1d(width, width, kernel, padding=kernel // 2, padding_mode="circular"))
+        conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, padding_mode="circular", bias=False)
+        self.conv = spectral_norm(conv)  # no bias: the norm would take it away again
         self.norm = LocalBatchNorm(width)
 
     def forward(self, x_BES: Tensor) -> Tensor:
