@@ -132,14 +132,17 @@ def test_local_batch_norm_looks_at_eight_clips_at_a_time() -> None:
 
 def test_a_head_by_hand() -> None:
     """Width 1 and unit kernels: the norm makes -1, 1 of two places, LeakyReLU -0.2, 1; then the ring of three."""
-    head = Head(1, 3).eval()
+    head = Head(1, 3)
     for conv, weight in ((head.first.conv, 2.0), (head.second.conv, 1.0), (head.to_logit, -3.0)):
         conv.parametrizations.weight.original.data.fill_(weight)
+        settled = [conv.weight for _ in range(3)]  # each look in training mode is a step of the power iteration
+        assert torch.allclose(settled[-1].norm(), torch.ones(()))
     head.to_logit.bias.data.fill_(0.5)
     place_BSE = torch.tensor([[[1.0], [1.0], [3.0], [3.0]]])
     x = torch.tensor([-0.2, -0.2, 1.0, 1.0])
     ring = (x.roll(1) + x + x.roll(-1)) / 3**0.5  # spectral norm: a kernel of three ones has norm sqrt(3)
     y = (ring - ring.mean()) / ring.std(correction=0)
+    head.eval()
     wanted = -1.0 * (x + torch.where(y > 0, y, 0.2 * y)) / 2**0.5 + 0.5  # of -3 the spectral norm leaves the sign
     assert torch.allclose(head(place_BSE)[0], wanted, atol=1e-4)
 
@@ -242,7 +245,7 @@ def test_the_steps_terms_by_hand() -> None:
     adversary.discriminator.head.bias.data.fill_(2.0)
     softplus = torch.nn.functional.softplus(torch.tensor([2.0, -2.0]))
     term = adversary.term(video_BCTHW, video_BCTHW, 0)
-    assert term is not None and float(term) == pytest.approx(float(softplus[1]))
+    assert term is not None and term.item() == pytest.approx(float(softplus[1]))
     found = adversary.loss(None, 0)
     assert found is not None
     total, terms = found
@@ -250,7 +253,7 @@ def test_the_steps_terms_by_hand() -> None:
     assert float(terms["adversary/accuracy"]) == 0.5 and float(terms["adversary/logit_gap"]) == 0.0
     # the means have moved to 0.9 * 2: relu(2 - 1.8) and relu(1.8 - 2)
     assert float(terms["adversary/lecam"]) == pytest.approx(0.2**2, rel=1e-4)
-    assert float(total) == pytest.approx(float(softplus.mean()) + 0.5 * 0.2**2)  # its weight counts once
+    assert total.item() == pytest.approx(float(softplus.mean()) + 0.5 * 0.2**2)  # its weight counts once
 
 
 def test_what_it_draws_depends_on_seed_and_step_alone() -> None:
