@@ -30,6 +30,7 @@ from tokenizer.common.picture import save_comparison
 from tokenizer.common.runtime import generator_for
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.loader import ClipBatch, batches
+from tokenizer.frozen.weights import marked
 from tokenizer.losses.adversary import Adversary, AdversaryConfig
 from tokenizer.losses.objective import LossConfig, tokenizer_loss
 from tokenizer.losses.perceptual import load_perceptual
@@ -92,7 +93,9 @@ class TokenizerTraining:
         self.start_codebook()
         head = self.alignment.head if self.alignment else None
         players = {"adversary": self.adversary, "companion": head} if self.adversary or head else {}
-        self.state = TrainState.start(self.model, run, config.optim, self._kind(), **players)
+        self.state = TrainState.start(
+            self.model, run, config.optim, marked("tokenizer", self.random_encoders), **players
+        )
 
     def batches(self, start_step: int) -> Iterator[ClipBatch]:
         run = self.config.run
@@ -112,9 +115,7 @@ class TokenizerTraining:
             **usage,
             "tokens_per_clip": float(length_BN.sum()) / len(length_BN),
         }
-        if random := self.random_encoders:
-            figures["random_frozen_encoders"] = float(len(random))  # so that no log line passes for a real one
-        return loss, figures
+        return loss, figures | self.mark
 
     def terms_of_others(self, output: TokenizerOutput, video_BCTHW: Tensor, step: int) -> dict[str, Tensor]:
         """What the networks beside the tokenizer say of a reconstruction at this step: gan, align."""
@@ -134,6 +135,11 @@ class TokenizerTraining:
             "VideoMAE": self.adversary.encoder if self.adversary else None,
         }
         return [name for name, encoder in encoders.items() if encoder is not None and encoder.is_random]
+
+    @property
+    def mark(self) -> dict[str, float]:
+        """What every log line says of a run that has random encoders, so that none passes for a real one."""
+        return {"random_frozen_encoders": float(len(self.random_encoders))} if self.random_encoders else {}
 
     @torch.no_grad()
     def start_codebook(self) -> None:
@@ -168,7 +174,7 @@ class TokenizerTraining:
             if start == 0:  # `ours` and `length_BN` are those of the policy, the last assignment above
                 picture, seen = Path(config.run.dir) / "samples" / f"{step:08d}.png", slice(_PICTURED)
                 save_comparison(picture, real[seen], ours[seen], length_BN[seen], config.model.levels[-1])
-        return {name: float(torch.cat(values).mean()) for name, values in measured.items()}
+        return {name: float(torch.cat(values).mean()) for name, values in measured.items()} | self.mark
 
     def fit(self) -> None:
         """Train to the end of `run.steps`, from wherever `run.dir` stands."""
@@ -179,11 +185,6 @@ class TokenizerTraining:
         """`--dry-run`: two steps, nothing written."""
         config, parts = self.config, parameters_by_part(self.model)
         rehearse(config.run, config.optim, self.state, self.batches, self.loss, parts)
-
-    def _kind(self) -> str:
-        """What the weights are, for the cards of the files."""
-        random = self.random_encoders
-        return "tokenizer" + (f" (trained with RANDOM weights of {' and '.join(random)}, for tests)" if random else "")
 
     def _validation_clips(self) -> list[int]:
         """Indices spread evenly over the held-out set, in an order that mixes the first picture's clips."""

@@ -53,6 +53,7 @@ class FrozenVJEPA2:
         self.patch: int = settings.patch_size
         self.tubelet: int = settings.tubelet_size
         self.width: int = settings.hidden_size
+        self.dtype: torch.dtype = weights.model.dtype
         self._encoder = weights.model.encoder  # the predictor is for pre-training
 
     def to(self, device: torch.device | str) -> FrozenVJEPA2:

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,11 @@ def load_weights(family: Family, config: FrozenConfig) -> FrozenWeights:
         logger.info("%s: %s, sha256 %s", family.name, folder, sha256[:12])
     model = model.to(pick_dtype(config.precision)).requires_grad_(False).eval()
     return FrozenWeights(model, sha256, bool(config.random_for_tests))
+
+
+def marked(kind: str, random: Sequence[str]) -> str:
+    """What weights are called on their card, `random` being the encoders of the run that had random weights."""
+    return f"{kind} (trained with RANDOM weights of {' and '.join(random)}, for tests)" if random else kind
 
 
 def find_folder(family: Family, weights: str) -> Path:
