@@ -238,6 +238,21 @@ def test_the_game_begins_and_rests_by_the_step() -> None:
     assert played == [(step >= 3, step in (3, 5, 7)) for step in range(8)]
 
 
+def test_parts_of_a_batch_are_judged_in_order_and_a_skipped_step_is_forgotten() -> None:
+    """As run.accumulate asks for: the tokenizer sees all parts, then the discriminator each of them."""
+    adversary, parts = game("patch", lecam=0.0), [clips(seed=seed) for seed in range(3)]
+    alone = []
+    for part in parts:
+        adversary.term(part, part * 0.5, 1)
+        alone.append(adversary.loss(None, 1))
+    adversary.term(parts[2], parts[2], 0)  # this step ended without an update: a loss was not finite
+    for part in parts:
+        adversary.term(part, part * 0.5, 1)
+    together = [adversary.loss(None, 1) for _ in parts]
+    for one, other in zip(alone, together, strict=True):
+        assert one is not None and other is not None and torch.equal(one[0], other[0])
+
+
 def test_the_steps_terms_by_hand() -> None:
     """A head that says 2 everywhere: softplus(-2) for the tokenizer; the discriminator is right about half of it."""
     adversary, video_BCTHW = game("patch", label_noise=0.0, lecam=0.5), clips()
@@ -249,10 +264,10 @@ def test_the_steps_terms_by_hand() -> None:
     found = adversary.loss(None, 0)
     assert found is not None
     total, terms = found
-    assert float(terms["adversary/loss"]) == pytest.approx(float(softplus.mean()))
-    assert float(terms["adversary/accuracy"]) == 0.5 and float(terms["adversary/logit_gap"]) == 0.0
+    assert float(terms["adversary_gan"]) == pytest.approx(float(softplus.mean()))
+    assert float(terms["adversary_accuracy"]) == 0.5 and float(terms["adversary_logit_gap"]) == 0.0
     # the means have moved to 0.9 * 2: relu(2 - 1.8) and relu(1.8 - 2)
-    assert float(terms["adversary/lecam"]) == pytest.approx(0.2**2, rel=1e-4)
+    assert float(terms["adversary_lecam"]) == pytest.approx(0.2**2, rel=1e-4)
     assert total.item() == pytest.approx(float(softplus.mean()) + 0.5 * 0.2**2)  # its weight counts once
 
 

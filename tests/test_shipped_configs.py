@@ -73,10 +73,10 @@ def test_tokenizer_configs_build(name: str) -> None:
         if name.startswith("configs/vq/"):
             assert millions(model) == pytest.approx(144, abs=1.0)
         if config.loss.gan > 0:
-            seen = config.adversary.videomae
-            chosen = replace(config.adversary, videomae=replace(seen, encoder=unpublished(seen.encoder)))
-            if chosen.net != "videomae":
-                chosen = config.adversary
+            chosen = config.adversary
+            if chosen.net == "videomae":
+                seen = replace(chosen.videomae, encoder=unpublished(chosen.videomae.encoder))
+                chosen = replace(chosen, videomae=seen)
             adversary = Adversary(chosen, config.model.num_frames, config.model.size, 0, META)
             if name.startswith("configs/vq/"):
                 assert millions(adversary.module) == pytest.approx(29.6 if chosen.net == "videomae" else 38.2, abs=0.7)

@@ -92,10 +92,8 @@ class TokenizerTraining:
         self.alignment = Alignment(config.alignment, config.model, self.device) if config.loss.align > 0 else None
         self.start_codebook()
         head = self.alignment.head if self.alignment else None
-        players = {"adversary": self.adversary, "companion": head} if self.adversary or head else {}
-        self.state = TrainState.start(
-            self.model, run, config.optim, marked("tokenizer", self.random_encoders), **players
-        )
+        kind = marked("tokenizer", self.random_encoders)
+        self.state = TrainState.start(self.model, run, config.optim, kind, adversary=self.adversary, companion=head)
 
     def batches(self, start_step: int) -> Iterator[ClipBatch]:
         run = self.config.run

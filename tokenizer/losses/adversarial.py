@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.common.ranks import mean_over_ranks
+
 LOSSES = ("non_saturating", "hinge")
 _LECAM_DECAY = 0.999
 
@@ -60,10 +62,10 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def update(self, real_BK: Tensor, fake_BK: Tensor) -> None:
-        """Take one batch into the means."""
+        """Take one batch, of all processes together, into the means."""
         new = 1 - torch.clamp((1 + self.num_updates) / (10 + self.num_updates), max=_LECAM_DECAY)
-        self.real_mean.lerp_(real_BK.float().mean(), new)
-        self.fake_mean.lerp_(fake_BK.float().mean(), new)
+        self.real_mean.lerp_(mean_over_ranks(real_BK.float().mean()), new)
+        self.fake_mean.lerp_(mean_over_ranks(fake_BK.float().mean()), new)
         self.num_updates += 1
 
     def forward(self, real_BK: Tensor, fake_BK: Tensor) -> Tensor:

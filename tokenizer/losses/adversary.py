@@ -8,6 +8,7 @@ Neither step touches the other's weights. Letters: B clips, C T H W, K places ju
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -70,7 +71,8 @@ class Adversary:
         self.encoder = FrozenVideoMAE(config.videomae.encoder).to(device) if config.net == "videomae" else None
         self.discriminator, self.lecam = self._build(num_frames, size), LeCam()
         self.module = nn.ModuleDict({"discriminator": self.discriminator, "lecam": self.lecam}).to(device)
-        self._seen: tuple[Tensor, Tensor] | None = None
+        self._seen: deque[tuple[Tensor, Tensor]] = deque()  # real and fake of each part of this step's batch
+        self._seen_step = -1
 
     def term(self, real_BCTHW: Tensor, fake_BCTHW: Tensor, step: int) -> Tensor | None:
         """What the tokenizer minimises at this step, a scalar; None before the game begins.
@@ -79,29 +81,37 @@ class Adversary:
         """
         if step < self.config.start_step:
             return None
-        self._seen = (real_BCTHW, fake_BCTHW.detach())
+        if step != self._seen_step:
+            self._seen.clear()
+            self._seen_step = step
+        if self._learns_at(step):
+            self._seen.append((real_BCTHW, fake_BCTHW.detach()))
         with _standing_still(self.module):
             return generator_loss(self.config.loss, self._judge(fake_BCTHW, "generator", step))
 
     def loss(self, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]] | None:
         """What the discriminator minimises, and what to log; None where it rests at this step."""
         config = self.config
-        if step < config.start_step or (step - config.start_step) % config.every:
+        if not self._learns_at(step):
             return None
-        if self._seen is None:
+        if not self._seen or step != self._seen_step:
             raise RuntimeError("the discriminator's step comes after the tokenizer's, which keeps what it judges")
-        (real_BCTHW, fake_BCTHW), self._seen = self._seen, None
+        real_BCTHW, fake_BCTHW = self._seen.popleft()
         real_BK = self._judge(real_BCTHW, "real", step)
         fake_BK = self._judge(fake_BCTHW, "fake", step)
         labels = generator_for(self.seed, "labels", step)
         total = discriminator_loss(config.loss, real_BK, fake_BK, config.label_noise, labels)
-        terms = {"adversary/loss": total.detach()}
+        terms = {"adversary_gan": total.detach()}
         if config.lecam > 0:
             self.lecam.update(real_BK, fake_BK)
             penalty = self.lecam(real_BK, fake_BK)
             total = total + config.lecam * penalty
-            terms["adversary/lecam"] = penalty.detach()
+            terms["adversary_lecam"] = penalty.detach()
         return total, terms | _health(real_BK.detach().float(), fake_BK.detach().float())
+
+    def _learns_at(self, step: int) -> bool:
+        since = step - self.config.start_step
+        return since >= 0 and since % self.config.every == 0
 
     def _judge(self, video_BCTHW: Tensor, side: str, step: int) -> Tensor:
         if self.config.augment:
@@ -117,14 +127,17 @@ class Adversary:
 def _health(real_BK: Tensor, fake_BK: Tensor) -> dict[str, Tensor]:
     """accuracy: share of places judged rightly (0.5 = guessing); logit_gap: mean real minus mean fake."""
     right = ((real_BK > 0).float().mean() + (fake_BK < 0).float().mean()) / 2
-    return {"adversary/accuracy": right, "adversary/logit_gap": real_BK.mean() - fake_BK.mean()}
+    return {"adversary_accuracy": right, "adversary_logit_gap": real_BK.mean() - fake_BK.mean()}
 
 
 @contextmanager
 def _standing_still(module: nn.Module) -> Iterator[None]:
     """Inside, a forward builds no path to the module's weights, and its buffers (spectral norm) do not move."""
+    thawed, was_training = [p for p in module.parameters() if p.requires_grad], module.training
     module.requires_grad_(False).eval()
     try:
         yield
     finally:
-        module.requires_grad_(True).train()
+        module.train(was_training)
+        for parameter in thawed:
+            parameter.requires_grad_(True)
