@@ -82,7 +82,7 @@ def test_three_true_steps_of_the_final_recipe_at_full_size(tmp_path: Path, monke
         assert all(torch.tensor(value).isfinite().all() for value in values.values()), values
         terms = {"l1", "perceptual", "gan", "align", "codebook", "commitment", "entropy"}
         assert terms <= values.keys() and values["random_frozen_encoders"] == 2.0
-        assert ("adversary_loss" in values) == (step == 0)  # the discriminator learns at every fifth step
+        assert ("adversary/total" in values) == (step == 0)  # the discriminator learns at every fifth step
         assert without_gradient(run.model) == [] and without_gradient(run.alignment.head) == []
         if step == 0:
             assert without_gradient(run.adversary.module) == []
@@ -117,7 +117,7 @@ def test_a_run_with_the_full_recipe(config: Path, tmp_path: Path) -> None:
     start, every = whole.config.adversary.start_step, whole.config.adversary.every
     for number, line in steps.items():
         assert ("gan" in line) == (number > start) and -1 <= line["align"] <= 1
-        judged = "adversary_loss" in line and 0 <= line["adversary_accuracy"] <= 1 and "adversary_logit_gap" in line
+        judged = "adversary/total" in line and 0 <= line["adversary/accuracy"] <= 1 and "adversary/logit_gap" in line
         assert judged == (number > start and (number - 1 - start) % every == 0)
         terms = ("l1", "perceptual", "codebook", "commitment", "entropy", "gan", "align")
         weighted = sum(getattr(whole.config.loss, name) * line[name] for name in terms if name in line)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.common.errors import UserError
+from tokenizer.common.sharing import Places
 from tokenizer.frozen.vjepa2 import FeatureShape
 from tokenizer.frozen.weights import FrozenConfig
 from tokenizer.losses.adversary import Adversary, AdversaryConfig
@@ -264,10 +265,10 @@ def test_the_steps_terms_by_hand() -> None:
     found = adversary.loss(None, 0)
     assert found is not None
     total, terms = found
-    assert float(terms["adversary_gan"]) == pytest.approx(float(softplus.mean()))
-    assert float(terms["adversary_accuracy"]) == 0.5 and float(terms["adversary_logit_gap"]) == 0.0
+    assert float(terms["adversary/gan"]) == pytest.approx(float(softplus.mean()))
+    assert float(terms["adversary/accuracy"]) == 0.5 and float(terms["adversary/logit_gap"]) == 0.0
     # the means have moved to 0.9 * 2: relu(2 - 1.8) and relu(1.8 - 2)
-    assert float(terms["adversary_lecam"]) == pytest.approx(0.2**2, rel=1e-4)
+    assert float(terms["adversary/lecam"]) == pytest.approx(0.2**2, rel=1e-4)
     assert total.item() == pytest.approx(float(softplus.mean()) + 0.5 * 0.2**2)  # its weight counts once
 
 
@@ -280,6 +281,25 @@ def test_what_it_draws_depends_on_seed_and_step_alone() -> None:
         return [float(term.detach()), float(found[0].detach())]
 
     assert says(4) == says(4) != says(5)
+
+
+@pytest.mark.parametrize("net", ["patch", "videomae"])
+def test_what_is_drawn_for_a_clip_is_the_same_on_two_processes_as_on_one(net: str) -> None:
+    """Labels and augmentation belong to the place in the global batch: two halves mean what the whole means."""
+    one, fake = clips(4), clips(4, seed=1)
+
+    def says(places: Places) -> list[float]:
+        adversary = game(net, lecam=0.0)
+        for module in adversary.module.modules():
+            if isinstance(module, LocalBatchNorm):
+                module.forward = lambda x_BES: x_BES  # type: ignore[method-assign]  # it looks at a whole group
+        term, found = adversary.term(one[places.own], fake[places.own], 0, places), adversary.loss(None, 0)
+        assert term is not None and found is not None
+        return [term.item(), found[0].item()]
+
+    halves = [says(Places(own, 4)) for own in ([0, 3], [1, 2])]
+    wanted = says(Places([0, 1, 2, 3], 4))
+    assert [(a + b) / 2 for a, b in zip(*halves, strict=True)] == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from tokenizer.common.loop import RunConfig, TrainState, fit, start_run
 from tokenizer.common.optim import OptimConfig
 from tokenizer.common.picture import save_comparison
 from tokenizer.common.runtime import generator_for
+from tokenizer.common.sharing import Places
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.loader import ClipBatch, batches
 from tokenizer.frozen.weights import marked
@@ -96,16 +97,24 @@ class TokenizerTraining:
         self.state = TrainState.start(self.model, run, config.optim, kind, adversary=self.adversary, companion=head)
 
     def batches(self, start_step: int) -> Iterator[ClipBatch]:
+        run, costs = self.config.run, self.costs if self.config.policy.kind == "random" else None
+        return batches(
+            self.data, run.batch_size, run.seed, start_step, run.num_workers, accumulate=run.accumulate, costs=costs
+        )
+
+    def costs(self, step: int) -> list[float]:
+        """What each clip of a step's global batch will cost: about its tokens. Known only of random assignments."""
         run = self.config.run
-        return batches(self.data, run.batch_size, run.seed, start_step, run.num_workers)
+        drawn = self.policy(torch.empty(run.batch_size), generator_for(run.seed, "loss", step))
+        return drawn.sum(dim=1).tolist()
 
     def loss(self, batch: ClipBatch, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """One batch -> the loss, and everything worth a log line."""
         generator = generator_for(self.config.run.seed, "loss", step)
         video_BCTHW = batch.video_BCTHW.to(self.device)
-        length_BN = self.policy(video_BCTHW, generator)
+        length_BN = self.policy(video_BCTHW, generator, batch.places)
         output = self.model(video_BCTHW, length_BN, self.alignment.layer if self.alignment else 0)
-        others = self.terms_of_others(output, video_BCTHW, step)
+        others = self.terms_of_others(output, video_BCTHW, step, batch.places)
         loss, terms = tokenizer_loss(self.config.loss, output, video_BCTHW, self.perceptual, generator, others)
         usage = code_usage(output.quantized.code_L, self.config.model.codebook_size)
         figures: dict[str, Tensor | float] = {
@@ -115,11 +124,13 @@ class TokenizerTraining:
         }
         return loss, figures | self.mark
 
-    def terms_of_others(self, output: TokenizerOutput, video_BCTHW: Tensor, step: int) -> dict[str, Tensor]:
+    def terms_of_others(
+        self, output: TokenizerOutput, video_BCTHW: Tensor, step: int, places: Places
+    ) -> dict[str, Tensor]:
         """What the networks beside the tokenizer say of a reconstruction at this step: gan, align."""
         terms: dict[str, Tensor] = {}
         if self.adversary is not None:
-            gan = self.adversary.term(video_BCTHW, output.video_BCTHW, step)
+            gan = self.adversary.term(video_BCTHW, output.video_BCTHW, step, places)
             terms |= {"gan": gan} if gan is not None else {}
         if self.alignment is not None and output.feature_BMD is not None:
             terms["align"] = self.alignment.term(output.feature_BMD, video_BCTHW)
@@ -144,7 +155,9 @@ class TokenizerTraining:
         """Begin the codes at latents of training clips, so that none is dead from the start (paper.md section 2)."""
         generator = generator_for(self.config.run.seed, "codebook")
         latents: list[Tensor] = []
-        for batch in itertools.islice(self.batches(0), _START_BATCHES):
+        run = self.config.run
+        everything = batches(self.data, run.batch_size, run.seed, 0, run.num_workers, whole=True)
+        for batch in itertools.islice(everything, _START_BATCHES):
             video_BCTHW = batch.video_BCTHW.to(self.device)
             length_BN = self.policy(video_BCTHW, generator)
             latents.append(self.model.encode_latents(video_BCTHW, pack(length_BN)))

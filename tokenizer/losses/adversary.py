@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tokenizer.common.errors import UserError
 from tokenizer.common.optim import OptimConfig
 from tokenizer.common.runtime import generator_for
+from tokenizer.common.sharing import Places
 from tokenizer.frozen.videomae import FrozenVideoMAE
 from tokenizer.losses.adversarial import LOSSES, LeCam, discriminator_loss, generator_loss
 from tokenizer.losses.diffaug import augment_clips
@@ -62,6 +63,14 @@ class AdversaryConfig:
             raise UserError("adversary.loss = 'hinge' knows no labels: set adversary.label_noise=0")
 
 
+class _Seen(NamedTuple):
+    """What the discriminator judges in its step."""
+
+    real_BCTHW: Tensor
+    fake_BCTHW: Tensor
+    places: Places | None
+
+
 class Adversary:
     """What `TrainState` and the loss of a tokenizer need of the discriminator."""
 
@@ -71,13 +80,14 @@ class Adversary:
         self.encoder = FrozenVideoMAE(config.videomae.encoder).to(device) if config.net == "videomae" else None
         self.discriminator, self.lecam = self._build(num_frames, size), LeCam()
         self.module = nn.ModuleDict({"discriminator": self.discriminator, "lecam": self.lecam}).to(device)
-        self._seen: deque[tuple[Tensor, Tensor]] = deque()  # real and fake of each part of this step's batch
+        self._seen: deque[_Seen] = deque()  # of each part of this step's batch
         self._seen_step = -1
 
-    def term(self, real_BCTHW: Tensor, fake_BCTHW: Tensor, step: int) -> Tensor | None:
+    def term(self, real_BCTHW: Tensor, fake_BCTHW: Tensor, step: int, places: Places | None = None) -> Tensor | None:
         """What the tokenizer minimises at this step, a scalar; None before the game begins.
 
-        Both sides are kept, detached, for the discriminator's step.
+        Both sides are kept, detached, for the discriminator's step. places: where the clips stand in the global batch,
+        if they are not all of it; what is drawn for a clip does not depend on the number of processes.
         """
         if step < self.config.start_step:
             return None
@@ -85,9 +95,9 @@ class Adversary:
             self._seen.clear()
             self._seen_step = step
         if self._learns_at(step):
-            self._seen.append((real_BCTHW, fake_BCTHW.detach()))
+            self._seen.append(_Seen(real_BCTHW, fake_BCTHW.detach(), places))
         with _standing_still(self.module):
-            return generator_loss(self.config.loss, self._judge(fake_BCTHW, "generator", step))
+            return generator_loss(self.config.loss, self._judge(fake_BCTHW, "generator", step, places))
 
     def loss(self, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]] | None:
         """What the discriminator minimises, and what to log; None where it rests at this step."""
@@ -96,26 +106,26 @@ class Adversary:
             return None
         if not self._seen or step != self._seen_step:
             raise RuntimeError("the discriminator's step comes after the tokenizer's, which keeps what it judges")
-        real_BCTHW, fake_BCTHW = self._seen.popleft()
-        real_BK = self._judge(real_BCTHW, "real", step)
-        fake_BK = self._judge(fake_BCTHW, "fake", step)
+        seen = self._seen.popleft()
+        real_BK = self._judge(seen.real_BCTHW, "real", step, seen.places)
+        fake_BK = self._judge(seen.fake_BCTHW, "fake", step, seen.places)
         labels = generator_for(self.seed, "labels", step)
-        total = discriminator_loss(config.loss, real_BK, fake_BK, config.label_noise, labels)
-        terms = {"adversary_gan": total.detach()}
+        total = discriminator_loss(config.loss, real_BK, fake_BK, config.label_noise, labels, seen.places)
+        terms = {"adversary/gan": total.detach()}
         if config.lecam > 0:
             self.lecam.update(real_BK, fake_BK)
             penalty = self.lecam(real_BK, fake_BK)
             total = total + config.lecam * penalty
-            terms["adversary_lecam"] = penalty.detach()
+            terms["adversary/lecam"] = penalty.detach()
         return total, terms | _health(real_BK.detach().float(), fake_BK.detach().float())
 
     def _learns_at(self, step: int) -> bool:
         since = step - self.config.start_step
         return since >= 0 and since % self.config.every == 0
 
-    def _judge(self, video_BCTHW: Tensor, side: str, step: int) -> Tensor:
+    def _judge(self, video_BCTHW: Tensor, side: str, step: int, places: Places | None) -> Tensor:
         if self.config.augment:
-            video_BCTHW = augment_clips(video_BCTHW, generator_for(self.seed, "augment", side, step))
+            video_BCTHW = augment_clips(video_BCTHW, generator_for(self.seed, "augment", side, step), places)
         return self.discriminator(video_BCTHW)
 
     def _build(self, num_frames: int, size: int) -> nn.Module:
@@ -127,7 +137,7 @@ class Adversary:
 def _health(real_BK: Tensor, fake_BK: Tensor) -> dict[str, Tensor]:
     """accuracy: share of places judged rightly (0.5 = guessing); logit_gap: mean real minus mean fake."""
     right = ((real_BK > 0).float().mean() + (fake_BK < 0).float().mean()) / 2
-    return {"adversary_accuracy": right, "adversary_logit_gap": real_BK.mean() - fake_BK.mean()}
+    return {"adversary/accuracy": right, "adversary/logit_gap": real_BK.mean() - fake_BK.mean()}
 
 
 @contextmanager
