@@ -79,7 +79,7 @@ class Adversary:
         self.config, self.seed, self.optim = config, seed, config.optim
         self.encoder = FrozenVideoMAE(config.videomae.encoder).to(device) if config.net == "videomae" else None
         self.discriminator, self.lecam = self._build(num_frames, size), LeCam()
-        self.module = nn.ModuleDict({"discriminator": self.discriminator, "lecam": self.lecam}).to(device)
+        self.module: nn.Module = nn.ModuleDict({"discriminator": self.discriminator, "lecam": self.lecam}).to(device)
         self._seen: deque[_Seen] = deque()  # of each part of this step's batch
         self._seen_step = -1
 
