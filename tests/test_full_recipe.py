@@ -142,6 +142,15 @@ def test_a_run_with_the_full_recipe(config: Path, tmp_path: Path) -> None:
         assert all(torch.equal(one[name], other[name]) for name in one), part
 
 
+def test_a_rehearsal_counts_what_trains_beside_the_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training(PROXY, tmp_path / "run").rehearse()
+    said = capsys.readouterr().out
+    assert "alignment head 0.01M" in said and "discriminator 0.04M" in said and "gan" in said
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -195,6 +195,11 @@ class TokenizerTraining:
     def rehearse(self) -> None:
         """`--dry-run`: two steps, nothing written."""
         config, parts = self.config, parameters_by_part(self.model)
+        beside = {
+            "alignment head": self.alignment.head if self.alignment else None,
+            "discriminator": self.adversary.module if self.adversary else None,
+        }
+        parts |= {name: sum(p.numel() for p in part.parameters()) for name, part in beside.items() if part is not None}
         rehearse(config.run, config.optim, self.state, self.batches, self.loss, parts)
 
     def _validation_clips(self) -> list[int]:
