@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -140,6 +141,23 @@ def test_a_run_with_the_full_recipe(config: Path, tmp_path: Path) -> None:
             load_file(tmp_path / run / f"checkpoints/00000006/{part}.safetensors") for run in ("whole", "torn")
         )
         assert all(torch.equal(one[name], other[name]) for name in one), part
+
+
+def test_images_are_clips_of_one_block(tmp_path: Path) -> None:
+    """As in configs/vq/VQ_SB_image_*: a manifest of pictures, one frame, one block, with both added terms."""
+    for number in range(3):
+        pixels = torch.randint(0, 256, (40, 48, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{number}.png")
+    (tmp_path / "images.csv").write_text("path\n0.png\n1.png\n2.png\n")
+    one = [f"{section}.num_frames=1" for section in ("model", "data", "val_data")]
+    sources = [f"{section}.sources=[{tmp_path}/images.csv]" for section in ("data", "val_data")]
+    shape = ("model.patch_frames=1", "adversary.patch.patch_frames=1")
+    run = training(PROXY, tmp_path / "run", *one, *sources, *shape, "run.steps=2")
+    run.fit()
+    model = load_tokenizer(tmp_path / "run")
+    assert model.space.num_rows == 3
+    tokens = model.encode(torch.rand(1, 3, 1, 32, 32), budget="uniform:4")
+    assert len(tokens.code_L) == 4 and model.decode(tokens).shape == (1, 3, 1, 32, 32)
 
 
 def test_a_rehearsal_counts_what_trains_beside_the_tokenizer(
