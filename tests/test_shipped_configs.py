@@ -1,4 +1,4 @@
-"""Every config of stages 1 to 4 can be built: its networks stand on the meta device, in their true sizes, and fit together.
+"""Every config of stages 1 to 4 can be built: its networks stand on the meta device, in true size, and fit together.
 
 (That each one loads and tells its story is in test_config.py.) Frozen encoders are random here, and so marked.
 """
