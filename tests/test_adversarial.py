@@ -110,8 +110,8 @@ def test_augmentation_draws_from_its_generator_alone_and_passes_gradients() -> N
 def test_colour_alone_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """With draws of 1: + 0.25, saturation 2, contrast 1.5; of a grey clip only its brightness changes."""
     monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.ones(shape))
-    monkeypatch.setattr("tokenizer.losses.diffaug._shift", lambda x, generator: x)
-    monkeypatch.setattr("tokenizer.losses.diffaug._cut_hole", lambda x, generator: x)
+    monkeypatch.setattr("tokenizer.losses.diffaug._shift", lambda x, draw: x)
+    monkeypatch.setattr("tokenizer.losses.diffaug._cut_hole", lambda x, draw: x)
     grey = torch.full((1, 3, 2, 4, 4), 0.3)
     assert torch.allclose(augment_clips(grey, draws()), grey + 0.25)
     # one red pixel value 0.6 above its grey: (r, g, b) = (0.4, -0.2, -0.2) around grey, mean of the clip = its grey
@@ -121,7 +121,7 @@ def test_colour_alone_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_shift_moves_whole_pixels_and_the_hole_is_a_fifth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenizer.losses.diffaug._recolour", lambda x, generator: x)
+    monkeypatch.setattr("tokenizer.losses.diffaug._recolour", lambda x, draw: x)
     side = 40
     white = torch.ones(8, 3, 4, side, side)
     grey_share = (augment_clips(white, draws()) == 0.5).float().mean(dim=(1, 2, 3, 4))
@@ -129,7 +129,7 @@ def test_the_shift_moves_whole_pixels_and_the_hole_is_a_fifth(monkeypatch: pytes
     assert float(grey_share.max()) <= 1 - (1 - far / side) ** 2 + CUTOUT**2 + 1e-6
     assert float(grey_share.min()) > 0
 
-    monkeypatch.setattr("tokenizer.losses.diffaug._cut_hole", lambda x, generator: x)
+    monkeypatch.setattr("tokenizer.losses.diffaug._cut_hole", lambda x, draw: x)
     clips = moving_clips(8, side)
     shifts = set()
     for clip, seen in zip(clips, augment_clips(clips, draws()), strict=True):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.errors import UserError
-from tokenizer.router.labels import hard_labels, soft_labels
+from tokenizer.router.labels import hard_labels, soft_labels, threshold_labels
 from tokenizer.router.reward import RewardStats, best_uniform, reward, reward_percentile, stats_of
 from tokenizer.router.table import QualityTable
 
@@ -79,3 +79,11 @@ def test_soft_labels_tend_to_hard_ones_and_keep_the_order() -> None:
     assert torch.allclose(warm.sum(dim=1), torch.ones(4).double())
     with pytest.raises(UserError, match="temperature"):
         soft_labels(reward_BA, 0.0)
+
+
+def test_threshold_labels_are_the_shortest_below_it_else_the_longest() -> None:
+    tokens_A = torch.tensor([4, 6, 6, 8])
+    lpips_BA = torch.tensor([[0.9, 0.3, 0.2, 0.1], [0.2, 0.1, 0.1, 0.1], [0.9, 0.8, 0.7, 0.6], [0.9, 0.31, 0.9, 0.3]])
+    assert threshold_labels(lpips_BA, tokens_A, 0.3).tolist() == [2, 0, 3, 3]  # of two rows of 6 tokens the better one
+    with pytest.raises(UserError, match="threshold is 0"):
+        threshold_labels(lpips_BA, tokens_A, 0.0)

@@ -1,6 +1,7 @@
 """The router: its size, that it looks at each clip alone, that it learns what is visible, and its door."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from tokenizer.common.loop import RunConfig
 from tokenizer.common.optim import OptimConfig
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.loader import ClipBatch
+from tokenizer.frozen.vjepa2 import VJEPA2, FrozenVJEPA2
+from tokenizer.frozen.weights import FrozenConfig
 from tokenizer.model import TokenizerConfig
-from tokenizer.router.model import Router, RouterConfig, frequency_filters
+from tokenizer.router.model import Router, RouterConfig, VJEPA2StemConfig, frequency_filters
 from tokenizer.router.predict import check_router_fits, load_router
 from tokenizer.router.table import QualityTable
 from tokenizer.router.train import (
@@ -87,6 +90,13 @@ def test_a_fresh_router_prefers_no_row_and_passes_gradients_everywhere(init: str
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_the_paper_s_router_reads_vjepa2() -> None:
+    """With its 1024 numbers a place, and 8 slots in time, the count is the published 19.9M to the digit."""
+    with torch.device("meta"):
+        model = Router(RouterConfig(stem="vjepa2"))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(19.9e6, rel=1e-3)
+
+
 def test_frequency_filters_are_orthogonal_and_the_first_sees_brightness_alone() -> None:
     filter_PP = frequency_filters(2, 4)
     gram = filter_PP @ filter_PP.T
@@ -136,6 +146,74 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pyte
     RouterTraining(config).fit()
     one, other = (read_model(tmp_path / name).tensors for name in ("soft", "again"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def random_vjepa2_config(folder: Path, steps: int = 4) -> RouterTrainConfig:
+    """The toy router on a tiny V-JEPA 2 with random weights: 4 slots of 8 x 8 places."""
+    config = toy_config(folder, steps=steps)
+    encoder = FrozenConfig(random_for_tests="tiny", precision="none")
+    config.model = replace(TINY, stem="vjepa2", vjepa2=VJEPA2StemConfig(4, 8, 32, encoder))
+    config.data.augment = False
+    config.feature_cache = str(folder / "features")
+    return config
+
+
+def test_the_vjepa2_stem_trains_from_its_cache_and_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    config = random_vjepa2_config(tmp_path)
+    RouterTraining(config).fit()
+    lines = [json.loads(line) for line in (tmp_path / "soft" / "metrics.jsonl").read_text().splitlines()]
+    assert all(1.0 in (line.get("random_frozen_encoders"), line.get("val/random_frozen_encoders")) for line in lines)
+    assert "RANDOM weights of V-JEPA 2" in read_model(tmp_path / "soft").card["kind"]
+
+    # a second run finds every feature of those batches on the disk, and ends the same
+    computed = []
+    real = FrozenVJEPA2.features
+    monkeypatch.setattr(FrozenVJEPA2, "features", lambda self, clips: computed.append(len(clips)) or real(self, clips))
+    config.run.dir = str(tmp_path / "again")
+    RouterTraining(config).fit()
+    one, other = (read_model(tmp_path / name).tensors for name in ("soft", "again"))
+    assert computed == [] and all(torch.equal(one[name], other[name]) for name in one)
+
+    # a damaged file is made again
+    file = next((tmp_path / "features").rglob("*.safetensors"))
+    file.write_bytes(b"not a tensor")
+    config.run.dir = str(tmp_path / "third")
+    RouterTraining(config).fit()
+    assert computed == [1] and file.stat().st_size > 1000
+
+
+def test_a_router_never_meets_the_features_of_other_weights(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = random_vjepa2_config(tmp_path, steps=1)
+    RouterTraining(config).fit()
+    router = load_router(tmp_path / "soft")
+    assert router.assign(random_clips(2), "tokens:6").shape == (2, 2)
+    save_config(config, tmp_path / "here.yaml")
+    assert load_router(tmp_path / "soft", config_path=tmp_path / "here.yaml").config == router.config
+
+    torch.manual_seed(5)  # the same shapes, other numbers, in a folder
+    transformers.VJEPA2Model(transformers.VJEPA2Config(**VJEPA2.tiny)).save_pretrained(tmp_path / "other")
+    config.model.vjepa2.encoder = FrozenConfig(str(tmp_path / "other"))
+    save_config(config, tmp_path / "other.yaml")
+    with pytest.raises(UserError, match="learned from V-JEPA 2 weights"):
+        load_router(tmp_path / "soft", config_path=tmp_path / "other.yaml")
+    config.model.vjepa2.width = 48
+    with pytest.raises(UserError, match=r"model\.vjepa2\.width=32"):
+        RouterTraining(config)
+
+
+def test_threshold_labels_train(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, "hard", steps=2)
+    config = replace(config, labels="threshold", threshold=0.1, run=replace(config.run, dir=str(tmp_path / "run")))
+    training = RouterTraining(config)
+    training.fit()
+    table = QualityTable.load(config.table)
+    chosen = training._labels(list(range(len(table))))
+    lpips_S = table.lpips_BA.gather(1, chosen[:, None])[:, 0]
+    assert ((lpips_S <= 0.1) | (chosen == TINY.space.num_rows - 1)).all()
+    with pytest.raises(UserError, match="goes with labels"):
+        replace(config, labels="hard")
 
 
 def test_hard_labels_train_and_the_config_survives_yaml(tmp_path: Path) -> None:
@@ -208,7 +286,7 @@ def test_the_door_refuses_what_does_not_belong_together(router_file: Path, tmp_p
         load_router(tmp_path / "vq.safetensors")
 
 
-@pytest.mark.parametrize("wrong", [{"size": 20}, {"width": 30, "heads": 4}, {"stem": "vjepa2"}, {"init": "xavier"}])
+@pytest.mark.parametrize("wrong", [{"size": 20}, {"width": 30, "heads": 4}, {"stem": "clip"}, {"init": "xavier"}])
 def test_impossible_models_are_refused(wrong: dict) -> None:
     with pytest.raises(UserError):
         RouterConfig(**wrong)

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from autoregressive.presets import check_tokenizer_fits, load_gpt
 from tokenizer import load_router, load_tokenizer
+from tokenizer.common.checkpoint import read_model
 from tokenizer.router.table import QualityTable
 
 ROOT = Path(__file__).parents[1]
@@ -29,16 +31,26 @@ def run(*command: str | Path, **variables: str) -> str:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which all four stages of configs/debug have run."""
-    out = tmp_path_factory.mktemp("debug")
+    return all_stages("configs/debug", tmp_path_factory.mktemp("debug"))
 
+
+@pytest.fixture(scope="module")
+def full_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of configs/debug/full: both discriminators, alignment, a router on V-JEPA 2; its encoders are random."""
+    pytest.importorskip("transformers")
+    out = tmp_path_factory.mktemp("full")
+    return all_stages("configs/debug/full", out, f"feature_cache={out}/features")
+
+
+def all_stages(configs: str, out: Path, *router_overrides: str) -> Path:
     def stage(script: str, config: str, *overrides: str) -> None:
-        run("bash", f"scripts/train/{script}", f"configs/debug/{config}.yaml", *overrides)
+        run("bash", f"scripts/train/{script}", f"{configs}/{config}.yaml", *overrides)
 
     stage("1_proxy_tokenizer.sh", "proxy", f"run.dir={out}/proxy")
     for table in ("curate_train", "curate_heldout"):
         stage("2_curate_router_data.sh", table, f"dir={out}/{table}", f"proxy={out}/proxy")
     tables = [f"table={out}/curate_train/table.safetensors", f"val_table={out}/curate_heldout/table.safetensors"]
-    stage("3_router.sh", "router", f"run.dir={out}/router", *tables)
+    stage("3_router.sh", "router", f"run.dir={out}/router", *tables, *router_overrides)
     stage("4_final_tokenizer.sh", "final", f"run.dir={out}/final", f"policy.router_ckpt={out}/router")
     return out
 
@@ -88,3 +100,15 @@ def test_a_finished_stage_ends_at_once(results: Path) -> None:
     before = (results / "proxy" / "metrics.jsonl").read_bytes()
     run("bash", "scripts/train/1_proxy_tokenizer.sh", "configs/debug/proxy.yaml", f"run.dir={results}/proxy")
     assert (results / "proxy" / "metrics.jsonl").read_bytes() == before
+
+
+def test_every_stage_runs_with_the_full_recipe(full_results: Path) -> None:
+    """And says everywhere that its encoders are random; what it ships is used like any other."""
+    for name, wanted in (("proxy", {"gan", "align"}), ("final", {"gan", "align"}), ("router", {"percentile"})):
+        lines = [json.loads(line) for line in (full_results / name / "metrics.jsonl").read_text().splitlines()]
+        assert wanted <= lines[2].keys()
+        assert all(any(key.endswith("random_frozen_encoders") for key in line) for line in lines)
+        assert "RANDOM" in read_model(full_results / name).card["kind"]
+    router, tokenizer = load_router(full_results / "router"), load_tokenizer(full_results / "final")
+    tokens = tokenizer.encode(torch.rand(1, 3, 16, 32, 32), router=router, budget="tokens:12")
+    assert len(tokens.code_L) <= 12

@@ -123,6 +123,7 @@ class TokenizerConfig:
 class TokenizerOutput:
     video_BCTHW: Tensor  # float32, not clamped, so that a loss sees overshoot
     quantized: Quantized
+    feature_BMD: Tensor | None = None  # patches after the decoder layer that was asked for
 
 
 class ChoosesLengths(Protocol):
@@ -196,11 +197,15 @@ class VideoTokenizer(nn.Module):
 
     # --- the three phases ---------------------------------------------------------------------------------------
 
-    def forward(self, video_BCTHW: Tensor, length_BN: Tensor) -> TokenizerOutput:
-        """Reconstruct under the given assignment, with everything the losses need."""
+    def forward(self, video_BCTHW: Tensor, length_BN: Tensor, feature_layer: int = 0) -> TokenizerOutput:
+        """Reconstruct under the given assignment, with everything the losses need.
+
+        `feature_layer`: hand out the patches after this many decoder layers; 0 hands out none.
+        """
         packing = self._checked_packing(video_BCTHW, length_BN)
         quantized = self.quantizer(self.encode_latents(video_BCTHW, packing))
-        return TokenizerOutput(self.decode_latents(quantized.latent_LE, packing), quantized)
+        patch_BMD, feature_BMD = self._decode_patches(quantized.latent_LE, packing, feature_layer)
+        return TokenizerOutput(self.to_video(patch_BMD), quantized, feature_BMD)
 
     def encode_latents(self, video_BCTHW: Tensor, packing: Packing) -> Tensor:
         """[B, 3, T, H, W] -> latents before quantisation, [L, E]."""
@@ -216,16 +221,24 @@ class VideoTokenizer(nn.Module):
 
     def decode_latents(self, latent_LE: Tensor, packing: Packing) -> Tensor:
         """Quantised unit latents [L, E] -> [B, 3, T, H, W], not clamped."""
-        grid = self.config.grid
+        return self.to_video(self._decode_patches(latent_LE, packing)[0])
+
+    def _decode_patches(
+        self, latent_LE: Tensor, packing: Packing, feature_layer: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Quantised latents [L, E] -> patches [B, M, D] after the last layer and after `feature_layer` layers."""
+        grid, feature_BMD = self.config.grid, None
         patches = pack_uniform(packing.num_clips, packing.num_blocks, grid**2)
         token_LD = self.from_latent(latent_LE)
         first_RD = token_LD[packing.first_BN.flatten().to(token_LD.device)]
         patch_LD = repeat(first_RD, "R D -> (R m) D", m=grid**2)
         patch_pos_LD = repeat(self.decoder_patch_pos, "M D -> (B M) D", B=packing.num_clips)
         token_pos_LD = self.decoder_token_pos[self._token_rows(packing)]
-        for layer in self.decoder:
+        for count, layer in enumerate(self.decoder, start=1):
             patch_LD = layer(patch_LD, patch_pos_LD, token_LD, token_pos_LD, patches, packing)
-        return self.to_video(rearrange(patch_LD, "(B M) D -> B M D", B=packing.num_clips))
+            if count == feature_layer:
+                feature_BMD = rearrange(patch_LD, "(B M) D -> B M D", B=packing.num_clips)
+        return rearrange(patch_LD, "(B M) D -> B M D", B=packing.num_clips), feature_BMD
 
     # --- what users call ----------------------------------------------------------------------------------------
 

@@ -28,11 +28,15 @@ from tokenizer.common.loop import RunConfig, TrainState, fit, start_run
 from tokenizer.common.optim import OptimConfig
 from tokenizer.common.picture import save_comparison
 from tokenizer.common.runtime import generator_for
+from tokenizer.common.sharing import Places
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.loader import ClipBatch, batches
+from tokenizer.frozen.weights import marked
+from tokenizer.losses.adversary import Adversary, AdversaryConfig
 from tokenizer.losses.objective import LossConfig, tokenizer_loss
 from tokenizer.losses.perceptual import load_perceptual
-from tokenizer.model import TokenizerConfig, VideoTokenizer, parameters_by_part
+from tokenizer.losses.semantic import Alignment, AlignmentConfig
+from tokenizer.model import TokenizerConfig, TokenizerOutput, VideoTokenizer, parameters_by_part
 from tokenizer.policy import PolicyConfig, build_policy
 
 _PICTURED = 6  # clips in the picture of a validation
@@ -49,6 +53,8 @@ class TokenizerTrainConfig:
     val_data: DataConfig = field(default_factory=lambda: DataConfig(sources=["bundled:heldout"], augment=False))
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)  # with loss.gan
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)  # with loss.align
     optim: OptimConfig = field(default_factory=OptimConfig)
     val_clips: int = 64  # held-out clips that a validation looks at, spread evenly over val_data
 
@@ -59,6 +65,15 @@ class TokenizerTrainConfig:
                 raise UserError(
                     f"{section}.{name} = {found} but model.{name} = {wanted}: set {section}.{name}={wanted}"
                 )
+        if (self.loss.gan > 0) != (self.adversary.net != "none"):
+            raise UserError(
+                f"loss.gan = {self.loss.gan} and adversary.net = {self.adversary.net!r} clash: a weight above 0 needs "
+                "patch or videomae, and loss.gan=0 goes with none"
+            )
+        if self.adversary.net == "none" and self.adversary != AdversaryConfig():
+            raise UserError("the section adversary is set, but adversary.net = 'none' does not read it: choose a net")
+        if self.loss.align == 0 and self.alignment != AlignmentConfig():
+            raise UserError("the section alignment is set, but loss.align = 0 does not read it: set loss.align=0.7")
 
 
 class TokenizerTraining:
@@ -73,8 +88,13 @@ class TokenizerTraining:
         self.perceptual = load_perceptual(config.loss.perceptual_net).to(self.device) if needs_net else None
         self.policy = build_policy(config.policy, config.model, self.device)
         self.model = VideoTokenizer(config.model).to(self.device)
+        shape = (config.model.num_frames, config.model.size)
+        self.adversary = Adversary(config.adversary, *shape, run.seed, self.device) if config.loss.gan > 0 else None
+        self.alignment = Alignment(config.alignment, config.model, self.device) if config.loss.align > 0 else None
         self.start_codebook()
-        self.state = TrainState.start(self.model, run, config.optim, kind="tokenizer")
+        head = self.alignment.head if self.alignment else None
+        kind = marked("tokenizer", self.random_encoders)
+        self.state = TrainState.start(self.model, run, config.optim, kind, adversary=self.adversary, companion=head)
 
     def batches(self, start_step: int) -> Iterator[ClipBatch]:
         run, costs = self.config.run, self.costs if self.config.policy.kind == "random" else None
@@ -93,10 +113,42 @@ class TokenizerTraining:
         generator = generator_for(self.config.run.seed, "loss", step)
         video_BCTHW = batch.video_BCTHW.to(self.device)
         length_BN = self.policy(video_BCTHW, generator, batch.places)
-        output = self.model(video_BCTHW, length_BN)
-        loss, terms = tokenizer_loss(self.config.loss, output, video_BCTHW, self.perceptual, generator)
+        output = self.model(video_BCTHW, length_BN, self.alignment.layer if self.alignment else 0)
+        others = self.terms_of_others(output, video_BCTHW, step, batch.places)
+        loss, terms = tokenizer_loss(self.config.loss, output, video_BCTHW, self.perceptual, generator, others)
         usage = code_usage(output.quantized.code_L, self.config.model.codebook_size)
-        return loss, {**terms, **usage, "tokens_per_clip": float(length_BN.sum()) / len(length_BN)}
+        figures: dict[str, Tensor | float] = {
+            **terms,
+            **usage,
+            "tokens_per_clip": float(length_BN.sum()) / len(length_BN),
+        }
+        return loss, figures | self.mark
+
+    def terms_of_others(
+        self, output: TokenizerOutput, video_BCTHW: Tensor, step: int, places: Places
+    ) -> dict[str, Tensor]:
+        """What the networks beside the tokenizer say of a reconstruction at this step: gan, align."""
+        terms: dict[str, Tensor] = {}
+        if self.adversary is not None:
+            gan = self.adversary.term(video_BCTHW, output.video_BCTHW, step, places)
+            terms |= {"gan": gan} if gan is not None else {}
+        if self.alignment is not None and output.feature_BMD is not None:
+            terms["align"] = self.alignment.term(output.feature_BMD, video_BCTHW)
+        return terms
+
+    @property
+    def random_encoders(self) -> list[str]:
+        """Frozen encoders that have random weights, because the config says random_for_tests."""
+        encoders = {
+            "V-JEPA 2": self.alignment.encoder if self.alignment else None,
+            "VideoMAE": self.adversary.encoder if self.adversary else None,
+        }
+        return [name for name, encoder in encoders.items() if encoder is not None and encoder.is_random]
+
+    @property
+    def mark(self) -> dict[str, float]:
+        """What every log line says of a run that has random encoders, so that none passes for a real one."""
+        return {"random_frozen_encoders": float(len(self.random_encoders))} if self.random_encoders else {}
 
     @torch.no_grad()
     def start_codebook(self) -> None:
@@ -133,7 +185,7 @@ class TokenizerTraining:
             if start == 0:  # `ours` and `length_BN` are those of the policy, the last assignment above
                 picture, seen = Path(config.run.dir) / "samples" / f"{step:08d}.png", slice(_PICTURED)
                 save_comparison(picture, real[seen], ours[seen], length_BN[seen], config.model.levels[-1])
-        return {name: float(torch.cat(values).mean()) for name, values in measured.items()}
+        return {name: float(torch.cat(values).mean()) for name, values in measured.items()} | self.mark
 
     def fit(self) -> None:
         """Train to the end of `run.steps`, from wherever `run.dir` stands."""
@@ -143,6 +195,11 @@ class TokenizerTraining:
     def rehearse(self) -> None:
         """`--dry-run`: two steps, nothing written."""
         config, parts = self.config, parameters_by_part(self.model)
+        beside = {
+            "alignment head": self.alignment.head if self.alignment else None,
+            "discriminator": self.adversary.module if self.adversary else None,
+        }
+        parts |= {name: sum(p.numel() for p in part.parameters()) for name, part in beside.items() if part is not None}
         rehearse(config.run, config.optim, self.state, self.batches, self.loss, parts)
 
     def _validation_clips(self) -> list[int]:

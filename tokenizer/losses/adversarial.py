@@ -14,26 +14,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.common.ranks import mean_over_ranks
+from tokenizer.common.sharing import Places
+
 LOSSES = ("non_saturating", "hinge")
 _LECAM_DECAY = 0.999
 
 
 def discriminator_loss(
-    kind: str, real_BK: Tensor, fake_BK: Tensor, label_noise: float, generator: torch.Generator
+    kind: str,
+    real_BK: Tensor,
+    fake_BK: Tensor,
+    label_noise: float,
+    generator: torch.Generator,
+    places: Places | None = None,
 ) -> Tensor:
     """What the discriminator minimises: the mean of its losses on both sides, a scalar.
 
     non_saturating: binary cross-entropy against noisy labels, drawn anew for every place from [1 - label_noise, 1] for
     real clips and from [0, label_noise] for reconstructions: each moves to its own side only, never across.
     hinge: relu(1 - real) and relu(1 + fake); it knows no labels and draws nothing.
+    places: where the clips stand in the global batch, if they are not all of it.
     """
     real_BK, fake_BK = real_BK.float(), fake_BK.float()
     if kind == "hinge":
         return (F.relu(1 - real_BK).mean() + F.relu(1 + fake_BK).mean()) / 2
-    noise_BK = (torch.rand(real_BK.shape, generator=generator) * label_noise).to(real_BK.device)
-    real = F.binary_cross_entropy_with_logits(real_BK, 1 - noise_BK)
-    noise_BK = (torch.rand(fake_BK.shape, generator=generator) * label_noise).to(fake_BK.device)
-    return (real + F.binary_cross_entropy_with_logits(fake_BK, noise_BK)) / 2
+    places = places or Places(list(range(len(real_BK))), len(real_BK))
+    shape = (2, places.total, real_BK.shape[1])  # drawn for all clips, so that processes draw what one would
+    real_noise_BK, fake_noise_BK = (
+        places.pick(noise).to(real_BK.device) for noise in torch.rand(shape, generator=generator) * label_noise
+    )
+    real = F.binary_cross_entropy_with_logits(real_BK, 1 - real_noise_BK)
+    return (real + F.binary_cross_entropy_with_logits(fake_BK, fake_noise_BK)) / 2
 
 
 def generator_loss(kind: str, fake_BK: Tensor) -> Tensor:
@@ -60,10 +72,10 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def update(self, real_BK: Tensor, fake_BK: Tensor) -> None:
-        """Take one batch into the means."""
+        """Take one batch, of all processes together, into the means."""
         new = 1 - torch.clamp((1 + self.num_updates) / (10 + self.num_updates), max=_LECAM_DECAY)
-        self.real_mean.lerp_(real_BK.float().mean(), new)
-        self.fake_mean.lerp_(fake_BK.float().mean(), new)
+        self.real_mean.lerp_(mean_over_ranks(real_BK.float().mean()), new)
+        self.fake_mean.lerp_(mean_over_ranks(fake_BK.float().mean()), new)
         self.num_updates += 1
 
     def forward(self, real_BK: Tensor, fake_BK: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """The router: one look at a clip, a score for every assignment (paper.md section 4).
 
-A pre-LayerNorm vision transformer over raw spatio-temporal patches: [CLS] gathers what matters, a linear head rates the
-rows of the assignment table. The higher a score the better the row. Scores of one clip can be compared, those of two
-clips only in their differences: the softmax of the training loss leaves a constant free for each clip.
+A pre-LayerNorm vision transformer over raw spatio-temporal patches, or over features of a frozen V-JEPA 2 (stem.py):
+[CLS] gathers what matters, a linear head rates the rows of the assignment table. The higher a score the better the row.
+Scores of one clip can be compared, those of two clips only in their differences: the softmax of the training loss
+leaves a constant free for each clip.
 
-Letters: B clips, C T H W, M patches, P numbers in a patch, D width, A assignments (rows).
+Letters: B clips, C T H W, M patches or V-JEPA 2 places, P numbers in one of them, D width, A assignments (rows).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from tokenizer.blocks.frequency import cosine_filters
 from tokenizer.blocks.patchify import patchify
 from tokenizer.blocks.vit import ViTLayer
 from tokenizer.common.errors import UserError
+from tokenizer.frozen.vjepa2 import FeatureShape
+from tokenizer.frozen.weights import FrozenConfig
 
 TABLE_STD = 0.02
 COLOUR_RANK = 3.0  # colour is fainter than brightness, so it comes later
@@ -26,8 +29,19 @@ MOTION_GAIN = 8.0  # of 0, 4 and 10 the larger learned faster from 250 clips; se
 
 
 @dataclass
+class VJEPA2StemConfig:
+    """Which features, and of which shape; the defaults are those of V-JEPA 2-L on 16 frames."""
+
+    slots: int = 8  # in time
+    grid: int = 16  # along the height and along the width
+    width: int = 1024  # numbers in a feature
+    encoder: FrozenConfig = field(default_factory=FrozenConfig)
+
+
+@dataclass
 class RouterConfig:
-    """Input, assignment levels and size of a router. The defaults are the paper's: 19.76M parameters."""
+    """Input, assignment levels and size of a router. The defaults are the paper's: 19.76M parameters, 19.89M on
+    V-JEPA 2."""
 
     num_frames: int = 16
     size: int = 128  # height and width in pixels
@@ -38,8 +52,9 @@ class RouterConfig:
     width: int = 512
     heads: int = 8
     mlp_ratio: float = 4.0
-    stem: str = "raw"  # linear patches of pixels, the only stem so far
-    init: str = "structured"  # the patch embedding starts as frequency filters; "random": as noise
+    stem: str = "raw"  # linear patches of pixels; or "vjepa2": features of a frozen V-JEPA 2
+    vjepa2: VJEPA2StemConfig = field(default_factory=VJEPA2StemConfig)  # read where stem = "vjepa2"
+    init: str = "structured"  # the embedding of pixels starts as frequency filters; "random": as noise
 
     def __post_init__(self) -> None:
         for name, length, part in (("num_frames", "num_frames", "patch_frames"), ("size", "size", "patch_size")):
@@ -47,9 +62,11 @@ class RouterConfig:
                 raise UserError(f"{name} = {getattr(self, length)} is not a multiple of {part} = {getattr(self, part)}")
         if self.width % self.heads:
             raise UserError(f"width = {self.width} is not a multiple of heads = {self.heads}")
-        for name, known in (("stem", ("raw",)), ("init", ("structured", "random"))):
+        for name, known in (("stem", ("raw", "vjepa2")), ("init", ("structured", "random"))):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} = {getattr(self, name)!r} is none of {', '.join(known)}")
+        if self.stem == "raw" and self.vjepa2 != VJEPA2StemConfig():
+            raise UserError("the section vjepa2 is set, but stem = 'raw' does not read it: set stem=vjepa2")
 
     @property
     def num_blocks(self) -> int:
@@ -62,6 +79,13 @@ class RouterConfig:
         return self.size // self.patch_size
 
     @property
+    def input_shape(self) -> FeatureShape:
+        """Slots in time, places along a side, and numbers in each, of what the router reads."""
+        if self.stem == "vjepa2":
+            return FeatureShape(self.vjepa2.slots, self.vjepa2.grid, self.vjepa2.width)
+        return FeatureShape(self.num_blocks, self.grid, 3 * self.patch_frames * self.patch_size**2)
+
+    @property
     def space(self) -> AssignmentSpace:
         """The assignments that the router rates."""
         return AssignmentSpace(tuple(self.levels), self.num_blocks)
@@ -70,20 +94,23 @@ class RouterConfig:
 class Router(nn.Module):
     """Clip -> score of every assignment. `space` says which assignment a score belongs to."""
 
+    encoder_sha256: Tensor  # with V-JEPA 2: of its weights, so that a router never meets the features of others
+
     def __init__(self, config: RouterConfig) -> None:
         super().__init__()
         self.config = config
         self.space = config.space
-        width = config.width
-        patch_numbers = 3 * config.patch_frames * config.patch_size**2
-        self.embed = nn.Linear(patch_numbers, width)
+        width, shape = config.width, config.input_shape
+        self.embed = nn.Linear(shape.width, width)
         self.cls_D = nn.Parameter(torch.empty(width))
         # Where a patch is = its block + its place in the frame: two small tables; one for all pairs makes it 20.2M.
-        self.block_position_N1D = nn.Parameter(torch.empty(config.num_blocks, 1, width))
-        self.place_position_1GD = nn.Parameter(torch.empty(1, config.grid**2, width))
+        self.block_position_N1D = nn.Parameter(torch.empty(shape.slots, 1, width))
+        self.place_position_1GD = nn.Parameter(torch.empty(1, shape.grid**2, width))
         self.layers = nn.ModuleList(ViTLayer(width, config.heads, config.mlp_ratio) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, self.space.num_rows)
+        if config.stem == "vjepa2":
+            self.register_buffer("encoder_sha256", torch.zeros(32, dtype=torch.uint8))
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -100,15 +127,16 @@ class Router(nn.Module):
         nn.init.zeros_(self.head.weight)
         for table in (self.cls_D, self.block_position_N1D, self.place_position_1GD):
             nn.init.normal_(table, std=TABLE_STD)
-        if config.init == "structured":
+        if config.init == "structured" and config.stem == "raw":
             with torch.no_grad():
                 filter_DP = frequency_filters(config.patch_frames, config.patch_size)[: config.width]
                 self.embed.weight[: len(filter_DP)].copy_(filter_DP)
 
-    def forward(self, video_BCTHW: Tensor) -> Tensor:
-        """Pixels in [0, 1] -> logits_BA, one score for each row of the assignment table."""
+    def forward(self, seen: Tensor) -> Tensor:
+        """Pixels in [0, 1], [B, C, T, H, W], or features of V-JEPA 2, [B, M, P] -> logits_BA, a score for each row."""
         config = self.config
-        x_BMD = self.embed(patchify(video_BCTHW - 0.5, config.patch_frames, config.patch_size))
+        seen_BMP = seen if config.stem == "vjepa2" else patchify(seen - 0.5, config.patch_frames, config.patch_size)
+        x_BMD = self.embed(seen_BMP)
         x_BMD = x_BMD + (self.block_position_N1D + self.place_position_1GD).flatten(0, 1)
         x_BMD = torch.cat([self.cls_D.expand(len(x_BMD), 1, -1), x_BMD], dim=1)  # B 1+M D
         for layer in self.layers:

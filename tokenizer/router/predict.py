@@ -20,13 +20,17 @@ from tokenizer.common.config import differences, from_dict, load_section, to_dic
 from tokenizer.common.errors import UserError
 from tokenizer.model import TokenizerConfig
 from tokenizer.router.model import Router, RouterConfig
+from tokenizer.router.stem import build_stem
 
 
 class TrainedRouter:
     """A frozen router with its assignments. Made by `load_router`."""
 
     def __init__(self, model: Router, sha256: str, origin: str) -> None:
+        """Raises UserError where a router on V-JEPA 2 does not find the weights it learned with."""
         self.model = model.eval().requires_grad_(False)
+        self.stem = build_stem(model.config, model.head.weight.device)
+        self.stem.check(model, origin)
         self.sha256 = sha256
         self.origin = origin
 
@@ -49,7 +53,7 @@ class TrainedRouter:
         if video_BCTHW.ndim != 5 or tuple(video_BCTHW.shape[1:]) != wanted:
             raise UserError(f"{self.origin} reads clips of shape {wanted}, not {tuple(video_BCTHW.shape[1:])}")
         device = next(self.model.parameters()).device
-        return torch.cat([self.model(clip.to(device)).float().cpu() for clip in video_BCTHW.split(1)])
+        return torch.cat([self.model(self.stem(clip.to(device))).float().cpu() for clip in video_BCTHW.split(1)])
 
     def assign(self, video_BCTHW: Tensor, budget: str | Budget = "router", price: float | None = None) -> Tensor:
         """length_BN, int64 on the CPU: the assignment of each clip under `budget` (forms: see tokenizer.budget).
@@ -76,6 +80,7 @@ def load_router(
     config = from_dict(RouterConfig, file.config["model"], f"{path} (config inside)")
     if config_path is not None:
         wanted = load_section(RouterConfig, config_path, "model")
+        config.vjepa2.encoder = wanted.vjepa2.encoder  # where weights lie may change; which they are, the file says
         if different := differences(to_dict(wanted), to_dict(config)):
             raise UserError(f"{config_path} and {path} do not belong together; model differs in {'; '.join(different)}")
     model = Router(config)

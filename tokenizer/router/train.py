@@ -28,10 +28,12 @@ from tokenizer.common.runtime import generator_for
 from tokenizer.common.sharing import Places
 from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset
 from tokenizer.data.loader import ClipBatch, batches
+from tokenizer.frozen.weights import marked
 from tokenizer.model import parameters_by_part
-from tokenizer.router.labels import hard_labels, soft_labels
+from tokenizer.router.labels import hard_labels, soft_labels, threshold_labels
 from tokenizer.router.model import Router, RouterConfig
 from tokenizer.router.reward import best_uniform, reward, reward_percentile, stats_of
+from tokenizer.router.stem import build_stem
 from tokenizer.router.table import QualityTable
 
 KEPT_BYTES = 1 << 29  # clips kept in memory after their first reading; all of a small table
@@ -47,12 +49,20 @@ class RouterTrainConfig:
     table: str = ""  # the quality table of `data`, from stage 2
     val_table: str = ""  # the quality table of `val_data`
     quality_weight: float = 1.2  # w_q; the length weighs 2 - w_q
-    labels: str = "hard"  # "hard": the best row (the paper); "soft": softmax(reward / temperature) over all rows
+    labels: str = "hard"  # "hard": the best row (the paper); "soft": softmax(reward / temperature); "threshold"
     temperature: float = 1.0  # of soft labels, in units of the reward
+    threshold: float = 0.0  # of labels "threshold", a baseline: the fewest tokens at this LPIPS or less, else the most
+    feature_cache: str = ""  # with model.stem = vjepa2: a folder for the features, 4 MiB a clip
 
     def __post_init__(self) -> None:
-        if self.labels not in ("hard", "soft"):
-            raise UserError(f"labels = {self.labels!r}: choose 'hard' or 'soft'")
+        if self.labels not in ("hard", "soft", "threshold"):
+            raise UserError(f"labels = {self.labels!r}: choose 'hard', 'soft' or 'threshold'")
+        if (self.threshold > 0) != (self.labels == "threshold"):
+            raise UserError(f"threshold = {self.threshold} goes with labels = 'threshold', not {self.labels!r}")
+        if self.feature_cache and (self.model.stem != "vjepa2" or self.data.augment):
+            raise UserError(
+                "feature_cache needs model.stem=vjepa2 and data.augment=false: clips that come again unchanged"
+            )
         for name in ("table", "val_table"):
             if not getattr(self, name):
                 raise UserError(f"{name} is empty: give the table that scripts/train/2_curate_router_data.sh wrote")
@@ -106,9 +116,13 @@ class RouterTraining:
         self.reward_SA, self.val_reward_SA = (
             reward(each.lpips_BA, self.space.tokens_A, config.quality_weight, stats) for each in (table, val_table)
         )
+        self.lpips_SA = table.lpips_BA
         self.row_of = {name: row for row, name in enumerate(table.names)}
-        start_run(run)
-        self.state = TrainState.start(Router(config.model), run, config.optim, kind="router")
+        self.stem = build_stem(config.model, start_run(run), config.feature_cache)
+        router = Router(config.model)
+        self.stem.sign(router)
+        kind = marked("router", ["V-JEPA 2"] if self.stem.is_random else [])
+        self.state = TrainState.start(router, run, config.optim, kind)
 
     def batches(self, step: int) -> Iterator[ClipBatch]:
         run = self.config.run
@@ -121,10 +135,11 @@ class RouterTraining:
         if data.augment:
             generator = generator_for(self.config.run.seed, "augment", step)
             video_BCTHW = augment(video_BCTHW, data.crop_scale, data.flip, generator, batch.places)
-        reward_BA = self.reward_SA[[self.row_of[name] for name in batch.names]]
-        logits_BA = self.state.model(video_BCTHW.to(device)).float()
-        loss = F.cross_entropy(logits_BA, self._labels(reward_BA).to(device))
-        return loss, {"percentile": _percentile(logits_BA, reward_BA, self.space)}
+        clip_B = [self.row_of[name] for name in batch.names]
+        logits_BA = self.state.model(self.stem(video_BCTHW.to(device))).float()
+        loss = F.cross_entropy(logits_BA, self._labels(clip_B).to(device))
+        figures = {"percentile": _percentile(logits_BA, self.reward_SA[clip_B], self.space)}
+        return loss, figures | self.mark
 
     def validate(self, step: int) -> dict[str, float]:
         """What the router does on the clips of the validation table, see `measure`."""
@@ -132,8 +147,9 @@ class RouterTraining:
         scores = []
         for start in range(0, len(self.val_clips), size):
             clips = [self.val_clips.get(i).video_CTHW for i in range(start, min(start + size, len(self.val_clips)))]
-            scores.append(self.state.model(torch.stack(clips).to(self.state.device)).float().cpu())
-        return measure(torch.cat(scores), self.val_reward_SA, self.space)
+            seen = self.stem(torch.stack(clips).to(self.state.device))
+            scores.append(self.state.model(seen).float().cpu())
+        return measure(torch.cat(scores), self.val_reward_SA, self.space) | self.mark
 
     def fit(self) -> None:
         """Train to the end of `run.steps`, from wherever `run.dir` stands."""
@@ -145,6 +161,11 @@ class RouterTraining:
         config, parts = self.config, parameters_by_part(self.state.model)
         rehearse(config.run, config.optim, self.state, self.batches, self.loss, parts)
 
+    @property
+    def mark(self) -> dict[str, float]:
+        """What every log line says of a run whose V-JEPA 2 has random weights."""
+        return {"random_frozen_encoders": 1.0} if self.stem.is_random else {}
+
     def _read_table(self, path: str) -> QualityTable:
         table = QualityTable.load(path)
         if tuple(table.levels) != self.space.levels or table.num_blocks != self.space.num_blocks:
@@ -154,11 +175,13 @@ class RouterTraining:
             )
         return table
 
-    def _labels(self, reward_BA: Tensor) -> Tensor:
-        """Rows int64 (B,) or probabilities float32 (B, A); cross-entropy takes either."""
+    def _labels(self, clip_B: list[int]) -> Tensor:
+        """Rows int64 (B,) or probabilities float32 (B, A), of these clips of the table; cross-entropy takes either."""
+        if self.config.labels == "threshold":
+            return threshold_labels(self.lpips_SA[clip_B], self.space.tokens_A, self.config.threshold)
         if self.config.labels == "hard":
-            return hard_labels(reward_BA)
-        return soft_labels(reward_BA, self.config.temperature).float()
+            return hard_labels(self.reward_SA[clip_B])
+        return soft_labels(self.reward_SA[clip_B], self.config.temperature).float()
 
 
 def augment(

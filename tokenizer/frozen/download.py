@@ -1,0 +1,55 @@
+"""Fetch the weights of the frozen encoders once, for machines without internet.
+
+python -m tokenizer.frozen.download                        # both published encoders, into the library's cache
+python -m tokenizer.frozen.download vjepa2 --to DIR        # one, as a folder that can be copied: weights=DIR/vjepa2
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from tokenizer.common.checkpoint import file_sha256
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.frozen.videomae import VIDEOMAE
+from tokenizer.frozen.vjepa2 import VJEPA2
+from tokenizer.frozen.weights import CONFIG_FILE, WEIGHTS_FILE, Family, fetch
+
+FAMILIES = {family.key: family for family in (VJEPA2, VIDEOMAE)}
+
+
+def download(family: Family, name: str, target: Path | None) -> Path:
+    """Fetch `name`, copy it to `target` where that is given; returns the folder. UserError where it cannot be had."""
+    try:
+        folder = fetch(family, name, local_files_only=False)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{name!r} cannot be fetched: {first}; this command needs internet, or the name is wrong"
+        ) from error
+    if target is None:
+        return folder
+    target.mkdir(parents=True, exist_ok=True)
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        shutil.copyfile(folder / file, target / file)
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Fetch the weights of the frozen encoders once.")
+    parser.add_argument("encoder", nargs="?", choices=list(FAMILIES), help="which; default: all of them")
+    parser.add_argument("--name", help="another model of the hub instead of the published one; takes one encoder")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="also copy into DIR/ENCODER; default: only the cache")
+    args = parser.parse_args()
+    if args.name and not args.encoder:
+        raise UserError("--name goes with one encoder, e.g. `vjepa2 --name facebook/vjepa2-vith-fpc64-256`")
+    for key in [args.encoder] if args.encoder else FAMILIES:
+        family = FAMILIES[key]
+        target = args.to / key if args.to else None
+        folder = download(family, args.name or family.hub_name, target)
+        print(f"{family.name}: {folder}  sha256 {file_sha256(folder / WEIGHTS_FILE)}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
