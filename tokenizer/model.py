@@ -93,8 +93,8 @@ class TokenizerConfig:
             )
         if self.bottleneck_width < self.code_width:
             raise UserError(
-                f"model.bottleneck_width = {self.bottleneck_width} is below model.code_width = {self.code_width}, which "
-                "it leads to: it must be at least as wide"
+                f"model.bottleneck_width = {self.bottleneck_width} is below model.code_width = {self.code_width}; "
+                "it must be at least as wide"
             )
         if self.init not in ("structured", "random"):
             raise UserError(f"model.init = {self.init!r}: choose 'structured' or 'random'")
