@@ -39,7 +39,12 @@ GPT_LAYERS = ({"sequence", "attention"}, {"kv_cache"}, {"model"}, {"presets"})
 GPT_LAYER_OF = {room: height for height, rooms in enumerate(GPT_LAYERS) for room in rooms}
 
 # Libraries that `python -m` also runs: to list the named sizes, to recompute the shipped figures.
-LIBRARIES_WITH_A_COMMAND = {"tokenizer.presets", "autoregressive.presets", "tokenizer.mini_figures"}
+LIBRARIES_WITH_A_COMMAND = {
+    "tokenizer.presets",
+    "autoregressive.presets",
+    "tokenizer.mini_figures",
+    "evaluations.protocols",
+}
 
 # What a machine with the core dependencies only does not have; decord has wheels for one platform.
 NOT_CORE = ("transformers", "stlpips_pytorch", "skvideo", "tensorboard", "pytest", "hypothesis", "decord")

@@ -1,12 +1,12 @@
 """What turns a clip into the features of a Frechet distance. The extractor is part of every number's name.
 
-| name    | number      | network                                                   | weights                            |
-|---------|-------------|-----------------------------------------------------------|------------------------------------|
-| i3d     | fvd_i3d     | I3D, TorchScript of the StyleGAN-V line, 400 raw logits    | a file, or fetched once by sha256  |
-| videomae| fd_videomae | VideoMAE of transformers, mean of the last hidden states   | a folder as saved by transformers  |
-| effnet  | fcd_effnet  | EfficientNet-Lite0 on frames: appearance and motion        | the package of the extra [offline] |
+| name     | distance    | network                                                 | weights                          |
+|----------|-------------|---------------------------------------------------------|----------------------------------|
+| i3d      | fvd_i3d     | I3D, TorchScript of the StyleGAN-V line, 400 raw logits | a file, or fetched once          |
+| videomae | fd_videomae | VideoMAE of transformers, mean of the last hidden state | a folder saved by transformers   |
+| effnet   | fcd_effnet  | EfficientNet-Lite0 on frames: appearance and motion     | package of the extra [offline]   |
 
-Numbers of different extractors are not comparable, and only the first is the FVD of the papers. `fcd_effnet` (a Frechet
+Numbers of different extractors are not comparable, and only the first is the FVD of the papers. `fcd_effnet` (Frechet
 clip distance) is for machines without a download: its appearance is the mean of the features over the frames, its
 motion the mean absolute difference of neighbouring frames' features, so that shuffled or frozen frames are seen.
 
