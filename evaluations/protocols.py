@@ -201,9 +201,9 @@ def card_of(protocol: Protocol, **facts: Any) -> dict[str, Any]:
 def card_text(card: dict[str, Any]) -> str:
     """The card for people, one fact a line."""
     protocol = card["protocol"]
-    changed = (
-        f"  CHANGED in {', '.join(protocol['changed'])}: not comparable under this name" if protocol["changed"] else ""
-    )
+    name = f"{protocol['name']} ({card['protocol_hash']})"
+    if protocol["changed"]:
+        name += f"; CHANGED in {', '.join(protocol['changed'])}, so not this protocol any more"
     rate = "native" if protocol["fps"] is None else f"{protocol['fps']:g} frames a second"
     size = f"short side {protocol['size']}, centre crop"
     if protocol["score_size"]:
