@@ -84,6 +84,7 @@ class ClipDataset:
     def __init__(self, cfg: DataConfig, seed: int, items: list[_Item]) -> None:
         self.cfg = cfg
         self.names = [item.name for item in items]
+        self.labels = [item.label for item in items]
         self.quarantine: dict[str, str] = {}
         self._seed = seed
         self._items = items
