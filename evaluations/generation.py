@@ -6,6 +6,7 @@ Letters: C T H W, K tokens of a block, L codes of the given frames.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -38,7 +39,8 @@ def add_sampling_flags(parser: Parser) -> None:
     add("--temperature", type=positive, default=1.0)
     add("--top-k", type=at_least(0), default=0, metavar="N", help="0 keeps all ids (default)")
     add("--top-p", type=positive, default=1.0)
-    add("--precision", choices=tuple(PRECISIONS), default="none", help="of the GPT (default: none, fp32)")
+    precision = os.environ.get("PRECISION", "none")
+    add("--precision", default=precision, help=f"of the GPT: {' | '.join(PRECISIONS)} (default: PRECISION, else none)")
     add("--check-special-token-mask", action="store_true", help="draw only what the grammar allows; else broken clips "
         "are counted and left out")  # fmt: skip
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 from typing import Protocol as Interface
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,7 +30,7 @@ from evaluations.lossless import find_frames, read_frames
 from evaluations.metrics.extractors import NAMES
 from evaluations.protocols import Protocol, card_of, card_text, find_protocol
 from evaluations.scoring import Scorer, load_scorer
-from evaluations.shards import RealCache, Record, ShardFolder, Share
+from evaluations.shards import SHARD, RealCache, Record, ShardFolder, Share
 from evaluations.summary import per_clip_table, pick_shown, result_lines, summarise
 from tokenizer.common.arguments import Parser, at_least
 from tokenizer.common.errors import UserError
@@ -91,11 +93,14 @@ class Evaluation:
         """Raises UserError where protocol, data or the weights that judge are not at hand."""
         fields = {name: getattr(args, name) for name in ("extractor", "perceptual", "count", "draws")}
         self.protocol: Protocol = find_protocol(args.protocol, task).change(**fields)
-        self.args, self.device = args, pick_device(args.device)
+        self.args, self.device = args, pick_device(own_device(args.device))
+        self.share = Share.from_environment()
+        if args.overwrite and self.share.world > 1:
+            raise UserError("--overwrite with several processes: remove the folder yourself, then start them")
         self.cache = Path(args.cache)
         self.clips: ClipList = list_clips(self.protocol, args.data, self.cache, args.num_workers)
         self.scorer: Scorer = load_scorer(self.protocol, args, self.device)
-        self.folder = ShardFolder(args.out, len(self.clips.clips))
+        self.folder = ShardFolder(args.out, len(self.clips.clips), SHARD)
 
     def run(self, maker: Maker) -> None:
         """Score the share of this process; write the results once every shard is there."""
@@ -120,7 +125,7 @@ class Evaluation:
         self._finish(maker, card, kept)
 
     def _score(self, maker: Maker, known: dict[int, Tensor]) -> None:
-        shards = self.folder.to_do(Share.from_environment())
+        shards = self.folder.to_do(self.share)
         calm = 1 if sys.stderr.isatty() else 30  # seconds between two states of the bar; a log file needs few
         total = sum(map(len, shards))
         with tqdm(desc="scoring", total=total, unit="clip", mininterval=calm) as bar:
@@ -210,6 +215,12 @@ class FolderMaker:
         """Read them."""
         for clip in clips:
             yield Made(clip, read_frames(self.files[clip.index], self.num_frames, self.force))
+
+
+def own_device(name: str) -> str:
+    """Under a launcher each process takes the GPU of its LOCAL_RANK."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if local and name in ("auto", "cuda") and torch.cuda.is_available() else name
 
 
 def code_version() -> str:

@@ -53,7 +53,7 @@ class Share:
 class ShardFolder:
     """Where one evaluation keeps what it has. `facts` decide its numbers."""
 
-    def __init__(self, folder: str | Path, num_clips: int, size: int = SHARD) -> None:
+    def __init__(self, folder: str | Path, num_clips: int, size: int) -> None:
         self.folder, self.num_clips = Path(folder), num_clips
         self.units = [range(i, min(i + size, num_clips)) for i in range(0, num_clips, size)]
 
