@@ -48,7 +48,8 @@ def read_frames(path: Path, num_frames: int, force: bool = False) -> np.ndarray:
                 f"{display_name(path)}: is not lossless ({why}), so a score would measure the codec too; write "
                 ".npy, FFV1 or write_video(lossless=True), or give --force"
             )
-        frames_THWC = read_clip(path, 0, num_frames).frames_THWC
+        clip = read_clip(path, 0, num_frames)
+        frames_THWC = clip.frames_THWC[: num_frames - clip.num_padded]
     if frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4 or frames_THWC.shape[3] != 3:
         raise UserError(
             f"{display_name(path)}: holds {frames_THWC.dtype} {frames_THWC.shape}, not uint8 frames [T, H, W, 3]"
