@@ -64,11 +64,11 @@ class Maker(Interface):
         ...
 
 
-def add_common_flags(parser: Parser, models: bool = True) -> None:
+def add_common_flags(parser: Parser) -> None:
     """Flags of every evaluation command."""
     add = parser.add_argument
-    add("--protocol", required=True, metavar="NAME", help="see python -m evaluations.protocols")
-    add("--out", required=True, metavar="DIR", help="results folder; a stopped evaluation in it is continued")
+    add("--protocol", metavar="NAME", help="see python -m evaluations.protocols")
+    add("--out", metavar="DIR", help="results folder; a stopped evaluation in it is continued")
     add("--data", metavar="PATH", help="manifest .csv or folder of videos (default: UCF_ROOT, K600_ROOT)")
     add("--ours", metavar="DIR", help="score these lossless clips (.npy, FFV1; a folder of samples) instead of a model")
     add("--tok-config", metavar="T.yaml", help="YAML of the tokenizer, checked against its weights")
@@ -84,6 +84,15 @@ def add_common_flags(parser: Parser, models: bool = True) -> None:
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--num-workers", type=at_least(1), default=1, metavar="N", help="processes that count frames (default: 1)")
     add("--overwrite", action="store_true", help="remove the earlier results in --out and start again")
+
+
+def parse(parser: Parser) -> argparse.Namespace:
+    """Parse the command line; unknown flags are named before missing ones."""
+    args = parser.parse_args()
+    missing = [f"--{name}" for name in ("protocol", "out") if getattr(args, name) is None]
+    if missing:
+        raise UserError(f"missing: {', '.join(missing)} (see --help)")
+    return args
 
 
 class Evaluation:
