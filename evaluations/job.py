@@ -194,9 +194,14 @@ class Evaluation:
         for place, index in shown.items():
             clip = self.clips.clips[index]
             for made in maker.make([clip]):
-                if made.ours_THWC is not None:
-                    film = filmstrip(clip.read() if made.real_THWC is None else made.real_THWC, made.ours_THWC)
-                    film.save(pictures / f"{place}_{index:06d}.png")
+                if made.ours_THWC is None:
+                    continue
+                try:
+                    real_THWC = clip.read() if made.real_THWC is None else made.real_THWC
+                except VideoError as error:
+                    print(f"no picture of {clip.name}: {error.reason}", file=sys.stderr)
+                    continue
+                filmstrip(real_THWC, made.ours_THWC).save(pictures / f"{place}_{index:06d}.png")
 
     def _real_cache(self) -> RealCache:
         extractor = self.scorer.extractor
