@@ -52,6 +52,7 @@ LIBRARIES_WITH_A_COMMAND = {
     "tokenizer.mini_figures",
     "autoregressive.token_archive",
     "evaluations.mini_generation",
+    "evaluations.protocols",
 }
 
 # What a machine with the core dependencies only does not have; decord has wheels for one platform.
