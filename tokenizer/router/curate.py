@@ -10,12 +10,9 @@ all units done merges them into `table.safetensors`. The table has the same byte
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import load_config, to_dict
 from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.locks import try_lock
 from tokenizer.common.runtime import pick_device
 from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
 from tokenizer.losses.perceptual import load_perceptual
@@ -87,7 +85,7 @@ class Curation:
         for unit in tqdm(units, desc=f"curating {len(self.dataset)} clips", unit="unit"):
             if self._unit_path(unit).exists():
                 continue
-            with _try_lock(self.folder / "units" / f"{unit:06d}.lock") as free:
+            with try_lock(self.folder / "units" / f"{unit:06d}.lock") as free:
                 if free and not self._unit_path(unit).exists():
                     self._score_unit(unit).save(self._unit_path(unit))
         return self.merge()
@@ -155,18 +153,6 @@ class Curation:
         before = json.loads(path.read_text(encoding="utf-8"))
         if changed := sorted(key for key in facts if before.get(key) != facts[key]):
             raise UserError(f"{self.folder} holds work made from another {', '.join(changed)}; choose another dir=")
-
-
-@contextmanager
-def _try_lock(path: Path) -> Iterator[bool]:
-    """True for the one process that holds the lock; the system frees it when that process ends, however it ends."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def main() -> None:

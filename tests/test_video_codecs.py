@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from autoregressive.model import GPT, GPTConfig
-from evaluations import codecs
-from evaluations.codecs import CODECS, Codec, RateSearch, decode, encode, find_codecs, pick_codecs
+from evaluations import video_codecs
 from evaluations.token_bits import gpt_bits, plain_bits
+from evaluations.video_codecs import CODECS, Codec, RateSearch, decode, encode, find_codecs, pick_codecs
 from tokenizer.common.errors import UserError
 from tokenizer.data.video_io import iter_clips
 from tokenizer.tokens import VideoTokens
@@ -53,7 +53,7 @@ def test_the_encoders_name_is_not_counted_and_not_needed(
     frames_THWC: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = encode(CODECS["h264"], frames_THWC, 25.0, 30)
-    monkeypatch.setattr(codecs, "_without_information", lambda packet: packet)
+    monkeypatch.setattr(video_codecs, "_without_information", lambda packet: packet)
     told = encode(CODECS["h264"], frames_THWC, 25.0, 30)
     assert told.num_bytes - bare.num_bytes > 500
     assert b"x264" in told.packets[0] and b"x264" not in bare.packets[0]

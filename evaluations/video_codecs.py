@@ -31,7 +31,7 @@ _START = re.compile(rb"(?=\x00\x00\x01)")
 
 @dataclass(frozen=True)
 class Codec:
-    """One encoder with its settings, `{crf}` standing for the rate factor: `finest` costs most bytes, `coarsest` least."""
+    """An encoder with its settings; `{crf}` stands for the rate factor: `finest` costs most bytes, `coarsest` least."""
 
     name: str
     encoder: str
