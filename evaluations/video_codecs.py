@@ -163,6 +163,11 @@ class RateSearch:
         low, high = (round(_STEPS_PER_UNIT * end) for end in (self.codec.finest, self.codec.coarsest))
         if self._at(high).num_bytes > num_bytes:
             return self._at(high), False
+        for step in sorted(self.made, reverse=True):  # what earlier searches found narrows this one
+            if self.made[step].num_bytes > num_bytes:
+                low = step + 1
+                break
+            high = step
         while low < high:
             middle = (low + high) // 2
             if self._at(middle).num_bytes <= num_bytes:
