@@ -10,8 +10,9 @@ Letters: P points of a curve, S clips, D draws of the bootstrap.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ def _log_cost(curve: Curve, quality: float) -> float:
 
 @dataclass(frozen=True)
 class Interval:
-    """Percentile bootstrap. `defined`: share of the draws that had an answer; low and high are None below 0.95."""
+    """`low` to `high` at `level`. `defined`: share of the draws that had an answer; below 0.95 there is no interval."""
 
     low: float | None
     high: float | None
@@ -88,22 +89,32 @@ _LEAST_DEFINED = 0.95
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], float | None],
+    statistics: Callable[[np.ndarray], Sequence[float | None]],
     num_clips: int,
     generator: torch.Generator,
     draws: int = 1000,
+    percentile: bool = True,
     level: float = 0.95,
-) -> Interval:
-    """Interval of `statistic(index_S)` when the clips are drawn anew with replacement, all strategies alike.
+) -> list[Interval]:
+    """Intervals of all of `statistics(index_S)` when the clips are drawn anew with replacement, for all alike.
 
-    The same clips go into both curves of a draw, so what clips have in common cancels.
+    The same clips go into every curve of a draw, so what clips have in common cancels. percentile: quantiles of the
+    redrawn values; otherwise the value plus and minus their spread, as for a normal distribution, for distances between
+    distributions: a redrawn set repeats clips, which shifts them all.
     """
-    if num_clips < 1 or draws < 1 or not 0 < level < 1:
-        raise UserError(f"bootstrap of {num_clips} clips, {draws} draws at level {level}: all must be above 0")
     index_DS = torch.randint(num_clips, (draws, num_clips), generator=generator).numpy()
-    found = [value for index_S in index_DS if (value := statistic(index_S)) is not None]
-    defined = len(found) / draws
-    if defined < _LEAST_DEFINED:
-        return Interval(None, None, level, draws, defined)
+    columns = zip(*(statistics(index_S) for index_S in index_DS), strict=True)
+    here = statistics(np.arange(num_clips))
+    return [_interval(value, column, percentile, level) for value, column in zip(here, columns, strict=True)]
+
+
+def _interval(value: float | None, redrawn: Sequence[float | None], percentile: bool, level: float) -> Interval:
+    found = [each for each in redrawn if each is not None]
+    defined = len(found) / len(redrawn)
+    if value is None or defined < _LEAST_DEFINED:
+        return Interval(None, None, level, len(redrawn), defined)
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(low), float(high), level, draws, defined)
+    if not percentile:
+        reach = NormalDist().inv_cdf((1 + level) / 2) * float(np.std(found, ddof=1))
+        low, high = value - reach, value + reach
+    return Interval(float(low), float(high), level, len(redrawn), defined)

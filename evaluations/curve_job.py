@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluations.curve_charts import curve_chart, series_of
-from evaluations.curve_points import HIGHER_IS_BETTER, CurvePoint
+from evaluations.curve_points import CurvePoint
 from evaluations.strategies import (
     QUALITY_WEIGHTS,
     STRATEGIES,
@@ -47,7 +47,7 @@ from tokenizer.router.reward import RewardStats, stats_of
 from tokenizer.router.score_assignments import Scorer
 from tokenizer.router.table import QualityTable
 
-_TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS, lower is better"}
+_TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM"}
 
 
 @dataclass
@@ -182,7 +182,7 @@ def write_results(
     summaries = metrics["points"]
     columns = list(dict.fromkeys(key for each in summaries for key in each))
     atomic_write(folder / "points.csv", as_csv(columns, summaries))
-    columns = ["clip", "strategy", "setting", "assignment", "tokens", "bytes", *HIGHER_IS_BETTER, "crf", "reached"]
+    columns = ["clip", "strategy", "setting", "assignment", "tokens", "bytes", *metrics["metrics"], "crf", "reached"]
     per_clip = (
         {"clip": name, "strategy": point.strategy, "setting": point.setting, "assignment": _assignment(key, space)}
         | figures
@@ -216,8 +216,8 @@ def charts(metrics: Mapping[str, Any], alone: bool = False) -> dict[str, str]:
     coded = set(names) - by_tokens
     over_bytes = coded | {name for name in names if name in ("uniform", "average", "router") or "entropy" in name}
     made = {}
-    for metric in HIGHER_IS_BETTER:
-        title = _TITLES[metric].replace("LPIPS", metrics["perceptual"])
+    for metric in (*metrics["metrics"], *metrics["frechet"]):
+        title = _TITLES.get(metric, f"{metric}, lower is better")
         lines = series_of(metrics["points"], "tokens", metric, lambda name: name in by_tokens and "entropy" not in name)
         made[f"{metric}_over_tokens.svg"] = curve_chart(lines, "tokens a clip", title, alone)
         if len(over_bytes) > 1 and over_bytes != by_tokens:

@@ -5,19 +5,20 @@ Letters: S clips of the set, P points of a curve.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from evaluations.bd_rate import Curve, bd_rate, bootstrap
+from evaluations.metrics.frechet import fit_gaussian, frechet_distance
 from evaluations.strategies import Point
-from evaluations.sweep import Figures, Measured, clip_bytes, codec_key, row_key
+from evaluations.sweep import REAL, Figures, Measured, clip_bytes, codec_key, row_key
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.runtime import generator_for
 
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False}
 REFERENCE = "uniform"
 ENTROPY_CODED = ", entropy-coded"
 
@@ -70,70 +71,83 @@ def clip_figures(point: CurvePoint, measured: Measured, names: Sequence[str]) ->
     return rows
 
 
-def summary(point: CurvePoint, rows: Sequence[Figures]) -> dict[str, Any]:
-    """Means over the clips. `reached`: share of the clips in which a codec kept to the bytes."""
-    shared = [name for name in ("tokens", "bytes", *HIGHER_IS_BETTER, "reached") if name in rows[0]]
+def summary(
+    point: CurvePoint, rows: Sequence[Figures], metrics: Sequence[str], frechet: Mapping[str, float]
+) -> dict[str, Any]:
+    """Means over the clips, and what is measured of all of them together. `reached`: share that kept to the bytes."""
+    shared = [name for name in ("tokens", "bytes", *metrics, "reached") if name in rows[0]]
     means = {name: float(np.mean([row[name] for row in rows])) for name in shared}
-    return {"strategy": point.strategy, "setting": point.setting, "clips": len(rows), **means}
+    return {"strategy": point.strategy, "setting": point.setting, "clips": len(rows), **means, **frechet}
+
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""index_S of some clips -> a number for each point, [P]."""
+
+
+def mean_over_clips(rows: Sequence[Sequence[Figures]], name: str) -> Statistic:
+    """The mean of a figure; NaN where a point has none."""
+    value_PS = np.array([[figures.get(name, np.nan) for figures in row] for row in rows], dtype=np.float64)
+    return lambda index_S: value_PS[:, index_S].mean(axis=1)
+
+
+def frechet_over_clips(points: Sequence[CurvePoint], measured: Measured, names: Sequence[str]) -> Statistic:
+    """The Frechet distance of the reconstructions of some clips to these clips."""
+    real_SF = torch.stack([measured.features[name][REAL] for name in names])
+    ours_PSF = [torch.stack([measured.features[n][key] for n, key in zip(names, p.keys, strict=True)]) for p in points]
+
+    def distances(index_S: np.ndarray) -> np.ndarray:
+        chosen = torch.from_numpy(index_S)
+        real = fit_gaussian([real_SF[chosen]])
+        return np.array([frechet_distance(fit_gaussian([ours_SF[chosen]]), real) for ours_SF in ours_PSF])
+
+    return distances
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A metric of a point. `draws`: of its bootstrap. `percentile`: whether a redrawn set is no worse on average."""
+
+    name: str
+    of_points: Statistic
+    higher_is_better: bool
+    draws: int
+    percentile: bool = True
 
 
 def savings(
-    points: Sequence[CurvePoint], rows: Sequence[Sequence[Figures]], draws: int, seed: int
+    points: Sequence[CurvePoint], rows: Sequence[Sequence[Figures]], qualities: Sequence[Quality], seed: int
 ) -> list[dict[str, Any]]:
     """For every curve but the reference and every metric: relative cost at equal quality, with its interval.
 
-    Tokens are compared with tokens; codecs and entropy-coded tokens by bytes. Negative numbers save.
+    Tokens are compared with tokens; codecs and entropy-coded tokens by bytes. Negative numbers save. All curves of a
+    draw see the same clips.
     """
-    found = []
-    for strategy in dict.fromkeys(point.strategy for point in points if point.strategy != REFERENCE):
-        cost = "tokens" if _is_plain(strategy, points, rows) else "bytes"
-        for metric in HIGHER_IS_BETTER:
-            reference_PS, test_PS = (_table(points, rows, name, cost, metric) for name in (REFERENCE, strategy))
+    costs = {name: mean_over_clips(rows, name) for name in ("tokens", "bytes")}
+    strategies = np.array([point.strategy for point in points])
+    others = [name for name in dict.fromkeys(strategies.tolist()) if name != REFERENCE]
+    num_clips, found = len(rows[0]), []
+    for quality in qualities:
+        sign = 1.0 if quality.higher_is_better else -1.0
 
-            def saving(index_S: np.ndarray, pair: tuple[Tables, Tables] = (reference_PS, test_PS)) -> float | None:
-                return bd_rate(*(table.curve(index_S) for table in pair))
+        def answers(index_S: np.ndarray, quality: Quality = quality, sign: float = sign) -> list[float | None]:
+            value_P = sign * quality.of_points(index_S)
+            cost_P = {name: of_points(index_S) for name, of_points in costs.items()}
 
-            num_clips = reference_PS.cost_PS.shape[1]
-            interval = bootstrap(saving, num_clips, generator_for(seed, "bootstrap"), draws)
-            found.append(
-                {
-                    "strategy": strategy,
-                    "reference": REFERENCE,
-                    "cost": cost,
-                    "metric": metric,
-                    "saving": saving(np.arange(num_clips)),
-                    "interval": asdict(interval),
-                }
-            )
+            def curve(strategy: str, cost: str) -> Curve:
+                mine = strategies == strategy
+                return Curve(cost_P[cost][mine], value_P[mine])
+
+            return [bd_rate(curve(REFERENCE, _cost_of(points, rows, name)), curve(name, _cost_of(points, rows, name)))
+                    for name in others]  # fmt: skip
+
+        intervals = bootstrap(answers, num_clips, generator_for(seed, "savings"), quality.draws, quality.percentile)
+        for name, saving, interval in zip(others, answers(np.arange(num_clips)), intervals, strict=True):
+            entry = {"strategy": name, "reference": REFERENCE, "cost": _cost_of(points, rows, name)}
+            found.append(entry | {"metric": quality.name, "saving": saving, "interval": asdict(interval)})
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class Tables:
-    """Cost and quality (higher is better) of each point for each clip, [P, S]."""
-
-    cost_PS: np.ndarray
-    quality_PS: np.ndarray
-
-    def curve(self, index_S: np.ndarray) -> Curve:
-        """The curve over the clips of a draw."""
-        return Curve(self.cost_PS[:, index_S].mean(axis=1), self.quality_PS[:, index_S].mean(axis=1))
-
-
-def _table(
-    points: Sequence[CurvePoint], rows: Sequence[Sequence[Figures]], strategy: str, cost: str, metric: str
-) -> Tables:
-    mine = [row for point, row in zip(points, rows, strict=True) if point.strategy == strategy]
-    sign = 1 if HIGHER_IS_BETTER[metric] else -1
-
-    def array(name: str) -> np.ndarray:
-        return np.array([[figures[name] for figures in row] for row in mine], dtype=np.float64)
-
-    return Tables(array(cost), sign * array(metric))
-
-
-def _is_plain(strategy: str, points: Sequence[CurvePoint], rows: Sequence[Sequence[Figures]]) -> bool:
-    """Whether the strategy's cost is a number of tokens: it has some, and they are not entropy-coded."""
-    return not strategy.endswith(ENTROPY_CODED) and all(
-        "tokens" in row[0] for point, row in zip(points, rows, strict=True) if point.strategy == strategy
-    )
+def _cost_of(points: Sequence[CurvePoint], rows: Sequence[Sequence[Figures]], strategy: str) -> str:
+    """Tokens where the strategy counts in them, bytes for codecs and entropy-coded tokens."""
+    mine = next(row[0] for point, row in zip(points, rows, strict=True) if point.strategy == strategy)
+    return "tokens" if "tokens" in mine and not strategy.endswith(ENTROPY_CODED) else "bytes"

@@ -14,11 +14,26 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from autoregressive.presets import check_tokenizer_fits, load_gpt
 from evaluations.curve_job import StrategyInputs, fresh_table, rows_of_table, write_results
-from evaluations.curve_points import CurvePoint, clip_figures, of_codecs, of_rows, savings, summary, wanted_keys
+from evaluations.curve_points import (
+    CurvePoint,
+    Quality,
+    clip_figures,
+    frechet_over_clips,
+    mean_over_clips,
+    of_codecs,
+    of_rows,
+    savings,
+    summary,
+    wanted_keys,
+)
+from evaluations.metrics.extractors import load_extractor
+from evaluations.metrics.image_quality import lower_is_better
 from evaluations.strategies import QUALITY_WEIGHTS, STRATEGIES, Point
-from evaluations.sweep import Measure, Sweep, claim_folder
+from evaluations.sweep import REAL, Measure, Sweep, claim_folder
 from evaluations.video_codecs import CODECS, Codec, find_codecs, pick_codecs
 from tokenizer.common.arguments import Parser, at_least, positive
 from tokenizer.common.config import to_dict
@@ -34,6 +49,9 @@ from tokenizer.router.summary import tokenizer_facts, versions
 from tokenizer.router.table import QualityTable
 
 KIND = "evatok.quality_cost"
+LEAST_CLIPS = 256  # of a Frechet distance
+# Redrawn sets behind an interval of a Frechet distance: each costs a decomposition for every point.
+FEW_CLIPS, FRECHET_DRAWS, FEW_FRECHET_DRAWS = 128, 100, 20
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -84,6 +102,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--gpt-ckpt", help="class-to-video GPT: entropy-coded size of the tokens as well")
     networks = f"lpips_vgg | lpips_alex | stlpips_vgg | stlpips_alex | auto ({' or '.join(PERCEPTUAL_ORDER)})"
     add("--perceptual", default="auto", metavar="NAME", help=networks)
+    add("--extractor", default="none", help="i3d | videomae | effnet: a Frechet distance as well (default: none)")
+    add("--extractor-weights", metavar="FILE", help="TorchScript of i3d or folder of videomae")
+    add("--extractor-sha256", metavar="HASH", help="what those weights must have")
+    add("--force", action="store_true", help=f"a Frechet distance of fewer than {LEAST_CLIPS} clips")
     add("--draws", type=at_least(1), default=1000, metavar="N", help="of the bootstrap (default: 1000)")
     add("--seed", type=int, default=0, help="of the bootstrap")
     add(
@@ -118,7 +140,7 @@ def main() -> None:
     codecs = () if args.codecs == "none" else pick_codecs(args.codecs.split(","))
     stored = QualityTable.load(args.table) if args.table not in (None, "fresh") else None
     clips = pick_clips(args, tokenizer, stored)
-    measure = pick_measure(args, tokenizer)
+    measure = pick_measure(args, tokenizer, len(clips))
     claim_folder(args.out, clips, measure)
 
     table = stored and rows_of_table(stored, clips.names, tokenizer.space)
@@ -129,16 +151,28 @@ def main() -> None:
     )
     chosen = inputs.points(args.strategies)
     points = curve_points(chosen, codecs, measure)
-    measured = Sweep(args.out, clips, wanted_keys(points, clips.names), measure).run()
+    measured = Sweep(args.out, clips, wanted_keys(points, clips.names, [REAL]), measure).run()
     if measured is None:
         print(f"no unit is free; others are at work in {args.out}, the last of them writes the results")
         return
 
     rows = [clip_figures(point, measured, clips.names) for point in points]
+    qualities = [
+        Quality(name, mean_over_clips(rows, name), not lower_is_better(name), args.draws) for name in measure.metrics
+    ]
+    frechet: dict[str, np.ndarray] = {}
+    if measure.extractor:
+        name, distances = measure.extractor.distance_name, frechet_over_clips(points, measured, clips.names)
+        frechet[name] = distances(np.arange(len(clips)))
+        draws = min(args.draws, FRECHET_DRAWS if len(clips) <= FEW_CLIPS else FEW_FRECHET_DRAWS)
+        qualities.append(Quality(name, distances, False, draws, percentile=False))
     metrics = {
         **protocol_facts(args, measure, clips, table),
-        "points": [summary(point, mine) for point, mine in zip(points, rows, strict=True)],
-        "savings": savings(points, rows, args.draws, args.seed),
+        "points": [
+            summary(point, mine, measure.metrics, {name: float(value_P[p]) for name, value_P in frechet.items()})
+            for p, (point, mine) in enumerate(zip(points, rows, strict=True))
+        ],
+        "savings": savings(points, rows, qualities, args.seed),
     }
     write_results(args.out, points, rows, clips.names, tokenizer.space, metrics)
     print(f"{len(clips)} clips, {len(points)} points: {args.out / 'metrics.json'}")
@@ -163,17 +197,23 @@ def pick_clips(args: argparse.Namespace, tokenizer: VideoTokenizer, stored: Qual
     return clips if args.max_clips is None else clips.first(args.max_clips)
 
 
-def pick_measure(args: argparse.Namespace, tokenizer: VideoTokenizer) -> Measure:
+def pick_measure(args: argparse.Namespace, tokenizer: VideoTokenizer, num_clips: int) -> Measure:
     """The metrics, and the GPT where the tokens are to be entropy-coded."""
     perceptual, reason = pick_perceptual(args.perceptual, tokenizer.device)
     if perceptual is None:
         raise UserError(f"no perceptual distance: {reason}")
-    gpt = None
-    if args.gpt_ckpt:
-        trained = load_gpt(args.gpt_ckpt, tokenizer.device)
-        check_tokenizer_fits(trained, tokenizer)
-        gpt = trained.model
-    return Measure(tokenizer, perceptual, gpt=gpt, batch_size=args.batch_size)
+    gpt = load_gpt(args.gpt_ckpt, tokenizer.device) if args.gpt_ckpt else None
+    if gpt:
+        check_tokenizer_fits(gpt, tokenizer)
+    extractor = None
+    if args.extractor != "none":
+        if num_clips < LEAST_CLIPS and not args.force:
+            raise UserError(
+                f"a Frechet distance of {num_clips} clips says little (at least {LEAST_CLIPS}): --force computes it "
+                "all the same and the results say so, --extractor none leaves it out"
+            )
+        extractor = load_extractor(args.extractor, args.extractor_weights, args.extractor_sha256, tokenizer.device)
+    return Measure(tokenizer, perceptual, extractor, gpt, args.batch_size)
 
 
 def curve_points(chosen: list[Point], codecs: tuple[Codec, ...], measure: Measure) -> list[CurvePoint]:
@@ -195,10 +235,13 @@ def protocol_facts(
         "kind": KIND,
         "num_clips": len(clips),
         "data": to_dict(clips.cfg),
-        "perceptual": measure.perceptual.name,
+        "metrics": list(measure.metrics),
+        "frechet": [measure.extractor.distance_name] if measure.extractor else [],
+        "extractor": measure.facts()["extractor"],
+        "few_clips": len(clips) < LEAST_CLIPS,
         "tokenizer": {"weights": display_name(args.vq_ckpt), **tokenizer_facts(tokenizer)},
         "routers": [display_name(path) for path in args.router_ckpt],
-        "gpt": args.gpt_ckpt and display_name(args.gpt_ckpt),
+        "gpt": measure.gpt and {"weights": display_name(args.gpt_ckpt), "sha256": measure.gpt.sha256},
         "table": table and {"file": display_name(args.table), "proxy_sha256": table.meta.get("tokenizer_sha256"),
                             "perceptual": table.meta.get("perceptual_net")},
         "codecs": {codec.name: {"encoder": codec.encoder, "options": codec.options} for codec in there},

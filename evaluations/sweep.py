@@ -13,43 +13,37 @@ Letters: S clips of the set, B clips of a batch, C T H W, F features.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from autoregressive.model import GPT
+from autoregressive.presets import TrainedGPT
+from evaluations.metrics.extractors import Extractor
+from evaluations.metrics.image_quality import score_clip
 from evaluations.token_bits import gpt_bits, plain_bits
 from evaluations.video_codecs import CODECS, RateSearch, decode
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import differences, to_dict
 from tokenizer.common.errors import UserError
-from tokenizer.common.image_quality import psnr, ssim
 from tokenizer.common.locks import try_lock, wait_lock
 from tokenizer.data.clips import ClipDataset
 from tokenizer.data.video_io import to_model_range, to_uint8
 from tokenizer.losses.perceptual import PerceptualDistance
 from tokenizer.model import VideoTokenizer
-from tokenizer.router.reconstruct import PSNR_OF_EQUAL
 
 Figures = dict[str, float]
 NOMINAL_FPS = 25.0  # what the encoders are told; the bytes of a clip hardly depend on it
 REAL = "real"  # the key of the clip itself, whose features are the other side of a Frechet distance
-
-
-class Extractor(Protocol):
-    """What turns clips into the features of a Frechet distance."""
-
-    name: str
-
-    def __call__(self, video_BCTHW: Tensor) -> Tensor: ...
 
 
 def row_key(row: int) -> str:
@@ -69,91 +63,76 @@ def clip_bytes(length_BN: Tensor, codebook_size: int, num_levels: int) -> Tensor
 
 @dataclass
 class Measure:
-    """One clip under many keys."""
+    """One clip under many keys. Frames are scored as uint8, one clip at a time, like everywhere in evaluations."""
 
     tokenizer: VideoTokenizer
     perceptual: PerceptualDistance
     extractor: Extractor | None = None
-    gpt: GPT | None = None
+    gpt: TrainedGPT | None = None
     batch_size: int = 8
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Figures of a clip that measure quality."""
+        return ("psnr", "ssim", self.perceptual.name)
 
     def facts(self) -> dict[str, Any]:
         """What decides a measurement, beside the clip and the key."""
         return {
             "tokenizer_sha256": self.tokenizer.sha256,
             "perceptual": self.perceptual.name,
-            "extractor": self.extractor.name if self.extractor else None,
-            "gpt": self.gpt is not None,
+            "extractor": self.extractor and {"name": self.extractor.name, "sha256": self.extractor.sha256},
+            "gpt_sha256": self.gpt and self.gpt.sha256,
         }
 
     @torch.inference_mode()
     def __call__(self, video_CTHW: Tensor, keys: Sequence[str]) -> tuple[dict[str, Figures], dict[str, Tensor]]:
         """-> figures and features by key. Keys: those of `row_key` and `codec_key`, and REAL."""
-        rows = [int(key.removeprefix("row:")) for key in keys if key.startswith("row:")]
+        real_THWC = to_uint8(video_CTHW)
         figures: dict[str, Figures] = {}
         features: dict[str, Tensor] = {}
+        rows = [int(key.removeprefix("row:")) for key in keys if key.startswith("row:")]
+        made = itertools.chain(self._by_rows(video_CTHW, rows), self._by_codecs(real_THWC, keys))
+        for key, ours_THWC, sizes in made:
+            scores = score_clip(real_THWC, ours_THWC, self.perceptual)
+            figures[key] = {name: scores[name] for name in self.metrics} | sizes
+            if self.extractor:
+                features[key] = self._features(ours_THWC)
+        if REAL in keys:
+            figures[REAL] = {}
+            if self.extractor:
+                features[REAL] = self._features(real_THWC)
+        return figures, features
+
+    def _by_rows(self, video_CTHW: Tensor, rows: Sequence[int]) -> Iterator[tuple[str, np.ndarray, Figures]]:
+        """Reconstructions under these assignments, with what their tokens take."""
+        space, codebook_size = self.tokenizer.space, self.tokenizer.config.codebook_size
         for start in range(0, len(rows), self.batch_size):
             some = rows[start : start + self.batch_size]
-            self._rows(video_CTHW, some, figures, features)
+            length_BN = space.lengths_of(torch.tensor(some))
+            tokens = self.tokenizer.encode(video_CTHW.expand(len(some), -1, -1, -1, -1), length_BN)
+            ours_BCTHW = self.tokenizer.decode(tokens)
+            bytes_B = clip_bytes(length_BN, codebook_size, len(space.levels)).tolist()
+            entropy_B = (gpt_bits(self.gpt.model, tokens) / 8).ceil().long().tolist() if self.gpt else None
+            for b, row in enumerate(some):
+                sizes: Figures = {"tokens": int(space.tokens_A[row]), "bytes": bytes_B[b]}
+                if entropy_B is not None:
+                    sizes["entropy_bytes"] = entropy_B[b]
+                yield row_key(row), to_uint8(ours_BCTHW[b]), sizes
+
+    def _by_codecs(self, real_THWC: np.ndarray, keys: Sequence[str]) -> Iterator[tuple[str, np.ndarray, Figures]]:
+        """What codecs make of the clip within so many bytes; a codec's earlier encodings serve the next size too."""
         searches: dict[str, RateSearch] = {}
         for key in keys:
             name, _, num_bytes = key.partition("@")
             if num_bytes:
-                self._codec(video_CTHW, name, int(num_bytes), searches, figures, features)
-        if REAL in keys:
-            figures[REAL] = {}
-            if self.extractor:
-                features[REAL] = self.extractor(video_CTHW[None])[0].cpu()
-        return figures, features
+                search = searches.setdefault(name, RateSearch(CODECS[name], real_THWC, NOMINAL_FPS))
+                coded, reached = search.at_most(int(num_bytes))
+                yield key, decode(coded), {"bytes": coded.num_bytes, "crf": coded.quality, "reached": float(reached)}
 
-    def _rows(
-        self, video_CTHW: Tensor, rows: list[int], figures: dict[str, Figures], features: dict[str, Tensor]
-    ) -> None:
-        space, codebook_size = self.tokenizer.space, self.tokenizer.config.codebook_size
-        length_BN = space.lengths_of(torch.tensor(rows))
-        tokens = self.tokenizer.encode(video_CTHW.expand(len(rows), -1, -1, -1, -1), length_BN)
-        measured = self._compare(self.tokenizer.decode(tokens), video_CTHW)
-        bytes_B = clip_bytes(length_BN, codebook_size, len(space.levels))
-        entropy_B = None if self.gpt is None else (gpt_bits(self.gpt, tokens) / 8).ceil()
-        for b, row in enumerate(rows):
-            key = row_key(row)
-            figures[key] = {name: float(value[b]) for name, value in measured.items() if name != "features"}
-            figures[key] |= {"tokens": int(space.tokens_A[row]), "bytes": int(bytes_B[b])}
-            if entropy_B is not None:
-                figures[key]["entropy_bytes"] = int(entropy_B[b])
-            if "features" in measured:
-                features[key] = measured["features"][b]
-
-    def _codec(
-        self,
-        video_CTHW: Tensor,
-        name: str,
-        num_bytes: int,
-        searches: dict[str, RateSearch],
-        figures: dict[str, Figures],
-        features: dict[str, Tensor],
-    ) -> None:
-        if name not in searches:
-            searches[name] = RateSearch(CODECS[name], to_uint8(video_CTHW), NOMINAL_FPS)
-        coded, reached = searches[name].at_most(num_bytes)
-        ours_BCTHW = to_model_range(decode(coded))[None].to(self.tokenizer.device)
-        measured = self._compare(ours_BCTHW, video_CTHW)
-        key = codec_key(name, num_bytes)
-        figures[key] = {name: float(value[0]) for name, value in measured.items() if name != "features"}
-        figures[key] |= {"bytes": coded.num_bytes, "crf": coded.quality, "reached": float(reached)}
-        if "features" in measured:
-            features[key] = measured["features"][0]
-
-    def _compare(self, ours_BCTHW: Tensor, video_CTHW: Tensor) -> dict[str, Tensor]:
-        real_BCTHW = video_CTHW.to(ours_BCTHW.device).expand_as(ours_BCTHW)
-        measured = {
-            "psnr": psnr(ours_BCTHW, real_BCTHW).clamp(max=PSNR_OF_EQUAL),
-            "ssim": ssim(ours_BCTHW, real_BCTHW),
-            "lpips": self.perceptual.clip_distance(ours_BCTHW, real_BCTHW),
-        }
-        if self.extractor:
-            measured["features"] = self.extractor(ours_BCTHW)
-        return {name: value.cpu() for name, value in measured.items()}
+    def _features(self, frames_THWC: np.ndarray) -> Tensor:
+        assert self.extractor is not None
+        return self.extractor(to_model_range(frames_THWC)[None])[0]
 
 
 @dataclass

@@ -72,10 +72,16 @@ def test_points_that_a_cheaper_one_beats_do_not_count() -> None:
 
 def test_bootstrap() -> None:
     value_S = np.arange(40.0)
-    first, again = (bootstrap(lambda i: value_S[i].mean(), 40, generator_for(0, "bootstrap"), 500) for _ in range(2))
-    assert first == again
+
+    def statistics(index_S: np.ndarray) -> list[float | None]:
+        return [value_S[index_S].mean(), 1.0 if index_S[0] < 20 else None, value_S[index_S].mean()]
+
+    mean, often_undefined, _ = bootstrap(statistics, 40, generator_for(0, "bootstrap"), 500)
     standard_error = value_S.std() / np.sqrt(40)
-    assert first.low == pytest.approx(19.5 - 1.96 * standard_error, abs=0.5)
-    assert first.high == pytest.approx(19.5 + 1.96 * standard_error, abs=0.5)
-    half = bootstrap(lambda i: 1.0 if i[0] < 20 else None, 40, generator_for(0, "bootstrap"), 500)
-    assert half.low is None and half.high is None and 0.4 < half.defined < 0.6
+    assert mean.low == pytest.approx(19.5 - 1.96 * standard_error, abs=0.5)
+    assert mean.high == pytest.approx(19.5 + 1.96 * standard_error, abs=0.5)
+    assert often_undefined.low is None and often_undefined.high is None and 0.4 < often_undefined.defined < 0.6
+
+    again, _, same = bootstrap(statistics, 40, generator_for(0, "bootstrap"), 500, percentile=False)
+    assert again == same and again.low == pytest.approx(mean.low, abs=0.3)
+    assert again.low + again.high == pytest.approx(2 * 19.5), "spread around the value itself"
