@@ -53,32 +53,43 @@ def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def attend_cached(q_SGhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, live: Sequence[int]) -> Tensor:
-    """One new query a row against the first `live[s]` cached keys of its slot -> [S, G, h, e]; idle slots (0) give 0.
+Live = Sequence[int] | int
+"""Cached keys to read: how many each slot has (0: idle), or one number for all, up to which every slot is read."""
 
-    On a CPU each slot is a call of its own that reads only what lives, so a row's result is a function of the row. On a
-    GPU one call reads all slots up to the longest.
+
+def attend_cached(q_SGhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, position_S: Tensor, live: Live) -> Tensor:
+    """One new query a row against the cached keys of its slot up to its own place -> [S, G, h, e].
+
+    With a number for each slot every slot is a call of its own that reads only what lives, so a row's result is a
+    function of the row: the way of a CPU, and the reference. With one number a single call of few shapes reads all
+    slots that far and masks: the way of a GPU.
     """
-    attend = attend_to_longest if q_SGhe.is_cuda else attend_by_slot
-    return attend(q_SGhe, k_SGhQe, v_SGhQe, live)
+    if isinstance(live, int):
+        return attend_to_longest(q_SGhe, k_SGhQe, v_SGhQe, position_S, live)
+    return attend_by_slot(q_SGhe, k_SGhQe, v_SGhQe, live)
 
 
 def attend_by_slot(q_SGhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, live: Sequence[int]) -> Tensor:
-    """The reference of `attend_cached`."""
+    """The first `live[s]` keys of each slot, slot by slot; idle slots give 0."""
     mixed_SGhe = torch.zeros_like(q_SGhe)
+    attend = F.scaled_dot_product_attention if q_SGhe.dtype == torch.float32 else attend_one
     for s, num in enumerate(live):
         if num:
             q_Gh1e, k, v = q_SGhe[s].unsqueeze(2), k_SGhQe[s, :, :, :num], v_SGhQe[s, :, :, :num]
-            mixed_SGhe[s] = F.scaled_dot_product_attention(q_Gh1e, k, v).squeeze(2)
+            mixed_SGhe[s] = attend(q_Gh1e, k, v).squeeze(2)
     return mixed_SGhe
 
 
-def attend_to_longest(q_SGhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, live: Sequence[int], step: int = 128) -> Tensor:
-    """All slots in one call, over as many keys as the longest has, rounded up to `step` so that few shapes occur."""
-    longest = min(k_SGhQe.shape[3], -(-max(live) // step) * step)
-    live_S = torch.tensor(live, device=q_SGhe.device)
-    there_S11Q = (torch.arange(longest, device=q_SGhe.device) < live_S.clamp(min=1)[:, None])[:, None, None]
+def attend_one(q_Gh1e: Tensor, k_GhQe: Tensor, v_GhQe: Tensor) -> Tensor:
+    """One query in half precision, as matrix-vector products: on a CPU 3 to 4 times faster than SDPA."""
+    score_GhQ1 = k_GhQe @ (q_Gh1e * q_Gh1e.shape[-1] ** -0.5).transpose(-1, -2)
+    share_Gh1Q = score_GhQ1.float().softmax(dim=-2).to(v_GhQe.dtype).transpose(-1, -2)
+    return share_Gh1Q @ v_GhQe
+
+
+def attend_to_longest(q_SGhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, position_S: Tensor, longest: int) -> Tensor:
+    """All slots in one call over their first `longest` places, of which a slot sees those up to its position."""
+    there_S11Q = (torch.arange(longest, device=q_SGhe.device) <= position_S[:, None])[:, None, None]
     q, k, v = (x.flatten(0, 1) for x in (q_SGhe.unsqueeze(3), k_SGhQe[:, :, :, :longest], v_SGhQe[:, :, :, :longest]))
     mask = there_S11Q.repeat_interleave(q_SGhe.shape[1], dim=0)
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).squeeze(2).unflatten(0, q_SGhe.shape[:2])
-    return mixed * (live_S > 0)[:, None, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).squeeze(2).unflatten(0, q_SGhe.shape[:2])

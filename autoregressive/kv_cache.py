@@ -7,14 +7,13 @@ e width of a head, R = S * G rows of one step.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from autoregressive.attention import attend_cached
+from autoregressive.attention import Live, attend_cached
 from tokenizer.common.errors import UserError
 
 _MEMINFO = Path("/proc/meminfo")  # Linux; elsewhere all memory counts as free
@@ -36,16 +35,13 @@ class KVCache:
     def num_bytes(self) -> int:
         return 2 * self.k_YSGhQe.numel() * self.k_YSGhQe.element_size()
 
-    def step(
-        self, layer: int, q_Rhe: Tensor, k_Rhe: Tensor, v_Rhe: Tensor, position_S: Tensor, live: Sequence[int]
-    ) -> Tensor:
+    def step(self, layer: int, q_Rhe: Tensor, k_Rhe: Tensor, v_Rhe: Tensor, position_S: Tensor, live: Live) -> Tensor:
         """Write one new token a row at its slot's position, then attend to all that lives -> [R, h, e]."""
-        streams = self.k_YSGhQe.shape[2]
-        q_SGhe, k_SGhe, v_SGhe = (rearrange(x, "(S G) h e -> S G h e", G=streams) for x in (q_Rhe, k_Rhe, v_Rhe))
+        slots_streams = self.k_YSGhQe.shape[1:3]
+        q_SGhe, k_SGhe, v_SGhe = (x.unflatten(0, slots_streams) for x in (q_Rhe, k_Rhe, v_Rhe))
         self.k_YSGhQe[layer][self.slot_S, :, :, position_S] = k_SGhe
         self.v_YSGhQe[layer][self.slot_S, :, :, position_S] = v_SGhe
-        mixed_SGhe = attend_cached(q_SGhe, self.k_YSGhQe[layer], self.v_YSGhQe[layer], live)
-        return rearrange(mixed_SGhe, "S G h e -> (S G) h e")
+        return attend_cached(q_SGhe, self.k_YSGhQe[layer], self.v_YSGhQe[layer], position_S, live).flatten(0, 1)
 
     def fill(self, layer: int, slot: int, k_Qhe: Tensor, v_Qhe: Tensor) -> None:
         """Write the first places of a slot at once, in all its streams."""

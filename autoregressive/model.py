@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoregressive.attention import attend_causal
+from autoregressive.attention import Live, attend_causal
 from autoregressive.kv_cache import KVCache, bytes_per_slot
 from autoregressive.sequence import SequenceLayout
 from tokenizer.common.errors import UserError
@@ -120,8 +120,8 @@ class GPT(nn.Module):
         attend = partial(attend_causal, lengths=lengths)
         return self.head(self._hidden(id_L, position_L, lambda layer: attend))
 
-    def step(self, id_R: Tensor, position_S: Tensor, live: Sequence[int], cache: KVCache) -> Tensor:
-        """The next id of every row, at its slot's position -> logits [R, V]. `live`: see `KVCache.step`."""
+    def step(self, id_R: Tensor, position_S: Tensor, live: Live, cache: KVCache) -> Tensor:
+        """The next id of every row, at its slot's position -> logits [R, V]. `live`: which keys are read."""
         position_R = position_S.repeat_interleave(len(id_R) // len(position_S))
         attend = partial(cache.step, position_S=position_S, live=live)
         return self.head(self._hidden(id_R, position_R, lambda layer: partial(attend, layer)))
@@ -135,16 +135,16 @@ class GPT(nn.Module):
 
         self._hidden(id_Q, torch.arange(len(id_Q), device=id_Q.device), lambda layer: partial(attend, layer))
 
-    def new_cache(self, slots: int, streams: int) -> KVCache:
-        """Room for sequences of any length, in the precision of the weights."""
+    def new_cache(self, slots: int, streams: int, places: int | None = None) -> KVCache:
+        """Room for sequences of `places` ids (default: of any length), in the precision of the weights."""
         c, weight = self.config, self.head.weight
-        places = self.layout.max_length
+        places = places or self.layout.max_length
         return KVCache(c.layers, c.heads, c.width // c.heads, slots, streams, places, weight.dtype, weight.device)
 
-    def cache_bytes_per_slot(self, streams: int) -> int:
+    def cache_bytes_per_slot(self, streams: int, places: int | None = None) -> int:
         """What one slot of `new_cache` takes."""
-        dtype = self.head.weight.dtype
-        return bytes_per_slot(self.config.layers, self.config.width, streams, self.layout.max_length, dtype)
+        places, dtype = places or self.layout.max_length, self.head.weight.dtype
+        return bytes_per_slot(self.config.layers, self.config.width, streams, places, dtype)
 
     @property
     def device(self) -> torch.device:

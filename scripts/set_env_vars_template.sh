@@ -12,3 +12,7 @@ export PYTHONPATH="$PROJECT_ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
 # Arithmetic of the training scripts: none (fp32), bf16 or fp16. Overrides run.precision of the config.
 # export PRECISION=bf16
+
+# Kinetics-600 for frame prediction: the folder of the videos, and the .csv that lists the validation clips (youtube_id, time_start, ...).
+# export K600_ROOT=
+# export K600_VAL_FILE=

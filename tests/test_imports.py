@@ -35,11 +35,24 @@ LAYERS = (
 LAYER_OF = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 
 # The same for the files of `autoregressive`.
-GPT_LAYERS = ({"sequence", "attention"}, {"kv_cache"}, {"model"}, {"presets"})
+GPT_LAYERS = (
+    {"sequence", "attention", "noise", "pick", "sample_pictures", "class_names"},
+    {"kv_cache", "sample_folder"},
+    {"model"},
+    {"presets", "sampler"},
+    {"sample_grid"},
+    {"sample_job"},
+    {"sample_c2v", "sample_frame_prediction"},
+)
 GPT_LAYER_OF = {room: height for height, rooms in enumerate(GPT_LAYERS) for room in rooms}
 
 # Libraries that `python -m` also runs: to list the named sizes, to recompute the shipped figures.
-LIBRARIES_WITH_A_COMMAND = {"tokenizer.presets", "autoregressive.presets", "tokenizer.mini_figures"}
+LIBRARIES_WITH_A_COMMAND = {
+    "tokenizer.presets",
+    "autoregressive.presets",
+    "tokenizer.mini_figures",
+    "evaluations.protocols",
+}
 
 # What a machine with the core dependencies only does not have; decord has wheels for one platform.
 NOT_CORE = ("transformers", "stlpips_pytorch", "skvideo", "tensorboard", "pytest", "hypothesis", "decord")

@@ -81,7 +81,7 @@ class ClipRule:
     """How clips are cut out of a video; see `video_io.iter_clips`."""
 
     num_frames: int
-    size: int
+    size: int | None
     fps: float | None = None
     all_clips: bool = False
     backend: str = "pyav"

@@ -1,0 +1,86 @@
+"""Class-to-video: clips of the classes that are asked for, with as many tokens per block as the GPT gives them.
+
+    bash scripts/test/sample_c2v_visualization.sh --tok-config T.yaml --vq-ckpt T --gpt-model GPT-LP --gpt-ckpt G \\
+        --sample-dir OUT --cfg-scale 2.25 --qual-num 20 --class-idx 1,JumpRope --check-special-token-mask
+
+Writes OUT/samples/<clip>/, a grid for each class in OUT/grids/, and OUT/samples.json. The same command goes on where
+it was stopped; with RANK and WORLD_SIZE set, each process makes its own share, and together the same clips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from autoregressive.class_names import names_of, parse_classes
+from autoregressive.sample_job import REQUIRED, SampleJob, Wanted, add_common_flags, parse
+from autoregressive.sampler import Request
+from tokenizer.common.arguments import Parser, at_least, positive
+from tokenizer.common.errors import UserError, run_cli
+
+
+@dataclass(frozen=True)
+class Class:
+    """A class with the samples that are wanted of it."""
+
+    label: int
+    class_name: str
+    num_samples: int
+
+    @property
+    def title(self) -> str:
+        """Safe in a path."""
+        return f"class_{self.label:03d}_{re.sub(r'[^A-Za-z0-9]+', '_', self.class_name)}"
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{self.title}_{i:05d}" for i in range(self.num_samples)]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, spelt as in the README."""
+    parser = Parser("Sample clips of given classes from a GPT, and decode them with its tokenizer.")
+    add_common_flags(parser)
+    add = parser.add_argument
+    add("--class-idx", metavar="C,C,..", help="classes by number (from 0) or name (default: all of the model)")
+    add("--qual-num", type=at_least(1), default=1, metavar="N", help="samples of each class (default: 1)")
+    add("--cfg-scale", default="2.25", metavar="S", help="guidance, one number or one a block; 1: none (default: 2.25)")
+    add("--fps", type=positive, default=25.0, help="frame rate of the videos that are written (default: 25, UCF-101's)")
+    return parse(parser, REQUIRED)
+
+
+def main() -> None:
+    args = parse_arguments()
+    job = SampleJob(args, parse_guidance(args.cfg_scale))
+    if job.layout.num_classes == 0:
+        raise UserError(
+            f"{args.gpt_ckpt}: is a model of frame prediction; use scripts/test/frame_pred_visualization.sh"
+        )
+    class_names = names_of(job.gpt.class_names, job.layout.num_classes)
+    classes = [Class(i, class_names[i], args.qual_num) for i in parse_classes(args.class_idx, class_names)]
+    job.start(task="class-to-video")
+    wanted = [each for each in wanted_clips(job, classes, args.fps) if job.folder.record(each.name) is None]
+    job.make(wanted, len(wanted))
+    job.finish({each.title: each.names for each in classes}, args.fps)
+
+
+def wanted_clips(job: SampleJob, classes: list[Class], fps: float) -> Iterator[Wanted]:
+    """The share of this process, in the order of the classes. A clip's numbers depend on its class and its index."""
+    everything = [(each, i) for each in classes for i in range(each.num_samples)]
+    for each, i in everything[job.process.rank :: job.process.world]:
+        request = Request(("class", each.label, i), each.label, rule=job.rule)
+        yield Wanted(each.names[i], request, {"class": each.label, "class_name": each.class_name, "index": i}, fps)
+
+
+def parse_guidance(text: str) -> tuple[float, ...]:
+    """ "2.25" or "3,2,1,1" -> scales. UserError for anything but numbers."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--cfg-scale {text!r}: give a number, or one for each block with commas between") from None
+
+
+if __name__ == "__main__":
+    run_cli(main)

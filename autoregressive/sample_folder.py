@@ -1,0 +1,155 @@
+"""The results folder of a sampling command: one finished clip after the other, by any number of processes.
+
+    settings.json      what decides a clip; a run with other settings is refused
+    samples/<name>/    sample.mp4  frames.npy (uint8 THWC, lossless, for scoring)  tokens.safetensors  record.json
+                       and where frames were given: original.mp4  original.npy  side_by_side.mp4
+    grids/<title>.mp4  .png      all clips of a class together
+    samples.json       the records of all clips and what sums them up
+
+A folder under samples/ is written aside and renamed, so it is there entirely or not at all, and each belongs to one
+process. A stopped run goes on from what is there.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autoregressive.sample_pictures import ShownClip, clip_video, contact_sheet, grid_video
+from tokenizer.common.config import differences
+from tokenizer.common.errors import UserError
+from tokenizer.data.video_io import write_video
+from tokenizer.tokens import VideoTokens
+
+_RECORD = "record.json"
+_WRITING = ".writing-"
+
+
+class SampleFolder:
+    """What is sampled so far, and the one place where files of the job are written. `longest`: the largest level."""
+
+    def __init__(self, folder: str | Path, longest: int) -> None:
+        self.folder, self.longest = Path(folder), longest
+        self.samples, self.grids = self.folder / "samples", self.folder / "grids"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder}: is a file; --sample-dir must be a folder")
+
+    def start(self, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+        """Make the folder ready. Raises UserError where earlier samples in it were made with other settings."""
+        try:
+            self.samples.mkdir(parents=True, exist_ok=True)
+            self.grids.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be made ({error.strerror}); give another --sample-dir") from error
+        file = self.folder / "settings.json"
+        if overwrite:
+            for name in ("samples", "grids"):
+                shutil.rmtree(self.folder / name)
+                (self.folder / name).mkdir()
+            file.unlink(missing_ok=True)
+        if file.is_file() and any(self.samples.iterdir()):
+            known = json.loads(file.read_text(encoding="utf-8"))
+            if different := differences(known, dict(settings)):
+                raise UserError(
+                    f"{self.folder}: holds samples made with other settings (there / now: {'; '.join(different)}); "
+                    "give another --sample-dir, or --overwrite"
+                )
+        _put(file, _json(settings))
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """What is known of a finished sample; None where it is still to be made."""
+        file = self.samples / name / _RECORD
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def is_done(self, name: str, fingerprint: str) -> bool:
+        """Whether the sample that continues this very file is there."""
+        record = self.record(name)
+        return record is not None and record.get("fingerprint") == fingerprint
+
+    def add(
+        self, name: str, record: Mapping[str, Any], clip: ShownClip | None, tokens: VideoTokens | None, fps: float
+    ) -> None:
+        """Write one sample; without a clip only its record is kept (of a broken sequence). OSError on a full disk."""
+        aside, target = self.samples / f"{_WRITING}{name}", self.samples / name
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        if clip is not None and tokens is not None:
+            np.save(aside / "frames.npy", clip.frames_THWC)
+            write_video(aside / "sample.mp4", clip.frames_THWC, fps)
+            tokens.save(aside / "tokens.safetensors")
+            if clip.real_THWC is not None:
+                np.save(aside / "original.npy", clip.real_THWC)
+                write_video(aside / "original.mp4", clip.real_THWC, fps)
+                write_video(aside / "side_by_side.mp4", clip_video(clip, self.longest), fps)
+        (aside / _RECORD).write_bytes(_json({"name": name, **record}))
+        if target.exists():  # of a source file that has since been replaced
+            shutil.rmtree(target)
+        os.replace(aside, target)
+
+    def add_skipped(self, name: str, file: str, reason: str) -> None:
+        """Remember that a video could not be used; it is tried again by the next run."""
+        self.add(name, {"file": file, "skipped": reason}, None, None, 0)
+
+    def write_grid(self, title: str, names: Sequence[str], fps: float) -> None:
+        """A grid of finished samples as a video and as a sheet of frames; broken ones have no place in it."""
+        clips = [self._shown(name, record) for name, record in self._records(names) if _is_good(record)]
+        if clips:
+            write_video(self.grids / f"{title}.mp4", grid_video(clips, self.longest), fps)
+            picture = io.BytesIO()
+            contact_sheet(clips, self.longest).save(picture, format="PNG")
+            _put(self.grids / f"{title}.png", picture.getvalue())
+
+    def _shown(self, name: str, record: Mapping[str, Any]) -> ShownClip:
+        """A finished sample as `add` got it."""
+        frames_THWC, real = np.load(self.samples / name / "frames.npy"), self.samples / name / "original.npy"
+        real_THWC = np.load(real) if real.is_file() else None
+        return ShownClip(frames_THWC, tuple(record["assignment"]), real_THWC, record["given_frames"])
+
+    def write_summary(self, names: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
+        """samples.json over the finished ones of `names`; returns it."""
+        all_records = [record for _, record in self._records(names)]
+        records = [record for record in all_records if "skipped" not in record]
+        good = [record for record in records if _is_good(record)]
+        summary = {
+            "complete": len(all_records) == len(names),
+            "num_samples": len(records),
+            "num_broken": len(records) - len(good),
+            **{
+                f"mean_{key}": _mean([record[key] for record in good])
+                for key in ("tokens", "tokens_with_length_tokens")
+            },
+            **facts,
+            "samples": records,
+            "skipped": [{"file": r["file"], "reason": r["skipped"]} for r in all_records if "skipped" in r],
+        }
+        _put(self.folder / "samples.json", _json(summary))
+        return summary
+
+    def _records(self, names: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+        return [(name, record) for name in names if (record := self.record(name))]
+
+
+def _is_good(record: Mapping[str, Any]) -> bool:
+    return "skipped" not in record and record["broken"] is None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _put(path: Path, data: bytes) -> None:
+    """Replace a file that several processes may write at the same time, each with the same contents."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(data)
+    os.replace(aside, path)
+
+
+def _json(data: Any) -> bytes:
+    return json.dumps(data, indent=1, allow_nan=False).encode()

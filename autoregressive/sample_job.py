@@ -1,0 +1,258 @@
+"""What the two sampling commands share: flags, models, and the loop from requests to finished files.
+
+Letters: T H W C: frames of a clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from autoregressive.presets import PRESETS, check_tokenizer_fits, load_gpt
+from autoregressive.sample_folder import SampleFolder
+from autoregressive.sample_grid import tokens_of
+from autoregressive.sample_pictures import ShownClip
+from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig, longest_sequence
+from autoregressive.sequence import LengthRule, length_rule
+from tokenizer.common.arguments import Parser, at_least, positive
+from tokenizer.common.errors import UserError
+from tokenizer.common.runtime import PRECISIONS, pick_device, pick_dtype
+from tokenizer.data.video_io import display_name, to_uint8
+from tokenizer.model import parameters_by_part
+from tokenizer.presets import load_tokenizer
+
+MOST_IN_GRID = 64  # clips; more are still written, one by one
+REQUIRED = ("tok_config", "vq_ckpt", "gpt_model", "gpt_ckpt", "sample_dir")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A clip that is asked for: its place among the results, and what goes into its record beside the tokens."""
+
+    name: str
+    request: Request
+    record: dict[str, Any]
+    fps: float
+    real_THWC: Any = None  # uint8 frames that the sample is shown beside
+    num_given: int = 0
+
+
+@dataclass(frozen=True)
+class Process:
+    """Which of how many processes this is (RANK, WORLD_SIZE): it makes every `world`-th sample."""
+
+    rank: int = 0
+    world: int = 1
+
+    @staticmethod
+    def from_environment() -> Process:
+        rank, world = (_whole_number(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        if rank >= world:
+            raise UserError(f"RANK={rank} must be below WORLD_SIZE={world}")
+        return Process(rank, world)
+
+
+def add_common_flags(parser: Parser) -> None:
+    """The flags of both commands, spelt as in the README."""
+    add = parser.add_argument
+    add("--tok-config", help="YAML of the tokenizer, checked against its weights")
+    add("--vq-ckpt", help="weights of the tokenizer: .safetensors or a run folder")
+    add("--gpt-model", help=f"size of the GPT: {' | '.join(PRESETS)}")
+    add("--gpt-ckpt", help="weights of the GPT: .safetensors or a run folder")
+    add("--sample-dir", help="results folder; unfinished sampling in it is continued")
+    add("--per-proc-batch-size", type=at_least(1), default=8, metavar="B", help="slots: clips sampled together")
+    add("--check-special-token-mask", action="store_true", help="draw only ids that the grammar allows")
+    add("--tokens-per-block", metavar="K,K,..", help="force the tokens of each block (or of the first ones)")
+    add("--max-tokens", type=at_least(1), metavar="N", help="limit the tokens of a clip, length tokens not counted")
+    add("--seed", type=at_least(0), default=0, help="a sample depends on it and on its own name (default: 0)")
+    add("--temperature", type=positive, default=1.0, help="divides the logits (default: 1)")
+    add("--top-k", type=at_least(0), default=0, metavar="K", help="draw among the K likeliest ids; 0: all (default)")
+    add(
+        "--top-p",
+        type=positive,
+        default=1.0,
+        metavar="P",
+        help="draw among the likeliest ids of probability P together",
+    )
+    precision = os.environ.get("PRECISION", "none")
+    add("--precision", default=precision, help=f"of the GPT: {' | '.join(PRECISIONS)} (default: PRECISION, else none)")
+    add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    add("--overwrite", action="store_true", help="remove the earlier samples in --sample-dir and start again")
+
+
+def parse(parser: Parser, required: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; unknown flags are named before missing ones."""
+    args = parser.parse_args()
+    missing = [f"--{name.replace('_', '-')}" for name in required if getattr(args, name) is None]
+    if missing:
+        raise UserError(f"missing: {', '.join(missing)} (see --help)")
+    return args
+
+
+class SampleJob:
+    """Models, settings and results folder of one command."""
+
+    def __init__(self, args: argparse.Namespace, guidance: tuple[float, ...] = (1.0,)) -> None:
+        self.process = Process.from_environment()
+        if args.overwrite and self.process.world > 1:
+            raise UserError("--overwrite with several processes: remove the folder yourself, then start them")
+        device = pick_device(_own_device(args.device))
+        self.tokenizer = load_tokenizer(args.vq_ckpt, device, args.tok_config)
+        self.gpt = load_gpt(args.gpt_ckpt, device, args.gpt_model)
+        check_tokenizer_fits(self.gpt, self.tokenizer)
+        self.gpt.model.to(pick_dtype(args.precision))
+        self.layout = self.gpt.model.layout
+        self.rule = self._rule(args)
+        self.config = SamplingConfig(
+            args.per_proc_batch_size, args.seed, guidance, args.temperature, args.top_k, args.top_p,
+            args.check_special_token_mask,
+        )  # fmt: skip
+        self.folder = SampleFolder(args.sample_dir, self.layout.levels[-1])
+        self._args = args
+
+    def start(self, **more_settings: Any) -> None:
+        """Make the results folder ready; settings that decide a clip must be those of the clips that are there."""
+        decisive = {key: value for key, value in asdict(self.config).items() if key != "slots"}
+        decisive["guidance"] = list(self.config.guidance)
+        self.settings = {
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "gpt_sha256": self.gpt.sha256,
+            "precision": self._args.precision,
+            "forced_lengths": list(self.rule.forced),
+            "max_tokens": self.rule.max_tokens,
+            **decisive,
+            **more_settings,
+        }
+        self.folder.start(self.settings, self._args.overwrite)
+
+    def make(self, wanted: Iterable[Wanted], num_clips: int) -> None:
+        """Sample, decode and write the clips, with a progress bar; `wanted` is drawn from as slots become free."""
+        sampler = self._sampler(num_clips)
+        asked: dict[tuple, Wanted] = {}
+
+        def requests() -> Iterator[Request]:
+            for each in wanted:
+                asked[each.request.key] = each
+                yield each.request
+
+        calm = 1 if sys.stderr.isatty() else 30  # seconds between two states of the bar; a log file needs few
+        try:
+            with tqdm(desc="sampling", total=num_clips, unit="clip", mininterval=calm, smoothing=0) as bar:
+                for sample in sampler.run(requests()):
+                    self._finish(asked.pop(sample.request.key), sample)
+                    speed = sampler.counts.tokens / max(1e-9, bar.format_dict["elapsed"])
+                    bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+                    bar.update()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted after {sampler.counts.clips} clips; the same command goes on from there"
+            ) from None
+        except torch.OutOfMemoryError as error:
+            slots = self.config.slots
+            raise UserError(
+                f"{self.gpt.model.device} is out of memory with --per-proc-batch-size {slots} and "
+                f"{sampler.cache_bytes / 2**30:.2f} GiB of keys and values; try {max(1, slots // 2)}"
+            ) from error
+
+    def finish(self, groups: Mapping[str, Sequence[str]], fps: float) -> None:
+        """Write samples.json and, once every clip is there, a grid for each group of them; say the essence in a line.
+
+        groups: title of a grid -> names of its clips. Of several processes the last to end finds all of them.
+        """
+        names = [name for group in groups.values() for name in group]
+        summary = self.folder.write_summary(names, self._facts())
+        if summary["complete"]:
+            for title, group in groups.items():
+                self.folder.write_grid(title, group[:MOST_IN_GRID], fps)
+        self._say_result(names, summary)
+
+    def _say_result(self, names: Sequence[str], summary: dict[str, Any]) -> None:
+        """The essence in a line."""
+        if not summary["complete"]:
+            print(f"{summary['num_samples']} of {len(names)} samples are in {self.folder.folder}; the rest is to come")
+            return
+        if not summary["num_samples"]:
+            first = summary["skipped"][0]
+            raise UserError(f"none of the {len(names)} videos could be used; {first['file']}: {first['reason']}")
+        tokens = ""
+        if summary["mean_tokens"] is not None:
+            with_lengths = summary["mean_tokens_with_length_tokens"]
+            tokens = f", {summary['mean_tokens']:.1f} tokens each ({with_lengths:.1f} with length tokens)"
+        num_broken, hint = summary["num_broken"], "" if self.config.check_grammar else " (--check-special-token-mask)"
+        broken = f"; {num_broken} broke the grammar and have no video{hint}" if num_broken else ""
+        print(f"{summary['num_samples']} samples{tokens}{broken}; in {self.folder.folder}")
+
+    def _facts(self) -> dict[str, Any]:
+        """What a reader of samples.json must know."""
+        names = {"gpt": display_name(self._args.gpt_ckpt), "tokenizer": display_name(self._args.vq_ckpt)}
+        return {**names, "gpt_model": self._args.gpt_model, "settings": self.settings}
+
+    def _rule(self, args: argparse.Namespace) -> LengthRule:
+        if args.tokens_per_block is None and args.max_tokens is None:
+            return length_rule(self.layout)
+        if not args.check_special_token_mask:
+            raise UserError("--tokens-per-block and --max-tokens need --check-special-token-mask, which enforces them")
+        forced = parse_lengths("--tokens-per-block", args.tokens_per_block or "")
+        return length_rule(self.layout, forced, args.max_tokens)
+
+    def _sampler(self, num_clips: int) -> Sampler:
+        """Says what the keys and values take before anything is allocated."""
+        model, config = self.gpt.model, self.config
+        places = longest_sequence(self.layout, self.rule)
+        if not config.check_grammar:  # nobody keeps to the rule
+            places = self.layout.max_length
+        size = config.slots * model.cache_bytes_per_slot(config.streams, places)
+        weights = sum(parameters_by_part(model).values())
+        print(
+            f"{self._args.gpt_model} ({weights / 1e6:.1f}M) on {model.device}, {num_clips} clips to sample; keys and "
+            f"values: {config.slots} slots x {config.streams} streams x {places} places = {size / 2**20:.1f} MiB"
+        )
+        return Sampler(model, config, places)
+
+    def _finish(self, wanted: Wanted, sample: Sample) -> None:
+        """Decode one clip and write it."""
+        lengths, broken = sample.lengths, sample.broken
+        record = {
+            **wanted.record,
+            "seed": self.config.seed,
+            "assignment": list(lengths),
+            "tokens": sum(lengths),
+            "tokens_with_length_tokens": sum(lengths) + len(lengths),
+            "given_frames": wanted.num_given,
+            "broken": broken,
+        }
+        if broken is not None:
+            self.folder.add(wanted.name, record, None, None, wanted.fps)
+            return
+        tokens = tokens_of([sample], self.layout, self.tokenizer)
+        frames_THWC = to_uint8(self.tokenizer.decode(tokens)[0])
+        clip = ShownClip(frames_THWC, lengths, wanted.real_THWC, wanted.num_given)
+        self.folder.add(wanted.name, record, clip, tokens, wanted.fps)
+
+
+def parse_lengths(flag: str, text: str) -> tuple[int, ...]:
+    """ "512,128" -> (512, 128). UserError, naming the flag, for anything but whole numbers."""
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"{flag} {text!r}: give whole numbers with commas between them, such as 512,128")
+    return tuple(map(int, parts))
+
+
+def _own_device(name: str) -> str:
+    """Under a launcher each process takes the GPU of its LOCAL_RANK."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if local and name in ("auto", "cuda") and torch.cuda.is_available() else name
+
+
+def _whole_number(name: str, default: str) -> int:
+    text = os.environ.get(name, default)
+    if not text.isdecimal():
+        raise UserError(f"{name}={text!r} in the environment: must be a whole number")
+    return int(text)

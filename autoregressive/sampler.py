@@ -1,0 +1,325 @@
+"""The sampler: B slots, each taken by the next clip as soon as its last one ends, so a short clip really costs less.
+
+    refill     a free slot takes the next request; a given prefix goes into the cache in one pass
+    run        one step of the model for all slots; every slot stands at a place of its own
+    settle     where a length token was due, the host reads it and knows how many steps the slot needs next
+
+A length token says how many codes follow, so the host reads nothing between two of them: codes stay on the device, and
+the steps go on to the next event of any slot. That is one synchronisation for each block of a clip, none where the
+length is forced. Shapes never change: idle slots are carried along, so a row computes the same numbers whatever the
+other rows hold, and its random numbers are keyed by (seed, key of the request, place). A clip therefore does not
+depend on its slot, its batch mates or the number of processes.
+
+Letters: S slots, G streams of a slot (2 with guidance: with and without the class), V ids that the head can say,
+Q ids of one sequence, R = S * G rows of a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoregressive.kv_cache import check_memory
+from autoregressive.model import GPT
+from autoregressive.noise import gumbel, id_words, key_words
+from autoregressive.pick import guide, pick
+from autoregressive.sequence import ClipCodes, Grammar, LengthRule, SequenceLayout
+from tokenizer.common.errors import UserError
+
+_NO_CODES = torch.empty(0, dtype=torch.long)
+_LONGEST_STEP = 128  # keys; on a GPU the longest slot is rounded up to this, so that few shapes occur
+
+
+@dataclass(frozen=True)
+class Request:
+    """One clip to be sampled.
+
+    `key` names it: its random numbers depend on the seed and the key alone. `condition_L`: codes of the given frames.
+    """
+
+    key: tuple[int | str, ...]
+    label: int | None = None
+    condition_L: Tensor = _NO_CODES
+    rule: LengthRule = LengthRule()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sampled clip. `broken` says where a sequence sampled without the grammar's mask breaks it; None for a good one.
+
+    `id_Q`: its whole sequence, on the model's device; of a broken one as far as it was sampled.
+    """
+
+    request: Request
+    id_Q: Tensor
+    lengths: tuple[int, ...]
+    broken: str | None = None
+
+    def codes(self, layout: SequenceLayout) -> ClipCodes:
+        """The clip for the tokenizer, on the CPU. Only of a sample that is not broken."""
+        assert self.broken is None, self.broken
+        body_L = self.id_Q[layout.condition_tokens + 1 :].cpu()
+        return ClipCodes(
+            body_L[body_L < layout.codebook_size], self.lengths, self.request.label, self.request.condition_L
+        )
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How ids are drawn. The defaults are the paper's: no guidance, temperature 1, nothing cut off.
+
+    guidance: s of u + s (c - u), one number, or one for each temporal block. All 1: the half without class is not run.
+    check_grammar: only ids that the grammar allows are drawn; else sequences that break it are found and marked.
+    """
+
+    slots: int = 8
+    seed: int = 0
+    guidance: tuple[float, ...] = (1.0,)
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    check_grammar: bool = True
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or self.top_k < 0:
+            raise UserError(f"slots = {self.slots} must be at least 1, top_k = {self.top_k} at least 0 (0 keeps all)")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"temperature = {self.temperature}: must be above 0; top_k = 1 takes the likeliest id")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p = {self.top_p}: must lie above 0 and not above 1 (1 keeps all)")
+        if not self.guidance or not all(0 <= scale < math.inf for scale in self.guidance):
+            raise UserError(f"guidance = {list(self.guidance)}: give numbers of at least 0 (1 is no guidance)")
+
+    @property
+    def streams(self) -> int:
+        """Rows of a slot: with the class, and without it where guidance asks for it."""
+        return 1 if all(scale == 1 for scale in self.guidance) else 2
+
+    def scale_of(self, block: int) -> float:
+        """Guidance in temporal block `block`, its length token included."""
+        return self.guidance[0] if len(self.guidance) == 1 else self.guidance[block]
+
+
+@dataclass
+class SamplerCounts:
+    """What a run did so far: for the progress bar, the bench and the tests."""
+
+    clips: int = 0
+    broken: int = 0
+    steps: int = 0  # of the model
+    row_steps: int = 0  # steps summed over the slots that were in use
+    synchronisations: int = 0  # times that the host waited for numbers of the device
+    tokens: int = 0  # ids sampled, length tokens included
+
+    def utilisation(self, slots: int) -> float:
+        """Part of the slots that was in use, over the whole run."""
+        return self.row_steps / max(1, self.steps * slots)
+
+
+@dataclass
+class _Slot:
+    """What the host knows of a slot in use. `position`: place of the id that goes into the next step."""
+
+    request: Request
+    grammar: Grammar
+    position: int
+
+    @property
+    def steps_to_event(self) -> int:
+        return 1 if self.grammar.wants_length else self.grammar.codes_left
+
+
+def longest_sequence(layout: SequenceLayout, rule: LengthRule) -> int:
+    """Ids of the longest sequence that `rule` allows: the places that a cache needs."""
+    free = layout.num_blocks - len(rule.forced)
+    tokens = sum(rule.forced) + free * layout.levels[-1]
+    return layout.condition_tokens + 1 + min(tokens, rule.max_tokens or tokens) + layout.num_blocks
+
+
+class Sampler:
+    """Samples clips of one model. `places`: ids of the longest sequence that will be asked for (default: any).
+
+    Raises UserError where guidance does not fit the model, or the keys and values do not fit into memory.
+    """
+
+    def __init__(self, model: GPT, config: SamplingConfig, places: int | None = None) -> None:
+        layout, slots, streams = model.layout, config.slots, config.streams
+        if streams == 2 and layout.num_classes == 0:
+            raise UserError("guidance needs a model with classes; frame prediction is sampled with guidance 1")
+        if len(config.guidance) not in (1, layout.num_blocks):
+            raise UserError(f"{len(config.guidance)} guidance scales: give one, or one for each of {layout.num_blocks}")
+        assert not model.training, "call model.eval() first: dropout would change what is sampled"
+        self.model, self.layout, self.config, self.counts = model, layout, config, SamplerCounts()
+        self.places = places or layout.max_length
+        self.cache_bytes = slots * model.cache_bytes_per_slot(streams, self.places)
+        check_memory(slots, self.cache_bytes // slots, model.device)
+        self._cache = model.new_cache(slots, streams, self.places)
+
+        device = model.device
+        self._slots: list[_Slot | None] = [None] * slots
+        self._sequence_SQ = torch.zeros(slots, self.places + 1, dtype=torch.long, device=device)
+        self._input_SG = torch.zeros(slots, streams, dtype=torch.long, device=device)  # ids of the next step
+        self._position_S = torch.zeros(slots, dtype=torch.long, device=device)
+        self._active_S = torch.zeros(slots, dtype=torch.long, device=device)  # 1 where a slot is in use
+        self._key_S2 = torch.zeros(slots, 2, dtype=torch.long, device=device)
+        self._scale_S = torch.ones(slots, device=device)
+        self._scale_of = [1.0] * slots  # what the host knows of it
+        self._bias_SV = torch.zeros(slots, layout.num_ids, device=device)
+        self._word_V = id_words(layout.num_ids, device)
+        self._bias_rows: dict[tuple[bool, ...], Tensor] = {}
+        self._bias_of: list[tuple[bool, ...] | None] = [None] * slots
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
+        """Samples in the order in which they end. Stopping early frees all slots."""
+        waiting = iter(requests)
+        try:
+            while True:
+                for s in range(self.config.slots):
+                    if self._slots[s] is None and (request := next(waiting, None)) is not None:
+                        self._take(s, request)
+                live_slots = [slot for slot in self._slots if slot]
+                if not live_slots:
+                    return
+                steps = min(slot.steps_to_event for slot in live_slots)
+                self._prepare()
+                for _ in range(steps):
+                    self._step()
+                yield from self._settle(steps)
+        finally:
+            for s in range(self.config.slots):
+                self._free(s)
+
+    # --- refill ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _take(self, s: int, request: Request) -> None:
+        """Put a request into slot `s`; its condition goes into the cache in one pass."""
+        layout, given = self.layout, len(request.condition_L)
+        if given != layout.condition_tokens:
+            raise UserError(f"{given} condition codes, but this model's sequences begin with {layout.condition_tokens}")
+        if longest_sequence(layout, request.rule) > self.places:
+            raise UserError(f"a sequence of {longest_sequence(layout, request.rule)} ids in {self.places} places")
+        condition_id = layout.condition_id(request.label)
+        if given:
+            condition_L = request.condition_L.to(self.model.device)
+            self.model.prefill(condition_L, s, self._cache)
+            self._sequence_SQ[s, :given] = condition_L
+        self._sequence_SQ[s, given] = condition_id
+        self._input_SG[s] = layout.open_id
+        self._input_SG[s, 0] = condition_id
+        self._position_S[s] = given
+        self._active_S[s] = 1
+        self._key_S2[s] = torch.tensor(key_words(self.config.seed, *request.key))
+        self._slots[s] = _Slot(request, Grammar(layout, request.rule), given)
+
+    def _free(self, s: int) -> None:
+        """Slot `s` idles at place 0, where a later clip overwrites what it leaves."""
+        self._slots[s] = None
+        self._position_S[s] = 0
+        self._active_S[s] = 0
+
+    # --- run ------------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Set guidance and mask of every slot for the steps up to the next event of any."""
+        for s, slot in enumerate(self._slots):
+            if slot is None:
+                continue
+            grammar = slot.grammar
+            scale = self.config.scale_of(len(grammar.lengths) - (0 if grammar.wants_length else 1))
+            if scale != self._scale_of[s]:
+                self._scale_S[s] = self._scale_of[s] = scale
+            if self.config.check_grammar:
+                self._mask(s, grammar)
+
+    def _mask(self, s: int, grammar: Grammar) -> None:
+        """What slot `s` may draw next. Rows of the mask are kept: there are few, and most steps change none."""
+        allowed = (grammar.codes_left > 0, *grammar.allowed_levels())
+        if allowed == self._bias_of[s]:
+            return
+        if allowed not in self._bias_rows:
+            row_V = torch.zeros(self.layout.num_ids).masked_fill(~grammar.allowed_ids(), -torch.inf)
+            self._bias_rows[allowed] = row_V.to(self._bias_SV.device)
+        self._bias_SV[s] = self._bias_rows[allowed]
+        self._bias_of[s] = allowed
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """Every slot reads its id and draws the next. Nothing here waits for the device."""
+        live = [slot.position + 1 if slot else 0 for slot in self._slots]
+        self._advance(live if self.model.device.type == "cpu" else self._rounded(max(live)))
+        for slot in self._slots:
+            if slot:
+                slot.position += 1
+        num_active = sum(slot is not None for slot in self._slots)
+        self.counts.steps += 1
+        self.counts.row_steps += num_active
+        self.counts.tokens += num_active
+
+    def _advance(self, live: list[int] | int) -> None:
+        """The device's part of a step: fixed shapes, all state in place."""
+        c, position_S = self.config, self._position_S
+        logits_RV = self.model.step(self._input_SG.flatten(), position_S, live, self._cache)
+        logits_SV = guide(logits_RV.unflatten(0, self._input_SG.shape), self._scale_S)
+        noise_SV = gumbel(self._key_S2, position_S, self._word_V)
+        next_S = pick(logits_SV, self._bias_SV, noise_SV, c.temperature, c.top_k, c.top_p)
+        self._input_SG.copy_(next_S[:, None].expand_as(self._input_SG))
+        self._sequence_SQ.scatter_(1, position_S[:, None] + 1, next_S[:, None])
+        position_S += self._active_S
+
+    def _rounded(self, longest: int) -> int:
+        return min(self.places, -(-longest // _LONGEST_STEP) * _LONGEST_STEP)
+
+    # --- settle ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _settle(self, steps: int) -> list[Sample]:
+        """Take in what the last `steps` drew; clips that ended leave their slots."""
+        due = [s for s, slot in enumerate(self._slots) if slot and slot.grammar.wants_length]
+        drawn = self._length_tokens(due)
+        samples = []
+        for s, slot in enumerate(self._slots):
+            if slot is None:
+                continue
+            broken = None
+            if s not in drawn:
+                slot.grammar.skip_codes(steps)
+            elif slot.grammar.allows(drawn[s]):
+                slot.grammar.advance(drawn[s])
+            else:
+                broken = f"place {slot.position} holds {drawn[s]}, where the grammar wants {slot.grammar.wanted}"
+            if broken or slot.grammar.finished:
+                samples.append(self._sample(s, slot, broken))
+                self._free(s)
+        return samples
+
+    def _length_tokens(self, due: list[int]) -> dict[int, int]:
+        """Slot -> the length token that it just drew, read in one go; not read at all where it was forced."""
+        known = {}
+        for s in due:
+            slot = self._slots[s]
+            assert slot is not None
+            levels = [level for level, ok in zip(self.layout.levels, slot.grammar.allowed_levels(), strict=True) if ok]
+            if self.config.check_grammar and len(levels) == 1:
+                known[s] = self.layout.length_id(levels[0])
+        if len(known) < len(due):
+            self.counts.synchronisations += 1
+            token_S = self._input_SG[:, 0].tolist()
+            known = {s: token_S[s] for s in due}
+        return known
+
+    def _sample(self, s: int, slot: _Slot, broken: str | None) -> Sample:
+        id_Q = self._sequence_SQ[s, : slot.position + 1].clone()
+        if broken is None and not self.config.check_grammar:
+            self.counts.synchronisations += 1
+            try:
+                self.layout.decode(id_Q.cpu())
+            except UserError as error:
+                broken = str(error)
+        self.counts.clips += 1
+        self.counts.broken += broken is not None
+        return Sample(slot.request, id_Q, slot.grammar.lengths, broken)
