@@ -89,6 +89,10 @@ class SequenceLayout:
         clip = self.condition_tokens + free_blocks * self.levels[-1] + self.num_blocks
         return self.condition_tokens + 1 + clip
 
+    def num_inputs(self, tokens: int) -> int:
+        """Ids that a model reads of a clip of `tokens` codes in training: its whole sequence but the last."""
+        return self.condition_tokens + self.num_blocks + tokens
+
     def condition_id(self, label: int | None) -> int:
         """Class number, or None for the open condition -> id. UserError for a class that there is not."""
         if label is None:

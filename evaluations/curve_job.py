@@ -35,7 +35,7 @@ from evaluations.strategies import (
     threshold_points,
     uniform_points,
 )
-from evaluations.sweep import Figures, made_once
+from evaluations.sweep import Figures, made_once, read
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
@@ -116,15 +116,6 @@ class StrategyInputs:
             return torch.cat([router.scores(read(self.clips, i)[None]) for i in indices])
 
         return made_once(self.folder / "scores" / f"{router.sha256[:16]}.safetensors", ask)
-
-
-def read(clips: ClipDataset, index: int) -> Tensor:
-    """video_CTHW of this very clip. UserError where it cannot be read: a curve compares equal clips."""
-    sample = clips.get(index)
-    if sample.name != clips.names[index]:
-        name = clips.names[index]
-        raise UserError(f"{name}: cannot be read ({clips.quarantine[name]}); leave it out of the clips")
-    return sample.video_CTHW
 
 
 def reward_stats(table: QualityTable) -> RewardStats:

@@ -5,7 +5,7 @@ Letters: S clips of the set, P points of a curve.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.runtime import generator_for
 
 REFERENCE = "uniform"
+_SIZES = ("tokens", "bytes", "reached")
 ENTROPY_CODED = ", entropy-coded"
 
 
@@ -71,15 +72,6 @@ def clip_figures(point: CurvePoint, measured: Measured, names: Sequence[str]) ->
     return rows
 
 
-def summary(
-    point: CurvePoint, rows: Sequence[Figures], metrics: Sequence[str], frechet: Mapping[str, float]
-) -> dict[str, Any]:
-    """Means over the clips, and what is measured of all of them together. `reached`: share that kept to the bytes."""
-    shared = [name for name in ("tokens", "bytes", *metrics, "reached") if name in rows[0]]
-    means = {name: float(np.mean([row[name] for row in rows])) for name in shared}
-    return {"strategy": point.strategy, "setting": point.setting, "clips": len(rows), **means, **frechet}
-
-
 Statistic = Callable[[np.ndarray], np.ndarray]
 """index_S of some clips -> a number for each point, [P]."""
 
@@ -112,6 +104,20 @@ class Quality:
     higher_is_better: bool
     draws: int
     percentile: bool = True
+
+
+def summaries(
+    points: Sequence[CurvePoint], rows: Sequence[Sequence[Figures]], qualities: Sequence[Quality]
+) -> list[dict[str, Any]]:
+    """Each point over all clips: mean sizes and every quality. `reached`: share of the clips that kept to the bytes."""
+    everyone = np.arange(len(rows[0]))
+    values = {quality.name: quality.of_points(everyone) for quality in qualities}
+    made = []
+    for p, (point, row) in enumerate(zip(points, rows, strict=True)):
+        sizes = {name: float(np.mean([f[name] for f in row])) for name in _SIZES if name in row[0]}
+        found = {name: float(value_P[p]) for name, value_P in values.items()}
+        made.append({"strategy": point.strategy, "setting": point.setting, "clips": len(row), **sizes, **found})
+    return made
 
 
 def savings(

@@ -11,10 +11,9 @@ command at once, and a stopped one goes on. `python -m evaluations.report DIR` m
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from autoregressive.presets import check_tokenizer_fits, load_gpt
 from evaluations.curve_job import StrategyInputs, fresh_table, rows_of_table, write_results
@@ -27,13 +26,14 @@ from evaluations.curve_points import (
     of_codecs,
     of_rows,
     savings,
-    summary,
+    summaries,
     wanted_keys,
 )
 from evaluations.metrics.extractors import load_extractor
 from evaluations.metrics.image_quality import lower_is_better
+from evaluations.protocols import MIN_CLIPS
 from evaluations.strategies import QUALITY_WEIGHTS, STRATEGIES, Point
-from evaluations.sweep import REAL, Measure, Sweep, claim_folder
+from evaluations.sweep import REAL, Figures, Measure, Measured, Sweep, claim
 from evaluations.video_codecs import CODECS, Codec, find_codecs, pick_codecs
 from tokenizer.common.arguments import Parser, at_least, positive
 from tokenizer.common.config import to_dict
@@ -49,7 +49,6 @@ from tokenizer.router.summary import tokenizer_facts, versions
 from tokenizer.router.table import QualityTable
 
 KIND = "evatok.quality_cost"
-LEAST_CLIPS = 256  # of a Frechet distance
 # Redrawn sets behind an interval of a Frechet distance: each costs a decomposition for every point.
 FEW_CLIPS, FRECHET_DRAWS, FEW_FRECHET_DRAWS = 128, 100, 20
 
@@ -105,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--extractor", default="none", help="i3d | videomae | effnet: a Frechet distance as well (default: none)")
     add("--extractor-weights", metavar="FILE", help="TorchScript of i3d or folder of videomae")
     add("--extractor-sha256", metavar="HASH", help="what those weights must have")
-    add("--force", action="store_true", help=f"a Frechet distance of fewer than {LEAST_CLIPS} clips")
+    add("--force", action="store_true", help=f"a Frechet distance of fewer than {MIN_CLIPS} clips")
     add("--draws", type=at_least(1), default=1000, metavar="N", help="of the bootstrap (default: 1000)")
     add("--seed", type=int, default=0, help="of the bootstrap")
     add(
@@ -141,7 +140,7 @@ def main() -> None:
     stored = QualityTable.load(args.table) if args.table not in (None, "fresh") else None
     clips = pick_clips(args, tokenizer, stored)
     measure = pick_measure(args, tokenizer, len(clips))
-    claim_folder(args.out, clips, measure)
+    claim(args.out, clips, measure)
 
     table = stored and rows_of_table(stored, clips.names, tokenizer.space)
     if args.table == "fresh":
@@ -151,32 +150,40 @@ def main() -> None:
     )
     chosen = inputs.points(args.strategies)
     points = curve_points(chosen, codecs, measure)
-    measured = Sweep(args.out, clips, wanted_keys(points, clips.names, [REAL]), measure).run()
-    if measured is None:
-        print(f"no unit is free; others are at work in {args.out}, the last of them writes the results")
-        return
+    sweep = Sweep(args.out, clips, wanted_keys(points, clips.names, [REAL]), measure)
 
-    rows = [clip_figures(point, measured, clips.names) for point in points]
-    qualities = [
-        Quality(name, mean_over_clips(rows, name), not lower_is_better(name), args.draws) for name in measure.metrics
-    ]
-    frechet: dict[str, np.ndarray] = {}
+    def finish() -> None:
+        measured = sweep.measured()
+        rows = [clip_figures(point, measured, clips.names) for point in points]
+        qualities = list_qualities(points, rows, measured, clips.names, measure, args.draws)
+        metrics = {
+            **protocol_facts(args, measure, clips, table),
+            "points": summaries(points, rows, qualities),
+            "savings": savings(points, rows, qualities, args.seed),
+        }
+        write_results(args.out, points, rows, clips.names, tokenizer.space, metrics)
+        print(f"{len(clips)} clips, {len(points)} points: {args.out / 'metrics.json'}")
+        print(f"a page of it: python -m evaluations.report {args.out}")
+
+    if not sweep.work(finish):
+        print(f"no unit is free; others are at work in {args.out}, the last of them writes the results")
+
+
+def list_qualities(
+    points: Sequence[CurvePoint],
+    rows: Sequence[Sequence[Figures]],
+    measured: Measured,
+    names: Sequence[str],
+    measure: Measure,
+    draws: int,
+) -> list[Quality]:
+    """The metrics of clips, and the Frechet distance where there is an extractor."""
+    found = [Quality(name, mean_over_clips(rows, name), not lower_is_better(name), draws) for name in measure.metrics]
     if measure.extractor:
-        name, distances = measure.extractor.distance_name, frechet_over_clips(points, measured, clips.names)
-        frechet[name] = distances(np.arange(len(clips)))
-        draws = min(args.draws, FRECHET_DRAWS if len(clips) <= FEW_CLIPS else FEW_FRECHET_DRAWS)
-        qualities.append(Quality(name, distances, False, draws, percentile=False))
-    metrics = {
-        **protocol_facts(args, measure, clips, table),
-        "points": [
-            summary(point, mine, measure.metrics, {name: float(value_P[p]) for name, value_P in frechet.items()})
-            for p, (point, mine) in enumerate(zip(points, rows, strict=True))
-        ],
-        "savings": savings(points, rows, qualities, args.seed),
-    }
-    write_results(args.out, points, rows, clips.names, tokenizer.space, metrics)
-    print(f"{len(clips)} clips, {len(points)} points: {args.out / 'metrics.json'}")
-    print(f"a page of it: python -m evaluations.report {args.out}")
+        draws = min(draws, FRECHET_DRAWS if len(names) <= FEW_CLIPS else FEW_FRECHET_DRAWS)
+        distances = frechet_over_clips(points, measured, names)
+        found.append(Quality(measure.extractor.distance_name, distances, False, draws, percentile=False))
+    return found
 
 
 def pick_clips(args: argparse.Namespace, tokenizer: VideoTokenizer, stored: QualityTable | None) -> ClipDataset:
@@ -207,9 +214,9 @@ def pick_measure(args: argparse.Namespace, tokenizer: VideoTokenizer, num_clips:
         check_tokenizer_fits(gpt, tokenizer)
     extractor = None
     if args.extractor != "none":
-        if num_clips < LEAST_CLIPS and not args.force:
+        if num_clips < MIN_CLIPS and not args.force:
             raise UserError(
-                f"a Frechet distance of {num_clips} clips says little (at least {LEAST_CLIPS}): --force computes it "
+                f"a Frechet distance of {num_clips} clips says little (at least {MIN_CLIPS}): --force computes it "
                 "all the same and the results say so, --extractor none leaves it out"
             )
         extractor = load_extractor(args.extractor, args.extractor_weights, args.extractor_sha256, tokenizer.device)
@@ -238,7 +245,7 @@ def protocol_facts(
         "metrics": list(measure.metrics),
         "frechet": [measure.extractor.distance_name] if measure.extractor else [],
         "extractor": measure.facts()["extractor"],
-        "few_clips": len(clips) < LEAST_CLIPS,
+        "few_clips": len(clips) < MIN_CLIPS,
         "tokenizer": {"weights": display_name(args.vq_ckpt), **tokenizer_facts(tokenizer)},
         "routers": [display_name(path) for path in args.router_ckpt],
         "gpt": measure.gpt and {"weights": display_name(args.gpt_ckpt), "sha256": measure.gpt.sha256},

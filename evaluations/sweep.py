@@ -1,11 +1,10 @@
 """The measurements behind a quality-cost curve: each clip under each assignment and codec that some strategy asks for.
 
-Clips are cut into units. Any number of processes may work on one folder, be killed and started again: a unit is
-measured under a lock, written aside and renamed. A unit that is asked for more later measures only what it lacks.
-What a clip gives depends on that clip alone, so the results are the same however the work was shared.
+Any number of processes may share the work (tokenizer/common/units.py). What a clip gives depends on that clip alone. A
+job that asks for more in the same folder takes over what is there.
 
-    made_from.json       what decides a measurement; a folder made from something else is refused
-    units/000000.json    clip -> key -> figures; units/000000.safetensors: the features of a Frechet distance
+    made_from.json                what decides a measurement; a folder made from something else is refused
+    units/<asked>/000000...       figures by clip and key, and the features of a Frechet distance
 
 Letters: S clips of the set, B clips of a batch, C T H W, F features.
 """
@@ -15,17 +14,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
-from tqdm import tqdm
 
 from autoregressive.presets import TrainedGPT
 from evaluations.metrics.extractors import Extractor
@@ -33,15 +31,16 @@ from evaluations.metrics.image_quality import score_clip
 from evaluations.token_bits import gpt_bits, plain_bits
 from evaluations.video_codecs import CODECS, RateSearch, decode
 from tokenizer.common.checkpoint import atomic_write
-from tokenizer.common.config import differences, to_dict
+from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError
-from tokenizer.common.locks import try_lock, wait_lock
+from tokenizer.common.units import WorkUnits, claim_folder, lock
 from tokenizer.data.clips import ClipDataset
 from tokenizer.data.video_io import to_model_range, to_uint8
 from tokenizer.losses.perceptual import PerceptualDistance
 from tokenizer.model import VideoTokenizer
 
 Figures = dict[str, float]
+_KIND = "evatok.curve_measurements"
 NOMINAL_FPS = 25.0  # what the encoders are told; the bytes of a clip hardly depend on it
 REAL = "real"  # the key of the clip itself, whose features are the other side of a Frechet distance
 
@@ -139,94 +138,84 @@ class Measure:
 class Measured:
     """Everything that was asked for: by clip name, then by key."""
 
-    figures: dict[str, dict[str, Figures]]
-    features: dict[str, dict[str, Tensor]]
+    figures: dict[str, dict[str, Figures]] = field(default_factory=dict)
+    features: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def claim_folder(folder: Path, clips: ClipDataset, measure: Measure) -> None:
+def claim(folder: Path, clips: ClipDataset, measure: Measure) -> None:
     """Measurements of other clips, weights or metrics must not end up in one folder: UserError."""
     names = "\0".join(clips.names).encode("utf-8", "surrogateescape")
-    facts = measure.facts() | {"num_clips": len(clips), "clips_sha256": hashlib.sha256(names).hexdigest()}
-    facts |= {"data": to_dict(clips.cfg)}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "made_from.json"
-    if not path.exists():
-        atomic_write(path, json.dumps(facts, indent=1).encode())
-    if different := differences(json.loads(path.read_text(encoding="utf-8")), facts):
-        raise UserError(
-            f"{folder} holds measurements of something else (there / now: {'; '.join(different)}); give another --out"
-        )
+    facts = measure.facts() | {"data": to_dict(clips.cfg), "num_clips": len(clips)}
+    claim_folder(folder, facts | {"clips_sha256": hashlib.sha256(names).hexdigest()})
 
 
 def made_once(path: Path, make: Callable[[], Tensor]) -> Tensor:
     """The tensor in `path`, made by the first process that asks for it while the others wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with wait_lock(path.with_suffix(".lock")):
+    with lock(path.with_suffix(".lock")):
         if not path.is_file():
             atomic_write(path, save({"tensor": make().contiguous()}))
     return load_file(path)["tensor"]
 
 
 class Sweep:
-    """The units of one folder."""
+    """What some strategies and codecs ask for, in units of a few clips."""
 
     def __init__(
         self, folder: Path, clips: ClipDataset, keys: Mapping[str, Sequence[str]], measure: Measure, unit_size: int = 4
     ) -> None:
-        """keys: for each clip by name, what to measure. Raises UserError where the folder is of something else."""
+        """keys: for each clip by name, what to measure."""
         self.folder, self.clips, self.keys, self.measure = folder, clips, keys, measure
-        self.units = [range(i, min(i + unit_size, len(clips))) for i in range(0, len(clips), unit_size)]
-        (folder / "units").mkdir(parents=True, exist_ok=True)
+        self.members = [range(i, min(i + unit_size, len(clips))) for i in range(0, len(clips), unit_size)]
+        asked = hashlib.sha256(json.dumps([unit_size, keys]).encode()).hexdigest()[:16]
+        self.units = WorkUnits(folder / "units" / asked, len(self.members))
 
-    def run(self) -> Measured | None:
-        """Work until no unit is free. All measurements, or None where other processes still work on some."""
-        mine = os.getpid() % len(self.units)  # start at different places, so that workers seldom meet
-        order = [(mine + i) % len(self.units) for i in range(len(self.units))]
-        for unit in tqdm(order, desc=f"measuring {len(self.clips)} clips", unit="unit"):
-            with try_lock(self._path(unit, "lock")) as free:
-                if free:
-                    self._complete(unit)
-        return self._collect()
+    def work(self, merge: Callable[[], None]) -> bool:
+        """Work until no unit is free; whoever finds all done calls `merge`. False while others are still at work."""
+        return self.units.work(self._measure_unit, merge, f"measuring {len(self.clips)} clips")
 
-    def _complete(self, unit: int) -> None:
-        """Measure what the unit lacks and write it; the figures come last and say that the features are there."""
-        figures, features = self._read(unit)
-        changed = False
-        for index in self.units[unit]:
+    def measured(self) -> Measured:
+        """All measurements, clip by clip; for use in `merge`."""
+        everything = Measured()
+        for path in self.units.paths:
+            figures, features = _read_unit(path)
+            everything.figures |= figures
+            for name, found in figures.items():
+                places = {key: f"{name} {key}" for key in found}
+                everything.features[name] = {key: features[at] for key, at in places.items() if at in features}
+        return everything
+
+    def _measure_unit(self, unit: int) -> None:
+        """What an earlier job in this folder measured of these clips is taken over."""
+        known: dict[str, dict[str, Figures]] = {}
+        vectors: dict[str, Tensor] = {}
+        for path in sorted((self.folder / "units").glob(f"*/{unit:06d}.safetensors")):
+            earlier, its_vectors = _read_unit(path)
+            for name, found in earlier.items():
+                known.setdefault(name, {}).update(found)
+            vectors |= its_vectors
+        figures: dict[str, dict[str, Figures]] = {}
+        for index in self.members[unit]:
             name = self.clips.names[index]
-            missing = [key for key in self.keys[name] if key not in figures.get(name, {})]
-            if not missing:
-                continue
-            sample = self.clips.get(index)
-            if sample.name != name:  # the data set gives the next clip for a bad one
-                raise UserError(f"{name}: cannot be read ({self.clips.quarantine[name]}); leave it out of the clips")
-            found, vectors = self.measure(sample.video_CTHW, missing)
-            figures.setdefault(name, {}).update(found)
-            features |= {f"{index} {key}": vector.contiguous() for key, vector in vectors.items()}
-            changed = True
-        if changed:
-            atomic_write(self._path(unit, "safetensors"), save(features))
-            atomic_write(self._path(unit, "json"), json.dumps(figures, indent=1, sort_keys=True).encode())
+            before = known.get(name, {})
+            missing = [key for key in self.keys[name] if key not in before]
+            found, new = self.measure(read(self.clips, index), missing) if missing else ({}, {})
+            figures[name] = {key: found[key] if key in found else before[key] for key in self.keys[name]}
+            vectors |= {f"{name} {key}": vector for key, vector in new.items()}
+        wanted = (f"{name} {key}" for name, found in figures.items() for key in found)
+        features = {place: vectors[place].contiguous() for place in wanted if place in vectors}
+        header = {_KIND: json.dumps(figures, sort_keys=True)}
+        atomic_write(self.units.path(unit), save(features, metadata=header))
 
-    def _collect(self) -> Measured | None:
-        measured = Measured({}, {})
-        for unit, indices in enumerate(self.units):
-            figures, features = self._read(unit)
-            for index in indices:
-                name = self.clips.names[index]
-                if any(key not in figures.get(name, {}) for key in self.keys[name]):
-                    return None
-                measured.figures[name] = figures[name]
-                measured.features[name] = {
-                    key: features[f"{index} {key}"] for key in self.keys[name] if f"{index} {key}" in features
-                }
-        return measured
 
-    def _read(self, unit: int) -> tuple[dict[str, dict[str, Figures]], dict[str, Tensor]]:
-        if not self._path(unit, "json").is_file():
-            return {}, {}
-        figures = json.loads(self._path(unit, "json").read_text(encoding="utf-8"))
-        return figures, load_file(self._path(unit, "safetensors"))
+def read(clips: ClipDataset, index: int) -> Tensor:
+    """video_CTHW of this very clip. UserError where it cannot be read: a curve compares equal clips."""
+    sample, name = clips.get(index), clips.names[index]
+    if sample.name != name:  # the data set gives the next clip for a bad one
+        raise UserError(f"{name}: cannot be read ({clips.quarantine[name]}); leave it out of the clips")
+    return sample.video_CTHW
 
-    def _path(self, unit: int, suffix: str) -> Path:
-        return self.folder / "units" / f"{unit:06d}.{suffix}"
+
+def _read_unit(path: Path) -> tuple[dict[str, dict[str, Figures]], dict[str, Tensor]]:
+    with safe_open(str(path), framework="pt") as file:
+        return json.loads(file.metadata()[_KIND]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

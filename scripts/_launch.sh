@@ -43,3 +43,23 @@ train_stage() {
   python=$(project_python)
   exec "$python" -m "$module" "$1" ${PRECISION:+"run.precision=$PRECISION"} "${@:2}"
 }
+
+# run_workers MODULE CONFIG.yaml [...]: WORKERS=n independent processes over the same work units, sharing the cores.
+run_workers() {
+  local module=$1 workers=${WORKERS:-1} worker pid python cores failed=0 pids=()
+  shift
+  check_stage_arguments "$@"
+  [[ $workers =~ ^[1-9][0-9]*$ ]] || die "WORKERS must be a whole number of at least 1, got '$workers'"
+  python=$(project_python)
+  [ "$workers" -gt 1 ] || exec "$python" -m "$module" "$@"
+
+  cores=$(getconf _NPROCESSORS_ONLN)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > workers ? cores / workers : 1))}
+  trap 'kill "${pids[@]}" 2>/dev/null; exit 130' INT TERM # bash hides Ctrl-C from processes in the background
+  for ((worker = 0; worker < workers; worker++)); do
+    "$python" -m "$module" "$@" &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || failed=$((failed + 1)); done
+  [ "$failed" -eq 0 ] || die "$failed of $workers workers failed; run the same command again, finished units are kept"
+}

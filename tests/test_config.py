@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoregressive.extract_codes import ExtractConfig
+from autoregressive.train import GPTTrainConfig
 from tokenizer.common.config import (
     ConfigError,
     differences,
@@ -221,7 +223,9 @@ def test_what_is_saved_is_read_back(tmp_path_factory: pytest.TempPathFactory, co
 def schema_of(path: Path) -> type:
     """By the stage that its name begins with."""
     stages: dict[str, type] = {"curate": CurateConfig, "router": RouterTrainConfig}
-    return next((schema for stage, schema in stages.items() if path.name.startswith(stage)), TokenizerTrainConfig)
+    stages |= {"extract": ExtractConfig, "gpt": GPTTrainConfig}
+    name = path.name.lower()
+    return next((schema for stage, schema in stages.items() if name.startswith(stage)), TokenizerTrainConfig)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())

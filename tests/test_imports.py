@@ -30,28 +30,29 @@ LAYERS = (
     {"router"},
     {"policy"},
     {"train", "mini_figures"},
-    {"release"},
 )
 LAYER_OF = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 
 # The same for the files of `autoregressive`.
 GPT_LAYERS = (
-    {"sequence", "attention", "noise", "pick", "sample_pictures", "class_names"},
-    {"kv_cache", "sample_folder"},
-    {"model"},
+    {"sequence", "attention", "noise", "pick", "condition", "sample_pictures", "class_names"},
+    {"kv_cache", "sample_folder", "token_archive"},
+    {"model", "batches"},
     {"presets", "sampler"},
     {"sample_grid"},
-    {"sample_job"},
+    {"sample_job", "extract_codes", "train"},
     {"sample_c2v", "sample_frame_prediction"},
 )
 GPT_LAYER_OF = {room: height for height, rooms in enumerate(GPT_LAYERS) for room in rooms}
 
-# Libraries that `python -m` also runs: to list the named sizes, to recompute the shipped figures.
+# Libraries that `python -m` also runs: to list the named sizes, to recompute the shipped figures, to check an archive.
 LIBRARIES_WITH_A_COMMAND = {
     "tokenizer.presets",
     "autoregressive.presets",
     "tokenizer.mini_figures",
     "evaluations.protocols",
+    "autoregressive.token_archive",
+    "evaluations.mini_generation",
 }
 
 # What a machine with the core dependencies only does not have; decord has wheels for one platform.

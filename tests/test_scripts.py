@@ -19,7 +19,8 @@ SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts"
 SOURCED = {"scripts/_launch.sh", "scripts/set_env_vars_template.sh", "scripts/set_env_vars.sh"}
 COMMANDS = [script for script in SCRIPTS if script not in SOURCED]
 STAGES = [script for script in COMMANDS if re.match(r"scripts/train/\d", script)]
-TRAINING_STAGES = [script for script in STAGES if "/2_" not in script]
+SHARED_STAGES = [script for script in STAGES if "/2_" in script or "/5a_" in script]
+TRAINING_STAGES = [script for script in STAGES if script not in SHARED_STAGES]
 READMES = ("README.md", "configs/README.md", "scripts/README.md", "ckpts/README.md")
 
 
@@ -93,18 +94,21 @@ def test_training_stage_starts_one_process(script: str, tmp_path: Path, echo_pyt
     config.touch()
     result = bash(script, str(config), "run.steps=5", "--dry-run", PYPATH=echo_python, PRECISION="bf16")
     assert result.returncode == 0
-    module = "tokenizer.router.train" if "router" in script else "tokenizer.train"
+    modules = {"3_router": "tokenizer.router.train", "5b_gpt": "autoregressive.train"}
+    module = next((module for part, module in modules.items() if part in script), "tokenizer.train")
     assert result.stdout.split(" threads=")[0] == f"-m {module} {config} run.precision=bf16 run.steps=5 --dry-run"
     for several in ({"GPUS": "8"}, {"NNODES": "2"}):
         assert_refuses(bash(script, str(config), PYPATH=echo_python, **several), "several processes")
 
 
-def test_curation_starts_any_number_of_workers(tmp_path: Path, echo_python: str) -> None:
-    script, config = "scripts/train/2_curate_router_data.sh", tmp_path / "curate.yaml"
+@pytest.mark.parametrize("script", SHARED_STAGES)
+def test_shared_work_starts_any_number_of_workers(script: str, tmp_path: Path, echo_python: str) -> None:
+    config = tmp_path / "shared.yaml"
     config.touch()
+    module = "tokenizer.router.curate" if "/2_" in script else "autoregressive.extract_codes"
     three = bash(script, str(config), "a=1", PYPATH=echo_python, WORKERS="3", OMP_NUM_THREADS="2")
-    assert three.stdout == f"-m tokenizer.router.curate {config} a=1 threads=2\n" * 3
-    assert bash(script, str(config), PYPATH=echo_python).stdout.count("tokenizer.router.curate") == 1
+    assert three.stdout == f"-m {module} {config} a=1 threads=2\n" * 3
+    assert bash(script, str(config), PYPATH=echo_python).stdout.count(module) == 1
     assert_refuses(bash(script, str(config), PYPATH=echo_python, WORKERS="many"), "WORKERS", "'many'")
 
     broken = str(executable(tmp_path / "broken", "exit 3"))

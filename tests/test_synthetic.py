@@ -8,7 +8,7 @@ import pytest
 from tokenizer.data.bundled_clips import FOLDER, bundled_videos
 from tokenizer.data.synthetic import FAST_SPEED, KINDS, draw_scene, render, render_scene
 
-SEEDS = range(60)
+SEEDS = range(120)
 
 
 def change(frames_THWC: np.ndarray) -> np.ndarray:

@@ -9,7 +9,8 @@ Letters: B clips, K tokens of one block, m patches of one block (G*G), D E width
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from einops import repeat
@@ -46,12 +47,13 @@ class Past:
 
 
 def read_patches(model: VideoTokenizer, video_BCTHW: Tensor) -> ClipPatches:
-    """All patches of the clips -> start values and cross-attention keys and values."""
-    c = model.config
+    """All patches of the clips, or of their first blocks -> start values and cross-attention keys and values."""
+    block = model.config.grid**2
     patch_BMD = model.embed_patches(video_BCTHW)
-    cells = [pooling_pyramid(block, c.grid) for block in patch_BMD.chunk(c.num_blocks, dim=1)]
-    whole = [layer.cross_attention.keys_values(patch_BMD, model.encoder_patch_pos) for layer in model.encoder]
-    ends = [(t + 1) * c.grid**2 for t in range(c.num_blocks)]
+    cells = [pooling_pyramid(patch_BmD, model.config.grid) for patch_BmD in patch_BMD.split(block, dim=1)]
+    pos_MD = model.encoder_patch_pos[: patch_BMD.shape[1]]
+    whole = [layer.cross_attention.keys_values(patch_BMD, pos_MD) for layer in model.encoder]
+    ends = [(t + 1) * block for t in range(len(cells))]
     return ClipPatches(cells, [[(k[:, :end], v[:, :end]) for k, v in whole] for end in ends])
 
 
@@ -106,3 +108,15 @@ def reconstruct_streaming(model: VideoTokenizer, video_BCTHW: Tensor, lengths: l
         frames.append(block)
         codes.append(code_BK)
     return torch.cat(frames, dim=2), torch.cat(codes, dim=1)
+
+
+@torch.no_grad()
+def encode_blocks(model: VideoTokenizer, video_BCTHW: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The first blocks of clips, later frames need not exist: [B, 3, T, H, W] -> codes, int64 [B, sum(lengths)]."""
+    patches, past = read_patches(model, video_BCTHW), Past.empty(model)
+    codes = []
+    for t, length in enumerate(lengths):
+        code_BK, encoder = encode_block(model, patches, t, length, past)
+        codes.append(code_BK)
+        past = replace(past, encoder=encoder)
+    return torch.cat(codes, dim=1)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The miniature, all four stages on CPU: what made ckpts/mini. Kill it whenever you like; started again it goes on from there.
+# The miniature, all stages on CPU: what made ckpts/mini. Kill it whenever you like; started again it goes on from there.
 #
 #   bash scripts/train/mini.sh
 #
-# Writes results/mini/{proxy,router,final}/ and the tables of stage 2, then the weights and their card into ckpts/mini/.
-# At most 3 hours on 2 cores.
+# Writes results/mini/{proxy,router,final,gpt_c2v,gpt_fp}/, the tables of stage 2 and the tokens of stage 5a, then the weights,
+# their figures and their card into ckpts/mini/. At most 3 hours on 2 cores for the tokenizer, and one more for the GPTs.
 
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_launch.sh"
@@ -17,7 +17,7 @@ train() { # train SCRIPT NAME: skipped where NAME is finished
   [ ! -f "$run/final/model.safetensors" ] || { echo "mini: $2 is finished ($run)" && return; }
   echo "mini: $2" && bash "scripts/train/$1" "configs/mini/$2.yaml" run.dir="$run"
 }
-curate() { echo "mini: $1" && bash scripts/train/2_curate_router_data.sh "configs/mini/$1.yaml"; }
+curate() { echo "mini: $1" && WORKERS=2 bash scripts/train/2_curate_router_data.sh "configs/mini/$1.yaml"; }
 
 train 1_proxy_tokenizer.sh proxy
 curate curate_train
@@ -25,5 +25,12 @@ curate curate_heldout
 train 3_router.sh router
 train 4_final_tokenizer.sh final
 
-# Release: check the held-out figures and copy weights, configs and model card into ckpts/mini.
-"$python" -m tokenizer.release
+# Release: measure on held-out clips, copy weights, figures and model card into ckpts/mini.
+"$python" -m evaluations.release tokenizer
+
+extract() { echo "mini: $1" && WORKERS=2 bash scripts/train/5a_extract_codes.sh "configs/mini/$1.yaml"; }
+
+for set in extract_c2v extract_c2v_heldout extract_fp extract_fp_heldout; do extract "$set"; done
+train 5b_gpt_c2v.sh gpt_c2v
+train 5b_gpt_frame_pred.sh gpt_fp
+"$python" -m evaluations.release generation

@@ -168,8 +168,10 @@ class CheckpointStore:
         None when there is no checkpoint at all. Raises UserError when there are some and none is good.
         """
         folder = self.newest_good()
-        if folder is None:
-            return None
+        return None if folder is None else self.read(folder)
+
+    def read(self, folder: Path) -> Checkpoint:
+        """The state in a folder that `newest_good` found."""
         body = _read_json(folder / "state.json")
         groups = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
         return Checkpoint(body["step"], groups, body["state"], body["config"])

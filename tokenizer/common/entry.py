@@ -40,7 +40,7 @@ def rehearse(
 ) -> None:
     """Two steps without a results folder; prints parameters by part, the loss terms, and hours at this speed."""
     source = batches(0)
-    state.model.train()
+    state.train_mode(True)
     train_step(run, optim, state, next(source), loss_fn)  # the first step pays for allocations; time the second
     start = time.perf_counter()
     values = train_step(run, optim, state, next(source), loss_fn)

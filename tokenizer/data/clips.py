@@ -3,6 +3,7 @@
 A source is a folder, a video file, a manifest .csv (see manifest_table.py), or one of
     bundled:train  bundled:heldout            the real clips shipped with the package
     synthetic:train:N  synthetic:heldout:N    N rendered scenes of known complexity
+    classed:train:N    classed:heldout:N      N rendered scenes with a class as label: shape, motion, speed
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from tokenizer.common.errors import UserError
 from tokenizer.data.bundled_clips import SPLITS, bundled_videos
+from tokenizer.data.classed_scenes import CLASS_NAMES, render_classed_scene
 from tokenizer.data.manifest_table import read_rows
 from tokenizer.data.safe_decode import decode_clip_at
 from tokenizer.data.synthetic import KINDS, render_scene
@@ -84,6 +86,7 @@ class ClipDataset:
     def __init__(self, cfg: DataConfig, seed: int, items: list[_Item]) -> None:
         self.cfg = cfg
         self.names = [item.name for item in items]
+        self.labels = [item.label for item in items]
         self.quarantine: dict[str, str] = {}
         self._seed = seed
         self._items = items
@@ -152,10 +155,10 @@ def _items_of(source: str, cfg: DataConfig) -> list[_Item]:
         if len(rest) != 1 or rest[0] not in SPLITS:
             raise UserError(f"data source {source!r}: expected bundled:train or bundled:heldout")
         return [_Item(f"bundled/{v.path.name}", v.label, _bundled(v.path, cfg)) for v in bundled_videos(rest[0])]
-    if kind == "synthetic":
+    if kind in ("synthetic", "classed"):
         if len(rest) != 2 or rest[0] not in SPLITS or not rest[1].isdecimal():
-            raise UserError(f"data source {source!r}: expected synthetic:train:N or synthetic:heldout:N")
-        return [_Item(f"synthetic/{rest[0]}/{i:06d}", None, _scene(i, rest[0], cfg)) for i in range(int(rest[1]))]
+            raise UserError(f"data source {source!r}: expected {kind}:train:N or {kind}:heldout:N")
+        return [_rendered(kind, rest[0], i, cfg) for i in range(int(rest[1]))]
     if source.lower().endswith(".csv"):
         return _manifest_items(Path(source), cfg)
     folder = Path(source).absolute().parent  # names begin with the folder or file that was given
@@ -202,14 +205,16 @@ def _file(path: Path, cfg: DataConfig) -> _Draw:
     return frames
 
 
-def _scene(index: int, split: str, cfg: DataConfig) -> _Draw:
-    """Scene `index`, or with augmentation a fresh one of the same kind each time."""
+def _rendered(kind: str, split: str, index: int, cfg: DataConfig) -> _Item:
+    """Scene `index`, or with augmentation a fresh one of the same kind or class each time."""
+    render, turns = (render_scene, KINDS) if kind == "synthetic" else (render_classed_scene, CLASS_NAMES)
 
     def frames(rng: np.random.Generator | None) -> tuple[np.ndarray, str | None]:
-        seed = index if rng is None else index + len(KINDS) * int(rng.integers(1, 2**31))
-        return render_scene(seed, split, _read_size(cfg), cfg.num_frames)
+        seed = index if rng is None else index + len(turns) * int(rng.integers(1, 2**31))
+        return render(seed, split, _read_size(cfg), cfg.num_frames)
 
-    return frames
+    label = CLASS_NAMES[index % len(CLASS_NAMES)] if kind == "classed" else None
+    return _Item(f"{kind}/{split}/{index:06d}", label, frames)
 
 
 def _augment(frames_THWC: np.ndarray, cfg: DataConfig, rng: np.random.Generator) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Rendered scenes whose complexity is known: what moves, how fast, in which block, over how detailed a texture.
 
 A scene is one camera pose per frame over a still photograph (a crop of a bundled clip of the same split, continued
-by reflection), with textured shapes gliding over it. The kinds, in the order of what they should cost in tokens:
+by reflection; in the training split every other time a picture of dead leaves), with textured shapes gliding over
+it. The kinds, in the order of what they should cost in tokens:
 
     still   nothing changes, to the bit
     slow    the camera drifts by a fraction of a pixel a frame
@@ -16,7 +17,6 @@ Letters: T frames, N temporal blocks, S shapes, K distinct camera poses, H W row
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,25 +24,30 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from tokenizer.data.bundled_clips import bundled_videos
+from tokenizer.data.bundled_clips import KEPT_SIDE, bundled_videos, kept_frames
+from tokenizer.data.classed_scenes import bounce
+from tokenizer.data.dead_leaves import dead_leaves
 from tokenizer.data.transforms import resize, rng_for
-from tokenizer.data.video_io import iter_clips
 
 KINDS = ("still", "slow", "shapes", "mixed", "fast", "cuts")
 NUM_BLOCKS = 4
 SLOW_SPEED = (0.002, 0.008)  # sides of the picture per frame: 0.1 .. 0.5 pixels of 64
 FAST_SPEED = (0.03, 0.09)  # 2 .. 6 pixels of 64
 TEXELS_ACROSS = (20.0, 150.0)  # source pixels under the picture: from smooth to detailed
-_PHOTO_SIDE = 128
+_LEAVES_SHARE = 0.5  # of the training photographs that are dead leaves: two films alone teach a model only them
 _FLATTEST = 14.0  # grey levels of deviation below which a crop shows no motion (title cards, fades)
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A place in the bundled clips: the clip, one of its kept frames, the crop's corner and side in source pixels."""
+    """A place in the bundled clips: the clip, one of its kept frames, the crop's corner and side in source pixels.
+
+    `leaves`: number of the dead-leaves picture that is shown in place of the clip, or None.
+    """
 
     clip: int
     frame: int
+    leaves: int | None
     top: int
     left: int
     side: int
@@ -159,13 +164,14 @@ def _draw_cuts(rng: np.random.Generator, num_frames: int) -> tuple[int, ...]:
 
 def _draw_photo(rng: np.random.Generator, split: str, texels: float) -> Photo:
     """A crop with room to move in; the most structured of a few draws when the first ones are flat."""
-    side = int(min(_PHOTO_SIDE, 2 * texels))
+    side = int(min(KEPT_SIDE, 2 * texels))
     edge = side // 4  # the middle is what the camera sees first
     tries: list[tuple[float, Photo]] = []
     while not tries or (tries[-1][0] < _FLATTEST and len(tries) < 6):
-        top, left = (int(v) for v in rng.integers(_PHOTO_SIDE - side + 1, size=2))
+        top, left = (int(v) for v in rng.integers(KEPT_SIDE - side + 1, size=2))
         clip, frame = int(rng.integers(len(bundled_videos(split)))), int(rng.integers(2))
-        photo = Photo(clip, frame, top, left, side, bool(rng.random() < 0.5))
+        leaves = int(rng.integers(2**31)) if split == "train" and rng.random() < _LEAVES_SHARE else None
+        photo = Photo(clip, frame, leaves, top, left, side, bool(rng.random() < 0.5))
         middle_HW = _crop(photo, split)[edge : side - edge, edge : side - edge, 1]
         tries.append((float(middle_HW.std()), photo))
     return max(tries, key=lambda scored: scored[0])[1]
@@ -187,15 +193,11 @@ def _draw_shapes(rng: np.random.Generator, split: str) -> tuple[Shape, ...]:
 # From factors to pixels
 
 
-@functools.lru_cache(maxsize=256)
-def _kept_frames(split: str, clip: int) -> np.ndarray:
-    """The first and the middle frame of a bundled clip, uint8 [2, 128, 128, 3]; 100 KB each, decoded once a process."""
-    frames_THWC = next(iter_clips(bundled_videos(split)[clip].path, size=_PHOTO_SIDE)).frames_THWC
-    return frames_THWC[:: len(frames_THWC) // 2].copy()
-
-
 def _crop(photo: Photo, split: str) -> np.ndarray:
-    image_HWC = _kept_frames(split, photo.clip)[photo.frame]
+    if photo.leaves is None:
+        image_HWC = kept_frames(split, photo.clip)[photo.frame]
+    else:
+        image_HWC = dead_leaves(photo.leaves, KEPT_SIDE)
     crop_HWC = image_HWC[photo.top : photo.top + photo.side, photo.left : photo.left + photo.side]
     return crop_HWC[:, ::-1] if photo.mirrored else crop_HWC
 
@@ -238,7 +240,7 @@ def _paint(frames_THWC: np.ndarray, shape: Shape, split: str, travel_T: np.ndarr
     half = max(2, round(shape.radius * size)) + 1
     texture_HWC = resize(np.ascontiguousarray(_crop(shape.photo, split))[None], 2 * half, 2 * half)[0]
     for frame_HWC, travel in zip(frames_THWC, travel_T, strict=True):
-        y, x = (_bounce(s + v * travel) * (size - 2 * half) for s, v in zip(shape.start, shape.velocity, strict=True))
+        y, x = (bounce(s + v * travel) * (size - 2 * half) for s, v in zip(shape.start, shape.velocity, strict=True))
         top, left = int(y), int(x)
         rows_H1 = np.arange(2 * half)[:, None] + 0.5 - half - (y - top)
         columns_1W = np.arange(2 * half)[None] + 0.5 - half - (x - left)
@@ -246,8 +248,3 @@ def _paint(frames_THWC: np.ndarray, shape: Shape, split: str, travel_T: np.ndarr
         cover_HW1 = np.clip(shape.radius * size + 0.5 - reach_HW, 0, 1)[..., None]  # soft edge of one pixel
         under_HWC = frame_HWC[top : top + 2 * half, left : left + 2 * half]
         under_HWC += cover_HW1 * (texture_HWC - under_HWC)
-
-
-def _bounce(value: float) -> float:
-    """A straight way folded into [0, 1]."""
-    return 1 - abs(value % 2 - 1)

@@ -12,20 +12,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import load_config, to_dict
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.locks import try_lock
 from tokenizer.common.runtime import pick_device
+from tokenizer.common.units import WorkUnits, claim_folder
 from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
 from tokenizer.losses.perceptual import load_perceptual
 from tokenizer.presets import load_tokenizer
@@ -66,36 +64,21 @@ class Curation:
         self.dataset: ClipDataset = build_dataset(config.data)
         self.tokenizer = load_tokenizer(config.proxy, device)
         self.scorer = Scorer(self.tokenizer, load_perceptual(config.perceptual_net).to(device), config.frames_per_block)
-        self.num_units = -(-len(self.dataset) // config.clips_per_unit)
-        self._claim_folder()
+        self.units = WorkUnits(self.folder / "units", -(-len(self.dataset) // config.clips_per_unit))
+        # units of another tokenizer, clip list or metric must not end up in one table
+        claim_folder(self.folder, {**self._meta(), "clips_per_unit": config.clips_per_unit})
 
     @property
     def table_path(self) -> Path:
         return self.folder / "table.safetensors"
 
-    def num_done(self) -> int:
-        """Units that some worker has finished."""
-        return sum(self._unit_path(unit).exists() for unit in range(self.num_units))
-
     def run(self) -> bool:
         """Work until no unit is free. True where the table is complete; False where others still work on units."""
-        (self.folder / "units").mkdir(parents=True, exist_ok=True)
-        mine = os.getpid() % self.num_units  # start at different places, so that workers seldom meet
-        units = [(mine + i) % self.num_units for i in range(self.num_units)]
-        for unit in tqdm(units, desc=f"curating {len(self.dataset)} clips", unit="unit"):
-            if self._unit_path(unit).exists():
-                continue
-            with try_lock(self.folder / "units" / f"{unit:06d}.lock") as free:
-                if free and not self._unit_path(unit).exists():
-                    self._score_unit(unit).save(self._unit_path(unit))
-        return self.merge()
+        return self.units.work(self._score_unit, self.merge, f"curating {len(self.dataset)} clips")
 
-    def merge(self) -> bool:
-        """Put the units together, in order; False while some are missing."""
-        paths = [self._unit_path(unit) for unit in range(self.num_units)]
-        if not all(path.exists() for path in paths):
-            return False
-        tables = [QualityTable.load(path) for path in paths]
+    def merge(self) -> None:
+        """Put the finished units together, in order."""
+        tables = [QualityTable.load(path) for path in self.units.paths]
         names = [name for table in tables for name in table.names]
         lpips_BA, psnr_BA, mse_BA = (
             torch.cat([getattr(table, key) for table in tables]) for key in ("lpips_BA", "psnr_BA", "mse_BA")
@@ -106,13 +89,15 @@ class Curation:
         print(
             f"{self.table_path}: {len(names)} clips x {self.space.num_rows} assignments; {len(missing)} clips skipped"
         )
-        return True
 
     @property
     def space(self) -> AssignmentSpace:
         return self.tokenizer.space
 
-    def _score_unit(self, unit: int) -> QualityTable:
+    def _score_unit(self, unit: int) -> None:
+        self._scored(unit).save(self.units.path(unit))
+
+    def _scored(self, unit: int) -> QualityTable:
         """Clips that cannot be read are left out here and counted when the table is merged."""
         size = self.config.clips_per_unit
         wanted = range(unit * size, min((unit + 1) * size, len(self.dataset)))
@@ -129,9 +114,6 @@ class Curation:
     def _table(self, scores: Scores, names: list[str]) -> QualityTable:
         return QualityTable(*scores, names, self.space.levels, self.space.num_blocks, self._meta())
 
-    def _unit_path(self, unit: int) -> Path:
-        return self.folder / "units" / f"{unit:06d}.safetensors"
-
     def _meta(self) -> dict[str, Any]:
         c, names = self.config, "\0".join(self.dataset.names).encode("utf-8", "surrogateescape")
         return {
@@ -142,17 +124,6 @@ class Curation:
             "data": to_dict(c.data),
             "clips_sha256": hashlib.sha256(names).hexdigest(),
         }
-
-    def _claim_folder(self) -> None:
-        """Units of another tokenizer, clip list or metric must not end up in one table."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        facts = {**self._meta(), "clips_per_unit": self.config.clips_per_unit}
-        path = self.folder / "made_from.json"
-        if not path.exists():
-            atomic_write(path, json.dumps(facts, indent=1).encode())
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if changed := sorted(key for key in facts if before.get(key) != facts[key]):
-            raise UserError(f"{self.folder} holds work made from another {', '.join(changed)}; choose another dir=")
 
 
 def main() -> None:
@@ -167,7 +138,7 @@ def main() -> None:
     config.dir = config.dir or f"results/curate/{args.config.name.removesuffix('.yaml')}"
     curation = Curation(config)
     if args.dry_run:
-        done, units = curation.num_done(), curation.num_units
+        done, units = curation.units.num_done(), curation.units.num_units
         print(f"{len(curation.dataset)} clips in {units} units, {done} done, into {curation.table_path}")
         return
     if curation.table_path.exists():

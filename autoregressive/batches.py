@@ -1,0 +1,145 @@
+"""Which clips a training step sees, packed: a pure function of (seed, step), and of the rank where there are several.
+
+The clips stand in an endless row of shuffled epochs. A step takes either the next `clips` of them, shared out so that
+all ranks have equally much to compute, or, with a budget, as many as fit into `most_ids` ids for each rank.
+
+Letters: L packed ids.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from autoregressive.sequence import IGNORE, PackedSequences, SequenceLayout, pack_sequences
+from autoregressive.token_archive import TokenArchive
+from tokenizer.common.errors import UserError
+from tokenizer.common.runtime import generator_for
+from tokenizer.data.loader import epoch_order
+
+_OPEN_BINS = 8  # batches that are filled at the same time; more of them waste less room and mix the order more
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """What one rank reads in one step: sequences as `SequenceLayout.encode` writes them."""
+
+    layout: SequenceLayout
+    sequences: list[Tensor]
+    width: int  # of the model that reads them
+
+    @cached_property
+    def packed(self) -> PackedSequences:
+        return pack_sequences(self.layout, self.sequences)
+
+    @property
+    def num_targets(self) -> int:
+        """Ids that a model is asked to say."""
+        return int((self.packed.target_L != IGNORE).sum())
+
+    def split(self, num_parts: int) -> list[TokenBatch]:
+        """Parts of nearly equal cost, for gradients that are added up (run.accumulate)."""
+        if num_parts > len(self.sequences):
+            raise UserError(f"run.accumulate={num_parts} parts, but a process has {len(self.sequences)} clips a step")
+        shares = share_out([cost(len(id_Q), self.width) for id_Q in self.sequences], num_parts)
+        return [TokenBatch(self.layout, [self.sequences[i] for i in share], self.width) for share in shares]
+
+
+@dataclass(frozen=True)
+class BatchRule:
+    """How steps are cut out of the endless row: `clips` a step, or where `most_ids` is not 0, so many ids a rank."""
+
+    seed: int
+    clips: int
+    most_ids: int = 0
+    class_dropout: float = 0.0  # part of the clips whose class is hidden, for guidance
+    rank: int = 0
+    num_ranks: int = 1
+
+
+def token_batches(
+    archive: TokenArchive, layout: SequenceLayout, width: int, rule: BatchRule, start_step: int = 0
+) -> Iterator[TokenBatch]:
+    """The batches of a rank from `start_step` on, without end. `width`: of the model, see `cost`.
+
+    Raises UserError where `most_ids` is less than the longest clip has, or a step has fewer clips than ranks.
+    """
+    num_inputs = [layout.num_inputs(tokens) for tokens in archive.length_SN.sum(dim=1).tolist()]
+    for step, (clips, shares) in enumerate(_plan(num_inputs, width, rule, start_step), start=start_step):
+        # drawn for the whole step, so that whose class is hidden does not depend on the number of ranks
+        generator = generator_for(rule.seed, "class dropout", step)
+        hidden = (torch.rand(len(clips), generator=generator) < rule.class_dropout).tolist()
+        mine = [(archive.clip(clips[place]), hidden[place]) for place in shares[rule.rank]]
+        shown = [replace(clip, label=None) if hide else clip for clip, hide in mine]
+        yield TokenBatch(layout, [layout.encode(clip) for clip in shown], width)
+
+
+def cost(num_ids: int, width: int) -> float:
+    """What a sequence costs in each layer, in some unit: matrices grow with its ids, attention with their square."""
+    return num_ids * (12.0 * width + num_ids)
+
+
+def share_out(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
+    """Indices of `costs` for each rank, so that the sums are nearly equal: the dearest first, to whom has least."""
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    least = [(0.0, rank) for rank in range(num_ranks)]
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        total, rank = heapq.heappop(least)
+        shares[rank].append(index)
+        heapq.heappush(least, (total + costs[index], rank))
+    return shares
+
+
+def fill_bins(clips: Iterable[int], size_of: Callable[[int], int], room: int) -> Iterator[list[int]]:
+    """Clips in order -> bins of at most `room`: each clip goes into the first open bin that has room for it.
+
+    Where none has, the fullest of the open bins is handed out and a new one is begun.
+    """
+    bins: list[tuple[list[int], int]] = []
+    for clip in clips:
+        size = size_of(clip)
+        place = next((i for i, (_, used) in enumerate(bins) if used + size <= room), None)
+        if place is None:
+            if len(bins) == _OPEN_BINS:
+                yield bins.pop(max(range(_OPEN_BINS), key=lambda i: bins[i][1]))[0]
+            bins.append(([], 0))
+            place = len(bins) - 1
+        held, used = bins[place]
+        held.append(clip)
+        bins[place] = (held, used + size)
+
+
+def _plan(
+    num_inputs: Sequence[int], width: int, rule: BatchRule, start_step: int
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """For each step from `start_step` on: its clips, and for each rank the places of its own among them."""
+    if not rule.most_ids:
+        if rule.clips < rule.num_ranks:
+            raise UserError(f"run.batch_size={rule.clips} clips for {rule.num_ranks} processes: give at least one each")
+        row = _endless_row(len(num_inputs), rule.seed, start_step * rule.clips)
+        while True:
+            clips = list(itertools.islice(row, rule.clips))
+            yield clips, share_out([cost(num_inputs[clip], width) for clip in clips], rule.num_ranks)
+    if max(num_inputs) > rule.most_ids:
+        raise UserError(f"batch_ids={rule.most_ids} is less than the {max(num_inputs)} ids of the longest clip")
+    # what a bin holds depends on all before it: they are counted again, about a second for a million clips
+    bins = fill_bins(_endless_row(len(num_inputs), rule.seed, 0), num_inputs.__getitem__, rule.most_ids)
+    bins = itertools.islice(bins, start_step * rule.num_ranks, None)
+    while True:
+        filled = list(itertools.islice(bins, rule.num_ranks))
+        places = iter(range(sum(map(len, filled))))
+        yield [clip for clips in filled for clip in clips], [list(itertools.islice(places, len(c))) for c in filled]
+
+
+def _endless_row(num_clips: int, seed: int, start: int) -> Iterator[int]:
+    """Shuffled epochs, one after the other, from place `start` on."""
+    first_epoch, skip = divmod(start, num_clips)
+    for epoch in itertools.count(first_epoch):
+        yield from epoch_order(num_clips, seed, epoch)[skip:]
+        skip = 0

@@ -1,0 +1,276 @@
+"""Tokenize a set of clips once, into a ragged token archive that a GPT trains on (paper.md section 5).
+
+    python -m autoregressive.extract_codes configs/mini/extract_c2v.yaml       # as many at once as there are cores
+
+Class-to-video: the router chooses each clip's assignment, and the clip keeps its label. Frame prediction
+(`condition_lengths`): the best assignment of those that begin with these lengths, and the given frames are encoded
+beside the clip. `views` draws that many crops, flips and starts of every clip.
+
+Work is shared and resumed as in stage 2: each shard of the archive is a unit (tokenizer/common/units.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoregressive.condition import check_condition, encode_condition
+from autoregressive.sequence import ClipCodes
+from autoregressive.token_archive import ArchivedClip, ArchiveFacts, TokenArchive, save_archive, save_shard
+from tokenizer.assignment import AssignmentSpace
+from tokenizer.budget import Budget, parse_budget
+from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.config import load_config, to_dict
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.runtime import pick_device
+from tokenizer.common.units import WorkUnits, claim_folder
+from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset
+from tokenizer.presets import load_tokenizer
+from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
+
+
+@dataclass
+class ExtractConfig:
+    dir: str = ""  # results folder; default results/extract/<config name>
+    tokenizer: str = ""  # the final tokenizer of stage 4: .safetensors file or run folder
+    router: str = ""  # the router of stage 3; empty for a budget that asks none
+    budget: str = "router"  # or tokens:N, price:P, uniform:K, fixed:a,b,c,d; see tokenizer/budget.py
+    data: DataConfig = field(default_factory=DataConfig)
+    views: int = 1  # how often every clip is drawn anew: crop, flip and start; above 1 needs data.augment
+    seed: int = 0
+    labels: list[str] = field(default_factory=list)  # one for each source, "" keeps the clips' own; empty keeps all
+    class_names: list[str] = field(default_factory=list)  # in the order of their numbers; empty: those found, in ASCII
+    condition_lengths: list[int] = field(default_factory=list)  # frame prediction: tokens of each given block
+    condition_frames: int = 0  # frame prediction: frames that are given, e.g. 5
+    clips_per_shard: int = 1024
+    batch_size: int = 8
+    device: str = "auto"
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer:
+            raise UserError("tokenizer is empty: give the tokenizer that stage 4 trained")
+        if min(self.views, self.clips_per_shard, self.batch_size) < 1:
+            raise UserError("views, clips_per_shard and batch_size must be at least 1")
+        if self.views > 1 and not self.data.augment:
+            raise UserError(f"views = {self.views} would be copies: set data.augment=true or views=1")
+        if self.labels and len(self.labels) != len(self.data.sources):
+            raise UserError(f"labels = {self.labels} must hold one for each of {len(self.data.sources)} data.sources")
+        if bool(self.condition_lengths) != bool(self.condition_frames):
+            raise UserError("condition_lengths and condition_frames go together: e.g. [512, 128] and 5")
+        if self.condition_lengths and (self.labels or self.class_names):
+            raise UserError("labels and class_names are for class-to-video; frame prediction reads no class")
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """One clip to be tokenized: view `view` of clip `index` of a source."""
+
+    dataset: ClipDataset
+    index: int
+    view: int
+    label: str | None
+
+    def read(self) -> ClipSample | None:
+        """None where it cannot be read (the data set then gives its neighbour)."""
+        sample = self.dataset.get(self.index, epoch=self.view)
+        return sample if sample.name == self.dataset.names[self.index] else None
+
+
+class Extraction:
+    """One archive in the making."""
+
+    def __init__(self, config: ExtractConfig) -> None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.config, self.folder = config, Path(config.dir)
+        device = pick_device(config.device)
+        self.tokenizer = load_tokenizer(config.tokenizer, device)
+        self._check_fits()
+        self.budget = parse_budget(config.budget, self.tokenizer.space)
+        self.router = self._load_router(device)
+        self.draws = list(self._list_draws())
+        self.facts = self._facts()
+        self.units = WorkUnits(self.folder / "shards", -(-len(self.draws) // config.clips_per_shard))
+
+    def run(self) -> bool:
+        """Work until no shard is free. True where the archive is complete; False where others still work on shards."""
+        claim_folder(self.folder, self._made_from())
+        return self.units.work(self._extract_shard, self.finish, f"tokenizing {len(self.draws)} clips")
+
+    def finish(self) -> None:
+        """All shards are there: declare them to be the archive."""
+        save_archive(self.folder, self.facts, self.units.paths)
+        archive = TokenArchive(self.folder)
+        done = {archive.source(i) for i in range(len(archive))}
+        missing = sorted({d.dataset.names[d.index] for d in self.draws} - {name for name, _ in done})
+        atomic_write(self.folder / "skipped.json", json.dumps(missing, indent=1).encode())
+        print(f"{archive.summary()}; {len(missing)} sources skipped", flush=True)
+
+    def _extract_shard(self, unit: int) -> None:
+        size, batch = self.config.clips_per_shard, self.config.batch_size
+        mine = self.draws[unit * size : (unit + 1) * size]
+        batches = (mine[start : start + batch] for start in range(0, len(mine), batch))
+        clips = [clip for some in batches for clip in self._tokenize(some)]
+        save_shard(self.units.path(unit), clips, self.facts)
+
+    def _tokenize(self, batch: list[_Draw]) -> Iterator[ArchivedClip]:
+        """Clips that cannot be read are left out here and named when the archive is finished."""
+        read = [(draw, sample) for draw in batch if (sample := draw.read()) is not None]
+        if not read:
+            return
+        video_BCTHW = torch.stack([sample.video_CTHW for _, sample in read]).to(self.tokenizer.device)
+        c, facts = self.config, self.facts
+        length_BN = choose_lengths(video_BCTHW, self.tokenizer.space, self.budget, self.router, c.condition_lengths)
+        tokens = self.tokenizer.encode(video_BCTHW, length_BN)
+        condition_BL = torch.empty(len(read), 0, dtype=torch.long)
+        if c.condition_lengths:
+            condition_BL = encode_condition(self.tokenizer, video_BCTHW, c.condition_frames, c.condition_lengths)
+        code_parts = tokens.code_L.split(length_BN.sum(dim=1).tolist())
+        for (draw, sample), code_L, lengths, condition_L in zip(
+            read, code_parts, length_BN.tolist(), condition_BL, strict=True
+        ):
+            label = facts.class_names.index(draw.label) if facts.class_names and draw.label else None
+            yield ArchivedClip(ClipCodes(code_L, tuple(lengths), label, condition_L), sample.name, draw.view)
+
+    # --- what is to be done, checked before any work ---------------------------------------------------------------
+
+    def _list_draws(self) -> Iterator[_Draw]:
+        """View by view, source by source, so that the first part of an archive is a whole set."""
+        c = self.config
+        repeats = c.data.repeat or [1] * len(c.data.sources)
+        labels = c.labels or [""] * len(c.data.sources)
+        parts = [
+            (build_dataset(replace(c.data, sources=[source], repeat=[times]), c.seed), label)
+            for source, times, label in zip(c.data.sources, repeats, labels, strict=True)
+            if times
+        ]
+        if not parts:
+            raise UserError(f"data.sources = {c.data.sources} with data.repeat = {c.data.repeat} holds no clip")
+        for view in range(c.views):
+            for dataset, label in parts:
+                for index, own in enumerate(dataset.labels):
+                    yield _Draw(dataset, index, view, None if c.condition_lengths else label or own)
+
+    def _facts(self) -> ArchiveFacts:
+        t, c = self.tokenizer.config, self.config
+        return ArchiveFacts(
+            codebook_size=t.codebook_size,
+            levels=list(t.levels),
+            num_blocks=t.num_blocks,
+            num_frames=t.num_frames,
+            size=t.size,
+            tokenizer_sha256=self.tokenizer.sha256,
+            router_sha256=self.router.sha256 if self.router else "",
+            budget=c.budget,
+            class_names=self._class_names(),
+            condition_lengths=c.condition_lengths,
+            condition_frames=c.condition_frames,
+        )
+
+    def _class_names(self) -> list[str]:
+        """Raises UserError for labels outside the given names, and where some clips have labels and others not."""
+        found = {draw.label for draw in self.draws if draw.label is not None}
+        names = self.config.class_names or sorted(found)
+        for strange in sorted(found - set(names)):
+            near = difflib.get_close_matches(strange, names, n=1) or names[:1]
+            raise UserError(f"class_names has no {strange!r}, the label of some clips; the nearest is {near[0]!r}")
+        without = next((draw for draw in self.draws if draw.label is None), None)
+        if names and without is not None:
+            name = without.dataset.names[without.index]
+            raise UserError(f"{name} has no label; give one to its source: labels=[..], one for each of data.sources")
+        return names
+
+    def _check_fits(self) -> None:
+        c, t = self.config, self.tokenizer.config
+        if (c.data.num_frames, c.data.size) != (t.num_frames, t.size):
+            raise UserError(
+                f"data gives clips of {c.data.num_frames} frames of {c.data.size} pixels, but {c.tokenizer} reads "
+                f"{t.num_frames} frames of {t.size}: set data.num_frames={t.num_frames} data.size={t.size}"
+            )
+        if c.condition_lengths:
+            check_condition(t, c.condition_frames, c.condition_lengths)
+
+    def _load_router(self, device: torch.device) -> TrainedRouter | None:
+        c = self.config
+        if self.budget.average_tokens is not None:
+            raise UserError(f"budget = {c.budget!r} needs the whole set at once; use price:P or tokens:N here")
+        if bool(c.router) != self.budget.needs_router:
+            raise UserError(
+                f"budget = {c.budget!r} needs a router: give router=FILE"
+                if self.budget.needs_router
+                else f"router is set, but budget = {c.budget!r} does not ask it"
+            )
+        if not c.router:
+            return None
+        router = load_router(c.router, device)
+        check_router_fits(router, self.tokenizer.config)
+        return router
+
+    def _made_from(self) -> dict[str, Any]:
+        names = "\0".join(f"{d.dataset.names[d.index]}\0{d.label}" for d in self.draws)
+        keys = ("views", "seed", "clips_per_shard", "batch_size")
+        return {
+            **to_dict(self.facts),
+            **{key: getattr(self.config, key) for key in keys},
+            "data": to_dict(self.config.data),
+            "clips_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
+        }
+
+
+def choose_lengths(
+    video_BCTHW: Tensor,
+    space: AssignmentSpace,
+    budget: Budget,
+    router: TrainedRouter | None,
+    prefix: list[int],
+) -> Tensor:
+    """length_BN: the budget's choice for each clip; with a prefix, the best of the assignments that begin with it."""
+    if router is None:
+        assert budget.fixed_row is not None
+        length_BN = space.lengths_of(torch.full((len(video_BCTHW),), budget.fixed_row))
+        if length_BN[0, : len(prefix)].tolist() != prefix:
+            raise UserError(f"budget {budget.text!r} does not begin with condition_lengths = {prefix}")
+        return length_BN
+    if not prefix:
+        return router.assign(video_BCTHW, budget)
+    score_BA = router.scores(video_BCTHW).double() - budget.price * space.tokens_A.double()
+    row_R = space.rows_with_prefix(prefix)
+    if budget.max_tokens is not None:
+        row_R = row_R[space.tokens_A[row_R] <= budget.max_tokens]
+        if len(row_R) == 0:
+            raise UserError(f"budget {budget.text!r}: no assignment that begins with {prefix} is that short")
+    inside_BA = torch.full_like(score_BA, -torch.inf)
+    inside_BA[:, row_R] = score_BA[:, row_R]
+    return space.lengths_of(space.best_row(inside_BA))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Tokenize a set of clips into an archive that a GPT trains on.")
+    parser.add_argument("config", type=Path, help="YAML of this stage, e.g. configs/mini/extract_c2v.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the YAML")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="load everything, say how much work is left, write nothing"
+    )
+    args = parser.parse_intermixed_args()
+    config = load_config(ExtractConfig, args.config, args.overrides)
+    config.dir = config.dir or f"results/extract/{args.config.name.removesuffix('.yaml')}"
+    extraction = Extraction(config)
+    if args.dry_run:
+        done, units = extraction.units.num_done(), extraction.units.num_units
+        print(f"{len(extraction.draws)} clips in {units} shards, {done} done, into {config.dir}")
+    elif not extraction.run():
+        print(f"no shard is free; others are at work in {config.dir}, the last of them finishes the archive")
+
+
+if __name__ == "__main__":
+    run_cli(main)

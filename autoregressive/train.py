@@ -1,0 +1,194 @@
+"""Stage 5b: train a GPT on tokens, to make videos of a class or to go on from given frames (paper.md section 5).
+
+    python -m autoregressive.train configs/ar/GPT_B_c2v_VQ_SB_with_router_w_lpips_1.2.yaml
+    python -m autoregressive.train configs/mini/gpt_fp.yaml run.steps=500 optim.lr=2e-4
+
+One loop for both: the archive of stage 5a says which. Started again with the same run.dir it resumes by itself, to the
+same result. `--dry-run` builds everything, runs two steps and says what the run would cost.
+
+Letters: L packed ids, V ids that the head can say.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoregressive.batches import BatchRule, TokenBatch, token_batches
+from autoregressive.model import GPT, GPTConfig
+from autoregressive.presets import check_vocabulary
+from autoregressive.sequence import IGNORE, PackedSequences, SequenceLayout, pack_sequences
+from autoregressive.token_archive import TokenArchive
+from tokenizer.common import ranks
+from tokenizer.common.config import to_dict
+from tokenizer.common.entry import parse_training_arguments, rehearse
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.loop import RunConfig, Summed, TrainState, fit, start_run
+from tokenizer.common.optim import OptimConfig
+from tokenizer.model import parameters_by_part
+from tokenizer.presets import load_tokenizer
+
+
+def _default_optim() -> OptimConfig:
+    return OptimConfig(lr=1e-4, min_lr=0.0, weight_decay=0.05, schedule="wsd")
+
+
+@dataclass
+class GPTTrainConfig:
+    """Everything a YAML of stage 5b may set."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: GPTConfig = field(default_factory=GPTConfig)
+    optim: OptimConfig = field(default_factory=_default_optim)
+    tokenizer: str = ""  # the one that made the tokens: .safetensors file or run folder
+    archive: str = ""  # the tokens, from stage 5a
+    val_archive: str = ""  # those of held-out clips
+    val_clips: int = 512  # clips that a validation looks at, spread evenly over val_archive
+    batch_ids: int = 0  # ids a step at most, on each process; 0: run.batch_size clips a step, on all together
+    class_dropout: float = 0.1  # part of the clips whose class is hidden, so that sampling can be guided
+
+    def __post_init__(self) -> None:
+        for name in ("tokenizer", "archive", "val_archive"):
+            if not getattr(self, name):
+                raise UserError(f"{name} is empty: give the result of stage {'4' if name == 'tokenizer' else '5a'}")
+        if not 0 <= self.class_dropout < 1:
+            raise UserError(f"class_dropout = {self.class_dropout}: must lie in [0, 1)")
+        if self.batch_ids < 0 or self.val_clips < 1:
+            raise UserError(f"batch_ids = {self.batch_ids} must be >= 0, val_clips = {self.val_clips} at least 1")
+        if self.run.num_workers:
+            raise UserError(f"run.num_workers = {self.run.num_workers}: tokens are read in place; leave it at 0")
+
+
+class GPTTraining:
+    """One run: the state, and what its steps and validations need."""
+
+    def __init__(self, config: GPTTrainConfig) -> None:
+        self.config, self.layout = config, config.model.layout
+        self.archive, self.val_archive = open_archives(config)
+        self.device = start_run(config.run)
+        self.state = TrainState.start(GPT(config.model), config.run, config.optim, kind="gpt")
+
+    def batches(self, start_step: int) -> Iterator[TokenBatch]:
+        c = self.config
+        dropout = c.class_dropout if c.model.num_classes else 0.0
+        rule = BatchRule(c.run.seed, c.run.batch_size, c.batch_ids, dropout, ranks.rank(), ranks.num_ranks())
+        return token_batches(self.archive, self.layout, c.model.width, rule, start_step)
+
+    def loss(self, batch: TokenBatch, step: int) -> tuple[Summed, dict[str, Tensor | float]]:
+        """Cross-entropy summed over all ids that are to be said; the loop divides by their number on all processes."""
+        logits_LV, target_L = read(self.state.model, batch.packed)
+        each_L = cross_entropy(logits_LV, target_L)
+        kinds = by_kind(each_L.detach(), target_L, self.layout)
+        terms: dict[str, Tensor | float] = {name: total / num for name, (total, num) in kinds.items()}
+        terms["ids_per_clip"] = len(each_L) / len(batch.sequences)
+        return Summed(each_L.sum(), batch.num_targets), terms
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Loss, perplexity and how often the most probable length is the true one, on held-out clips."""
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for packed in self._validation_batches():
+            logits_LV, target_L = read(self.state.model, packed)
+            measured = by_kind(cross_entropy(logits_LV, target_L), target_L, self.layout)
+            measured["length_accuracy"] = right_lengths(logits_LV, target_L, self.layout)
+            for name, (total, num) in measured.items():
+                sums[name][0] += float(total)
+                sums[name][1] += float(num)
+        # over tokens, never a mean of the batches' means
+        loss = sum(sums[kind][0] for kind in KINDS) / sum(sums[kind][1] for kind in KINDS)
+        perplexity = float(torch.tensor(loss).exp())  # inf where Python would raise
+        return {"loss": loss, "perplexity": perplexity, **{name: total / num for name, (total, num) in sums.items()}}
+
+    def fit(self) -> None:
+        """Train to the end of `run.steps`, from wherever `run.dir` stands."""
+        c = self.config
+        config = {**to_dict(c), "tokens": self.token_facts()}
+        fit(c.run, c.optim, config, self.state, self.batches, self.loss, self.validate)
+
+    def rehearse(self) -> None:
+        """`--dry-run`: two steps, nothing written."""
+        config, parts = self.config, parameters_by_part(self.state.model)
+        rehearse(config.run, config.optim, self.state, self.batches, self.loss, parts)
+
+    def token_facts(self) -> dict[str, Any]:
+        """What the weights file says of the tokens: which tokenizer reads them, what the class numbers mean."""
+        return {**to_dict(self.archive.facts), "archive_sha256": self.archive.sha256}
+
+    def _validation_batches(self) -> Iterator[PackedSequences]:
+        num = min(self.config.val_clips, len(self.val_archive))
+        chosen = [i * len(self.val_archive) // num for i in range(num)]
+        for start in range(0, num, self.config.run.batch_size):
+            clips = [self.val_archive.clip(i) for i in chosen[start : start + self.config.run.batch_size]]
+            yield pack_sequences(self.layout, [self.layout.encode(clip) for clip in clips])
+
+
+KINDS = ("loss_length", "loss_code")
+
+
+def read(model: torch.nn.Module, packed: PackedSequences) -> tuple[Tensor, Tensor]:
+    """Packed sequences through the model -> logits, float32 [L, V], and targets [L], on its device."""
+    device = next(model.parameters()).device
+    return model(packed.id_L.to(device), packed.lengths).float(), packed.target_L.to(device)
+
+
+def cross_entropy(logits_LV: Tensor, target_L: Tensor) -> Tensor:
+    """Of each id by itself, [L]; 0 where nothing is to be said."""
+    return F.cross_entropy(logits_LV, target_L, ignore_index=IGNORE, reduction="none")
+
+
+def by_kind(each_L: Tensor, target_L: Tensor, layout: SequenceLayout) -> dict[str, tuple[Tensor, Tensor]]:
+    """(sum, number) of the losses of length tokens and of codes."""
+    is_length_L, is_code_L = target_L >= layout.codebook_size, (target_L >= 0) & (target_L < layout.codebook_size)
+    return {name: (each_L[at].sum(), at.sum()) for name, at in zip(KINDS, (is_length_L, is_code_L), strict=True)}
+
+
+def right_lengths(logits_LV: Tensor, target_L: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+    """How often the most probable length is the true one, and of how many; lengths that are given are not counted."""
+    at_L = target_L >= layout.codebook_size
+    guess = logits_LV[at_L, layout.codebook_size :].argmax(dim=1) + layout.codebook_size
+    right_BN = (guess == target_L[at_L]).unflatten(0, (-1, layout.num_blocks))[:, len(layout.condition_lengths) :]
+    return right_BN.sum(), torch.tensor(right_BN.numel())
+
+
+def open_archives(config: GPTTrainConfig) -> tuple[TokenArchive, TokenArchive]:
+    """The two archives of a run. Raises UserError where they, the tokenizer and the model do not belong together."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    check_vocabulary(config.model, tokenizer.config, "model")
+    archive, val_archive = TokenArchive(config.archive), TokenArchive(config.val_archive)
+    for each in (archive, val_archive):
+        facts = each.facts
+        if facts.tokenizer_sha256 != tokenizer.sha256:
+            raise UserError(
+                f"{each.folder} was made by tokenizer {facts.tokenizer_sha256[:12]}.., but {config.tokenizer} is "
+                f"{tokenizer.sha256[:12]}..: give the tokenizer that made it, or extract the codes again"
+            )
+        if facts.condition_lengths != config.model.condition_lengths:
+            raise UserError(
+                f"{each.folder} has condition_lengths = {facts.condition_lengths}, but model.condition_lengths = "
+                f"{config.model.condition_lengths}; use an archive for this task"
+            )
+        if len(facts.class_names) != config.model.num_classes:
+            raise UserError(
+                f"{each.folder} has {len(facts.class_names)} classes, but model.num_classes = "
+                f"{config.model.num_classes}: set model.num_classes={len(facts.class_names)}"
+            )
+        if len(each) == 0:
+            raise UserError(f"{each.folder} holds no clip; see its skipped.json")
+    if archive.facts.class_names != val_archive.facts.class_names:
+        raise UserError(f"{config.archive} and {config.val_archive} name other classes; extract one again")
+    return archive, val_archive
+
+
+def main() -> None:
+    config, dry = parse_training_arguments(GPTTrainConfig, "gpt", "Stage 5b: train a GPT on tokens.")
+    training = GPTTraining(config)
+    training.rehearse() if dry else training.fit()
+
+
+if __name__ == "__main__":
+    run_cli(main)

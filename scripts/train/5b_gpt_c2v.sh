@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Stage 5b: train a GPT on the tokens of labelled clips, to make videos of a class.
+#
+#   bash scripts/train/5b_gpt_c2v.sh CONFIG.yaml [key.sub=value ...] [--dry-run]
+#
+# Reads the archives of stage 5a; writes run.dir (default results/gpt/<config name>). Started again, it resumes.
+# Example: bash scripts/train/5b_gpt_c2v.sh configs/mini/gpt_c2v.yaml run.dir=results/mini/gpt_c2v
+
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../_launch.sh"
+train_stage autoregressive.train "$@"

@@ -1,0 +1,108 @@
+"""Which process of how many this is (its rank), and the few things that the processes of one run tell each other.
+
+`join` finds the others however they were started: `torchrun`, `accelerate launch`, MPI or plain `srun`. With one
+process everything here is the identity, so code that calls it needs no second path.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import MutableMapping
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor, distributed
+
+from tokenizer.common.errors import UserError
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(hours=2)  # the others wait while rank 0 validates
+
+
+def join(on_cpu: bool) -> PartialState:
+    """Meet the other processes of the run, gloo on CPU and nccl on GPUs; called again it changes nothing."""
+    adopt_slurm(os.environ)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    options = InitProcessGroupKwargs(timeout=_PATIENCE).to_kwargs() if several else {}
+    return PartialState(cpu=on_cpu, **options)
+
+
+def adopt_slurm(environment: MutableMapping[str, str]) -> None:
+    """Under plain `srun`, say in the words of torchrun who this is; elsewhere, and for one task, do nothing."""
+    if "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    if not nodes:
+        raise UserError("SLURM_STEP_NUM_TASKS is set but SLURM_STEP_NODELIST is not: start with srun or torchrun")
+    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["LOCAL_WORLD_SIZE"] = environment.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].split(",")[0]
+    environment.setdefault("MASTER_ADDR", first_node(nodes))
+    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def first_node(nodes: str) -> str:
+    """The first host of SLURM's short list: `gpu[03-06,9],login1` -> gpu03."""
+    match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
+    if match is None:
+        raise UserError(f"SLURM_STEP_NODELIST={nodes!r}: no host name at its start; set MASTER_ADDR")
+    return "".join(part or "" for part in match.groups())
+
+
+def rank() -> int:
+    """This process's number, 0 in a run of one."""
+    return distributed.get_rank() if _several() else 0
+
+
+def num_ranks() -> int:
+    """How many processes train together."""
+    return distributed.get_world_size() if _several() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and speaks."""
+    return rank() == 0
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of every rank's `tensor`, on the device it came from, without gradients; shapes must agree."""
+    if not _several():
+        return tensor.detach()
+    total = tensor.detach().clone().to(PartialState().device)
+    distributed.all_reduce(total)
+    return total.to(tensor.device)
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of every rank's `tensor`, without gradients."""
+    return sum_over_ranks(tensor) / num_ranks()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any rank says yes: the same answer everywhere."""
+    return bool(sum_over_ranks(torch.tensor(float(flag))))
+
+
+def from_main(value: T) -> T:
+    """What rank 0 has, everywhere. Plain data only: it is pickled between the processes of one run."""
+    if not _several():
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, device=PartialState().device)
+    return box[0]
+
+
+def wait_for_all() -> None:
+    """Go on when every rank has come here."""
+    if _several():
+        distributed.barrier()
+
+
+def _several() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

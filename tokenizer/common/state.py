@@ -1,0 +1,203 @@
+"""All that a run must remember: the players with their optimisers, the averaged weights, the step, the skipped steps.
+
+A player is what one optimiser trains. The first is the learner: the model and, where a loss needs one, a companion
+beside it (say the head of an alignment loss). The second, where the loss is a game, is the adversary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from tokenizer.common import ranks
+from tokenizer.common.checkpoint import CheckpointStore, load_strict
+from tokenizer.common.ema import Ema
+from tokenizer.common.errors import UserError
+from tokenizer.common.optim import OptimConfig, build_optimizer, load_optimizer_tensors, optimizer_tensors
+from tokenizer.common.run_config import RunConfig
+from tokenizer.common.runtime import pick_device
+
+
+class Adversary(Protocol):
+    """The second player of an adversarial loss: what it trains, how, and what it minimises."""
+
+    module: nn.Module
+    optim: OptimConfig
+
+    def loss(self, batch: Any, step: int) -> tuple[Any, Mapping[str, Tensor | float]] | None:
+        """As a stage's own loss function, called after the learner's update; None: it rests this step.
+
+        Whether it rests depends on `step` alone, so that all processes agree. With `run.accumulate` above 1 it is
+        called once for each part of the batch, in order, after the learner has seen all of them.
+        """
+
+
+class Saver(Protocol):
+    """Where a state can be put: the store itself, or a writer in the background."""
+
+    def save(
+        self,
+        step: int,
+        groups: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        config: Mapping[str, Any],
+    ) -> object: ...
+
+
+class _Gate(nn.Module):
+    """Holds a player's weights for DistributedDataParallel and lets a finished loss through.
+
+    DDP hooks the weights, not the forward: a loss that was computed with the bare modules, in as many calls as it
+    likes, has its gradients averaged over the processes as long as it passes the gate before `backward`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, loss: Tensor) -> Tensor:
+        return loss
+
+
+class Player:
+    """One side: its module, its optimiser, its loss scaler, and its gate to the other processes."""
+
+    def __init__(self, module: nn.Module, optim: OptimConfig, run: RunConfig, device: torch.device) -> None:
+        self.module = module
+        self.optimizer = build_optimizer(module, optim)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
+        self._gate: nn.Module = _Gate(module)
+        self._accelerator: Accelerator | None = None
+        if ranks.num_ranks() > 1:
+            # a weight that takes no part in some step (before a loss term starts) must not stop the others
+            ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+            self._accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
+            self._gate = self._accelerator.prepare_model(self._gate, device_placement=False)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of `loss`; only with the `last` part of a batch are they averaged over the processes."""
+        alone = nullcontext() if last or self._accelerator is None else self._accelerator.no_sync(self._gate)
+        with alone:
+            self.scaler.scale(self._gate(loss)).backward()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside the `with`, no gradient reaches this player's weights."""
+        thawed = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        for parameter in thawed:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in thawed:
+                parameter.requires_grad_(True)
+
+    def load(self, tensors: Mapping[str, Tensor], scaler: Mapping[str, Any], origin: str) -> None:
+        """Take up the optimiser's tensors and the scaler's numbers."""
+        load_optimizer_tensors(self.optimizer, self.module, tensors, origin)
+        if scaler:
+            self.scaler.load_state_dict(dict(scaler))
+
+
+@dataclass
+class TrainState:
+    """All that a run must remember. `step` counts finished steps, the skipped ones among them."""
+
+    model: nn.Module
+    ema: Ema
+    learner: Player  # trains the model, and the companion where there is one
+    step: int = 0
+    kind: str = "model"  # what the weights are (tokenizer, router, ..), for the cards of the files
+    companion: nn.Module | None = None
+    adversary: Adversary | None = None
+    opponent: Player | None = None  # trains adversary.module
+    skipped: int = 0  # steps without an update because a number was not finite
+    skipped_in_a_row: int = 0
+
+    @classmethod
+    def start(
+        cls,
+        model: nn.Module,
+        run: RunConfig,
+        optim: OptimConfig,
+        kind: str = "model",
+        adversary: Adversary | None = None,
+        companion: nn.Module | None = None,
+    ) -> TrainState:
+        """The state before the first update, with everything moved to the run's device and equal on all processes.
+
+        companion: modules that the learner's optimiser trains beside the model; they live in the checkpoints' group
+        `companion`, not in `final/`. adversary: see `Adversary`; groups `adversary` and `adversary_optimizer`.
+        """
+        device = pick_device(run.device)
+        model = model.to(device)
+        trained = model if companion is None else nn.ModuleDict({"model": model, "companion": companion.to(device)})
+        learner = Player(trained, optim, run, device)  # with several processes this makes all weights those of rank 0
+        opponent = None if adversary is None else Player(adversary.module.to(device), adversary.optim, run, device)
+        ema = Ema(model, run.ema_decay)
+        return cls(model, ema, learner, 0, kind, companion, adversary, opponent)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives; loss functions put their batches there."""
+        return next(self.model.parameters()).device
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The learner's."""
+        return self.learner.optimizer
+
+    def train_mode(self, on: bool) -> None:
+        """Training mode for both players, or evaluation mode."""
+        self.learner.module.train(on)
+        if self.opponent is not None:
+            self.opponent.module.train(on)
+
+    def save(self, store: Saver, config: Mapping[str, Any]) -> None:
+        """Write everything, atomically."""
+        groups = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.tensors(),
+            "optimizer": optimizer_tensors(self.learner.optimizer, self.learner.module),
+        }
+        state: dict[str, Any] = {"scaler": self.learner.scaler.state_dict(), "card": {"kind": self.kind}}
+        state |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        if self.companion is not None:
+            groups["companion"] = self.companion.state_dict()
+        if self.opponent is not None:
+            groups["adversary"] = self.opponent.module.state_dict()
+            groups["adversary_optimizer"] = optimizer_tensors(self.opponent.optimizer, self.opponent.module)
+            state["adversary_scaler"] = self.opponent.scaler.state_dict()
+        store.save(self.step, groups, state, config)
+
+    def load(self, store: CheckpointStore) -> bool:
+        """Take up the newest good checkpoint, on all processes the one that rank 0 finds; False when there is none."""
+        folder: Path | None = ranks.from_main(store.newest_good() if ranks.is_main() else None)
+        if folder is None:
+            return False
+        saved = store.read(folder)
+        beside = {"companion": self.companion, "adversary": self.adversary}
+        for name in ("model", "ema", "optimizer", *(name for name, there in beside.items() if there is not None)):
+            if name not in saved.groups:
+                raise UserError(f"{folder}: holds no {name}; use the config it came with, or choose run.dir=OTHER")
+        load_strict(self.model, saved.groups["model"], f"{store.folder} (model)")
+        self.ema.load(saved.groups["ema"], f"{store.folder} (ema)")
+        if self.companion is not None:
+            load_strict(self.companion, saved.groups["companion"], f"{store.folder} (companion)")
+        self.learner.load(saved.groups["optimizer"], saved.state["scaler"], f"{store.folder} (optimizer)")
+        if self.opponent is not None:
+            load_strict(self.opponent.module, saved.groups["adversary"], f"{store.folder} (adversary)")
+            moments, scaler = saved.groups.get("adversary_optimizer", {}), saved.state.get("adversary_scaler", {})
+            self.opponent.load(moments, scaler, f"{store.folder} (adversary_optimizer)")
+        self.step = saved.step
+        self.skipped = saved.state.get("skipped", 0)  # checkpoints from before steps could be skipped have none
+        self.skipped_in_a_row = saved.state.get("skipped_in_a_row", 0)
+        return True

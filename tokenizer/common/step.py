@@ -1,0 +1,193 @@
+"""One update: the loss of all parts of a batch over all processes, gradients, clipping, and the other player's turn.
+
+What is minimised is (sum of the losses of all parts on all processes) / (sum of their weights). A loss function that
+returns a plain mean weighs each part alike, which is exact as long as the parts hold equally many clips. One whose
+parts hold unequal numbers of tokens returns `Summed(total, weight)` and is then divided by the global count: never a
+mean of means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.common import ranks
+from tokenizer.common.errors import UserError
+from tokenizer.common.optim import OptimConfig, learning_rate
+from tokenizer.common.run_config import RunConfig
+from tokenizer.common.runtime import autocast, derive_seed
+from tokenizer.common.state import Player, TrainState
+
+
+class Summed(NamedTuple):
+    """A loss that is a sum over `weight` things (tokens, say), with gradients."""
+
+    total: Tensor
+    weight: float | Tensor
+
+
+LossFn = Callable[[Any, int], tuple[Tensor | Summed, Mapping[str, Tensor | float]]]
+"""(batch, step) -> the loss and its terms: detached scalars, averaged over parts and processes by weight, and vectors
+of counts, which are added up."""
+
+Values = dict[str, Any]  # what a step logs: floats, and lists of counts
+
+
+class NotFinite(Exception):
+    """A loss or a gradient is inf or NaN: the update must not be made."""
+
+    def __init__(self, name: str, value: float) -> None:
+        super().__init__(f"{name} is {value}")
+        self.name, self.value = name, value
+
+
+class TooManySkipped(UserError):
+    """The steps in a row that run.max_skipped allows are used up; the weights are those of the last good update."""
+
+
+def train_step(run: RunConfig, optim: OptimConfig, state: TrainState, batch: Any, loss_fn: LossFn) -> Values:
+    """One step of `state`: the learner's update, then the adversary's, unless it rests.
+
+    Returns the loss, its terms, the learning rate and the gradient's norm before clipping; the adversary's under
+    `adversary_loss`, `adversary_lr`, `adversary_grad_norm`. A number that is not finite on any process stops the run
+    (UserError) or, where run.max_skipped allows it, makes this a step without update on all of them.
+    """
+    step, parts = state.step, split(batch, run.accumulate)
+    try:
+        with ExitStack() as still:
+            if state.opponent is not None:
+                still.enter_context(state.opponent.frozen())
+            values = _turn(run, optim, state.learner, parts, loss_fn, step, "step")
+        assert values is not None, "only an adversary may rest"
+        state.ema.update(state.model, step)
+        if state.adversary is not None and state.opponent is not None:
+            with state.learner.frozen():
+                loss = state.adversary.loss
+                found = _turn(run, state.adversary.optim, state.opponent, parts, loss, step, "adversary")
+            own = ("loss", "lr", "grad_norm")
+            values |= {f"adversary_{name}" if name in own else name: value for name, value in (found or {}).items()}
+        state.skipped_in_a_row = 0
+    except NotFinite as problem:
+        values = {"loss": math.nan}
+        _skip(run, state, problem)
+    state.step += 1
+    return values | ({"skipped": state.skipped} if run.max_skipped else {})
+
+
+def split(batch: Any, num_parts: int) -> Sequence[Any]:
+    """The batch itself, or the parts that its own `split` gives."""
+    if num_parts == 1:
+        return [batch]
+    if not hasattr(batch, "split"):
+        raise UserError(f"run.accumulate={num_parts}: the batches of this stage cannot be split; set run.accumulate=1")
+    return batch.split(num_parts)
+
+
+def _turn(
+    run: RunConfig,
+    optim: OptimConfig,
+    player: Player,
+    parts: Sequence[Any],
+    loss_fn: Callable[[Any, int], Any],
+    step: int,
+    name: str,
+) -> Values | None:
+    """One player's gradients over all parts and its update; None, and nothing done, where it rests."""
+    device = next(player.module.parameters()).device
+    player.optimizer.zero_grad(set_to_none=True)
+    figures = _Figures()
+    assumed = 1.0
+    for number, part in enumerate(parts):
+        place = ranks.rank() * len(parts) + number
+        torch.manual_seed(derive_seed(run.seed, name, step, *([place] if place else [])))
+        with autocast(device, run.precision):
+            answer = loss_fn(part, step)
+        if answer is None:
+            return None
+        loss, terms = answer
+        total, weight = loss if isinstance(loss, Summed) else Summed(loss, 1.0)
+        own_weight = figures.add(total, float(weight), terms)
+        _check(figures.values())
+        if number == 0:  # the later parts are assumed to weigh as much; the difference is made good below
+            assumed = own_weight * len(parts)
+        # the gate averages over the processes, but the sum is wanted
+        player.backward(total * (ranks.num_ranks() / assumed), last=number == len(parts) - 1)
+    if figures.weight != assumed:
+        for parameter in player.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(assumed / figures.weight)
+    return figures.values() | _update(optim, player, learning_rate(step, run.steps, optim))
+
+
+class _Figures:
+    """The loss and its terms, added up over parts and processes."""
+
+    def __init__(self) -> None:
+        self.weight = 0.0
+        self._scalars: dict[str, float] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, total: Tensor, weight: float, terms: Mapping[str, Tensor | float]) -> float:
+        """Take in one part of every process; returns the weight of these parts together."""
+        counts = {name: x.detach().cpu().double() for name, x in terms.items() if isinstance(x, Tensor) and x.ndim == 1}
+        means = {name: float(value) for name, value in terms.items() if name not in counts}
+        row = [weight, float(total.detach()), *(weight * value for value in means.values())]
+        flat = ranks.sum_over_ranks(torch.cat([torch.tensor(row, dtype=torch.float64), *counts.values()]))
+        scalars = dict(zip(("loss", *means), flat[1 : len(row)].tolist(), strict=True))
+        self.weight += float(flat[0])
+        self._scalars = {name: self._scalars.get(name, 0.0) + value for name, value in scalars.items()}
+        for name, piece in zip(counts, flat[len(row) :].split([len(c) for c in counts.values()]), strict=True):
+            self._counts[name] = self._counts[name] + piece if name in self._counts else piece
+        return float(flat[0])
+
+    def values(self) -> Values:
+        """Means by weight, and counts."""
+        means = {name: value / self.weight for name, value in self._scalars.items()}
+        return means | {name: count.tolist() for name, count in self._counts.items()}
+
+
+def _update(optim: OptimConfig, player: Player, rate: float) -> Values:
+    """Clip, step. The learning rate and the gradient's norm before clipping."""
+    for group in player.optimizer.param_groups:
+        group["lr"] = rate
+    player.scaler.unscale_(player.optimizer)
+    norm = float(nn.utils.clip_grad_norm_(player.module.parameters(), optim.clip_norm))
+    # with fp16 the scaler skips an overflowing step and lowers its scale; only a scale that ran out is a failure
+    if not math.isfinite(norm) and (not player.scaler.is_enabled() or player.scaler.get_scale() < 1):
+        named = player.module.named_parameters()
+        broken = (name for name, p in named if p.grad is not None and not p.grad.isfinite().all())
+        raise NotFinite(f"the gradient of {next(broken, 'all parameters together')}", norm)
+    player.scaler.step(player.optimizer)
+    player.scaler.update()
+    return {"lr": rate, "grad_norm": norm}
+
+
+def _check(values: Values) -> None:
+    """NotFinite for a term that is not; the sum is the last to be blamed: a term that broke it says more."""
+    broken = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+    if broken:
+        name = next((name for name in broken if name != "loss"), "loss")
+        raise NotFinite(name, values[name])
+
+
+def _skip(run: RunConfig, state: TrainState, problem: NotFinite) -> None:
+    """Count a step without update; UserError where that is one too many in a row."""
+    state.learner.optimizer.zero_grad(set_to_none=True)
+    if run.max_skipped == 0:
+        raise UserError(
+            f"step {state.step}: {problem}; the run stopped before this update. Lower optim.lr or check the data, "
+            "then start again: it resumes from the last checkpoint"
+        ) from problem
+    state.skipped += 1
+    state.skipped_in_a_row += 1
+    if state.skipped_in_a_row > run.max_skipped:
+        state.step += 1
+        raise TooManySkipped(
+            f"step {state.step - 1}: {problem}; {state.skipped_in_a_row} steps in a row without an update "
+            f"(run.max_skipped={run.max_skipped}). The weights before them are saved; lower optim.lr or check the data"
+        ) from problem

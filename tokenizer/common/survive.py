@@ -1,0 +1,64 @@
+"""What keeps a run folder whole: one run at a time, one config, and a signal that waits for the step to end."""
+
+from __future__ import annotations
+
+import fcntl
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.config import differences
+from tokenizer.common.errors import UserError
+from tokenizer.common.run_config import FREE_TO_CHANGE
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """Yields a list that receives the name of a SIGINT, SIGTERM or SIGUSR1 (SLURM's notice that the time is up).
+
+    The loop looks at it between two steps.
+    """
+    received: list[str] = []
+
+    def remember(number: int, _frame: Any) -> None:
+        if received:  # asked twice: stop at once, the last checkpoint stands
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, remember) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Two runs in one folder would tear each other's checkpoints: the second one stops here."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers would inherit it
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(f"{folder}: another run is writing here; wait for it or choose run.dir=OTHER") from error
+        yield
+
+
+def claim(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write `config.yaml`; a folder that was made with another config is refused."""
+    text = yaml.safe_dump(dict(config), sort_keys=False)
+    path = folder / "config.yaml"
+    if path.exists():
+        found = differences(yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text))
+        changed = [line for line in found if line.partition(":")[0] not in FREE_TO_CHANGE]
+        if changed:
+            raise UserError(
+                f"{folder}: was made with another config (there / here): {'; '.join(changed)}; choose run.dir=OTHER"
+            )
+    atomic_write(path, text.encode())

@@ -1,0 +1,87 @@
+"""Work that any number of processes share: cut into units, each done under a lock, written aside and renamed.
+
+Start workers on any machines that see the folder, kill them, start them again: a finished unit stays finished, and a
+half-written one leaves nothing. What a unit holds must depend on its number alone; then the sum of all units has the
+same bytes however the work was shared.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.errors import UserError
+
+
+class WorkUnits:
+    """`num_units` files in `folder`, each made by whichever worker comes first."""
+
+    def __init__(self, folder: Path, num_units: int) -> None:
+        self.folder, self.num_units = folder, num_units
+
+    def path(self, unit: int) -> Path:
+        """Where the result of a unit stands once it is done."""
+        return self.folder / f"{unit:06d}.safetensors"
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.path(unit) for unit in range(self.num_units)]
+
+    def num_done(self) -> int:
+        """Units that some worker has finished."""
+        return sum(path.exists() for path in self.paths)
+
+    def work(self, do: Callable[[int], None], merge: Callable[[], None], title: str) -> bool:
+        """Call `do(unit)` for every unit that is free; it must put the result at `path(unit)` in one step.
+
+        Whoever finds all units done calls `merge()`, one at a time, and gets True; False where others are still at
+        work on some.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mine = os.getpid() % self.num_units  # start at different places, so that workers seldom meet
+        for unit in tqdm([(mine + i) % self.num_units for i in range(self.num_units)], desc=title, unit="unit"):
+            if self.path(unit).exists():
+                continue
+            with lock(self.folder / f"{unit:06d}.lock", fcntl.LOCK_NB) as free:
+                if free and not self.path(unit).exists():
+                    do(unit)
+        if self.num_done() < self.num_units:
+            return False
+        with lock(self.folder / "merge.lock"):
+            merge()
+        return True
+
+
+def claim_folder(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write down what the units of `folder` are made from; UserError where they were begun from something else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "made_from.json"
+    with lock(folder / ".made_from.lock"):  # workers start together
+        if not path.exists():
+            atomic_write(path, json.dumps(facts, indent=1).encode())
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if changed := sorted(key for key in facts if before.get(key) != facts[key]):
+        raise UserError(f"{folder} holds work made from another {', '.join(changed)}; choose another dir=")
+
+
+@contextmanager
+def lock(path: Path, flags: int = 0) -> Iterator[bool]:
+    """True for the one process that holds the lock; the system frees it when that process ends, however it ends.
+
+    Waits for it, or with LOCK_NB yields False where another has it.
+    """
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | flags)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
