@@ -85,7 +85,7 @@ class Interval:
     defined: float
 
 
-_LEAST_DEFINED = 0.95
+LEAST_DEFINED = 0.95
 
 
 def bootstrap(
@@ -111,7 +111,7 @@ def bootstrap(
 def _interval(value: float | None, redrawn: Sequence[float | None], percentile: bool, level: float) -> Interval:
     found = [each for each in redrawn if each is not None]
     defined = len(found) / len(redrawn)
-    if value is None or defined < _LEAST_DEFINED:
+    if value is None or defined < LEAST_DEFINED:
         return Interval(None, None, level, len(redrawn), defined)
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     if not percentile:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluations.curve_charts import curve_chart, series_of
+from evaluations.curve_charts import charts
 from evaluations.curve_points import CurvePoint
 from evaluations.strategies import (
     QUALITY_WEIGHTS,
@@ -46,8 +46,6 @@ from tokenizer.router.predict import TrainedRouter
 from tokenizer.router.reward import RewardStats, stats_of
 from tokenizer.router.score_assignments import Scorer
 from tokenizer.router.table import QualityTable
-
-_TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM"}
 
 
 @dataclass
@@ -198,20 +196,3 @@ def as_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
-
-
-def charts(metrics: Mapping[str, Any], alone: bool = False) -> dict[str, str]:
-    """File name -> SVG: each metric over tokens, and over bytes where there are codecs or entropy-coded tokens."""
-    names = dict.fromkeys(point["strategy"] for point in metrics["points"])
-    by_tokens = {point["strategy"] for point in metrics["points"] if "tokens" in point}
-    coded = set(names) - by_tokens
-    over_bytes = coded | {name for name in names if name in ("uniform", "average", "router") or "entropy" in name}
-    made = {}
-    for metric in (*metrics["metrics"], *metrics["frechet"]):
-        title = _TITLES.get(metric, f"{metric}, lower is better")
-        lines = series_of(metrics["points"], "tokens", metric, lambda name: name in by_tokens and "entropy" not in name)
-        made[f"{metric}_over_tokens.svg"] = curve_chart(lines, "tokens a clip", title, alone)
-        if len(over_bytes) > 1 and over_bytes != by_tokens:
-            lines = series_of(metrics["points"], "bytes", metric, lambda name: name in over_bytes)
-            made[f"{metric}_over_bytes.svg"] = curve_chart(lines, "bytes a clip", title, alone)
-    return made

@@ -4,8 +4,8 @@
     python -m evaluations.quality_cost --vq-ckpt T --router-ckpt R --table TABLE --out DIR
 
 Writes DIR/points.csv (one row for each setting), DIR/clips.csv (one for each clip in each setting), DIR/metrics.json
-(with the savings at equal quality and their intervals) and the charts as SVG. Any number of processes may run the same
-command at once, and a stopped one goes on. `python -m evaluations.report DIR` makes a page of it.
+(with the savings at equal quality and their intervals), the charts as SVG and report.html. Any number of processes may
+run the same command at once, and a stopped one goes on.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from evaluations.curve_points import (
 from evaluations.metrics.extractors import load_extractor
 from evaluations.metrics.image_quality import lower_is_better
 from evaluations.protocols import MIN_CLIPS
+from evaluations.report_page import write_report
+from evaluations.report_tables import CURVE_KIND
 from evaluations.strategies import QUALITY_WEIGHTS, STRATEGIES, Point
 from evaluations.sweep import REAL, Figures, Measure, Measured, Sweep, claim
 from evaluations.video_codecs import CODECS, Codec, find_codecs, pick_codecs
@@ -48,7 +50,6 @@ from tokenizer.router.reconstruct import PERCEPTUAL_ORDER, pick_perceptual
 from tokenizer.router.summary import tokenizer_facts, versions
 from tokenizer.router.table import QualityTable
 
-KIND = "evatok.quality_cost"
 # Redrawn sets behind an interval of a Frechet distance: each costs a decomposition for every point.
 FEW_CLIPS, FRECHET_DRAWS, FEW_FRECHET_DRAWS = 128, 100, 20
 
@@ -162,8 +163,8 @@ def main() -> None:
             "savings": savings(points, rows, qualities, args.seed),
         }
         write_results(args.out, points, rows, clips.names, tokenizer.space, metrics)
-        print(f"{len(clips)} clips, {len(points)} points: {args.out / 'metrics.json'}")
-        print(f"a page of it: python -m evaluations.report {args.out}")
+        page = write_report(args.out, metrics)
+        print(f"{len(clips)} clips, {len(points)} points: {args.out / 'points.csv'}; report: {page}")
 
     if not sweep.work(finish):
         print(f"no unit is free; others are at work in {args.out}, the last of them writes the results")
@@ -239,7 +240,7 @@ def protocol_facts(
     tokenizer = measure.tokenizer
     there, missing = find_codecs()
     return {
-        "kind": KIND,
+        "kind": CURVE_KIND,
         "num_clips": len(clips),
         "data": to_dict(clips.cfg),
         "metrics": list(measure.metrics),
