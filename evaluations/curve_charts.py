@@ -58,23 +58,26 @@ def charts(metrics: Mapping[str, Any], alone: bool = False) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its name, and (cost, quality, what to say of the point) for each point."""
+    """One line: its name, and (cost, quality, what to say of the point) for each point. `look`: colour and shape."""
 
     name: str
     points: tuple[tuple[float, float, str], ...]
+    look: int = 0
 
 
 def series_of(
     points: Sequence[Mapping[str, Any]], cost: str, quality: str, only: Callable[[str], bool]
 ) -> list[Series]:
     """The points of a metrics.json as lines, strategy by strategy in their order; those without a figure left out."""
-    names = dict.fromkeys(point["strategy"] for point in points if only(point["strategy"]))
+    names = dict.fromkeys(point["strategy"] for point in points)
     lines = []
-    for name in names:
+    for look, name in enumerate(names):  # the same in every chart of these points
+        if not only(name):
+            continue
         mine = [p for p in points if p["strategy"] == name and p.get(cost) and p.get(quality) is not None]
         marks = sorted((p[cost], p[quality], f"{name} {p['setting']}") for p in mine)
         if marks:
-            lines.append(Series(name, tuple(marks)))
+            lines.append(Series(name, tuple(marks), look))
     return lines
 
 
@@ -97,13 +100,15 @@ def curve_chart(lines: Sequence[Series], x_title: str, y_title: str, alone: bool
     for index, line in enumerate(lines):
         path = " ".join(f"{x(cost):.1f},{y(quality):.1f}" for cost, quality, _ in line.points)
         dots = "".join(
-            f"<g>{_dot(index, x(cost), y(quality))}<title>{escape(f'{hint}: {cost:.4g}, {quality:.4g}')}</title></g>"
+            f"<g>{_dot(line.look, x(cost), y(quality))}<title>{escape(f'{hint}: {cost:.4g}, {quality:.4g}')}</title></g>"
             for cost, quality, hint in line.points
         )
         at = TOP + 6 + 17 * index
-        legend = _dot(index, WIDTH - _LEGEND + 16, at)
+        legend = _dot(line.look, WIDTH - _LEGEND + 16, at)
         legend += f'<text class="name" x="{WIDTH - _LEGEND + 26}" y="{at + 4}">{escape(line.name)}</text>'
-        parts.append(f'<g class="s{index % len(_LIGHT)}"><polyline class="curve" points="{path}"/>{dots}{legend}</g>')
+        parts.append(
+            f'<g class="s{line.look % len(_LIGHT)}"><polyline class="curve" points="{path}"/>{dots}{legend}</g>'
+        )
     return svg(
         parts,
         escape(x_title),
@@ -113,9 +118,9 @@ def curve_chart(lines: Sequence[Series], x_title: str, y_title: str, alone: bool
     )
 
 
-def _dot(index: int, x: float, y: float) -> str:
+def _dot(look: int, x: float, y: float) -> str:
     """Circle, square, diamond or triangle, in turn."""
-    shape = index % 4
+    shape = look % 4
     if shape == 0:
         return f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
     if shape == 1:

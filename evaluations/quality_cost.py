@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from autoregressive.presets import check_tokenizer_fits, load_gpt
 from evaluations.curve_job import StrategyInputs, fresh_table, rows_of_table, write_results
 from evaluations.curve_points import (
@@ -115,6 +117,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="assignments that go through the tokenizer together",
     )
+    add(
+        "--num-threads",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="of each process; the last bits depend on it, and more processes are faster (default: 1)",
+    )
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--out", type=Path, default=Path("results/quality_cost"), help="results folder (default: results/quality_cost)")
     return parser.parse_args()
@@ -132,6 +141,7 @@ def main() -> None:
     args = parse_arguments()
     if not args.vq_ckpt:
         raise UserError("--vq-ckpt is missing: give the weights of the tokenizer to be measured")
+    torch.set_num_threads(args.num_threads)
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.vq_ckpt, device, args.tok_config)
     routers = [load_router(path, device) for path in args.router_ckpt]

@@ -22,6 +22,7 @@ table.results { border-collapse: collapse; font-size: 13px; white-space: nowrap;
 .results td { padding: 3px 14px 3px 0; }
 .results td:first-child { color: var(--soft); }
 .wide { grid-column: 1 / -1; }
+.panels + .panels { margin-top: 16px; }
 pre { font: 12px/1.5 ui-monospace, "SF Mono", Consolas, monospace; overflow-x: auto; margin: 8px 0 0; }
 .picture { max-width: 100%; image-rendering: pixelated; border-radius: 3px; }
 """
@@ -61,8 +62,8 @@ def _header(runs: Sequence[Run]) -> str:
     num_small, note = sum(run.miniature for run in runs), ""
     if num_small:
         note = (
-            f'<p class="note">{num_small} of {len(runs)} results are of the miniature and marked so. They show that the '
-            "parts work, stand in tables of their own and compare with nothing published.</p>"
+            f'<p class="note">{num_small} of {len(runs)} results are of the miniature and marked so. They show that '
+            "the parts work, stand in tables of their own and compare with nothing published.</p>"
         )
     lede = "Every figure is read from a metrics.json; the paper's stand in evaluations/paper.json with their protocols."
     return f'<header><h1>Evaluation</h1><p class="lede">{lede}</p>{note}</header>'

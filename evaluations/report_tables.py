@@ -167,8 +167,8 @@ def savings_table(run: Run) -> Table:
     level = data["savings"][0]["interval"]["level"] if data["savings"] else 0.95
     note = (
         "Relative cost at equal quality against uniform (BD-rate): negative saves. In brackets the "
-        f"{level:.0%} interval over redrawn clips, of {data['num_clips']}. A dash: the curves share no quality; [-]: fewer "
-        f"than {LEAST_DEFINED:.0%} of the draws do."
+        f"{level:.0%} interval over redrawn clips, of {data['num_clips']}. A dash: the curves share no quality; [-]: "
+        f"fewer than {LEAST_DEFINED:.0%} of the draws do."
     )
     if data["few_clips"] and data["frechet"]:
         note += f" {data['frechet'][0]} was FORCED on too few clips."
@@ -185,12 +185,14 @@ def points_table(run: Run) -> Table:
             point["setting"],
             _number(point.get("tokens"), 1),
             _number(point["bytes"], 1),
+            NONE if point.get("reached") is None else f"{point['reached']:.0%}",
             *(_number(point[metric]) for metric in metrics),
         )
         for point in data["points"]
     ]
-    header = ("strategy", "setting", "tokens", "bytes", *metrics)
-    return Table(f"Points: {run.label}", f"Means over {data['num_clips']} clips.", header, tuple(rows))
+    header = ("strategy", "setting", "tokens", "bytes", "kept to", *metrics)
+    note = f"Means over {data['num_clips']} clips. Kept to: share of the clips that a codec could code so small."
+    return Table(f"Points: {run.label}", note, header, tuple(rows))
 
 
 def _saving(entry: Mapping[str, Any]) -> str:

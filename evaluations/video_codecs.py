@@ -31,22 +31,32 @@ _START = re.compile(rb"(?=\x00\x00\x01)")
 
 @dataclass(frozen=True)
 class Codec:
-    """An encoder with its settings; `{crf}` stands for the rate factor: `finest` costs most bytes, `coarsest` least."""
+    """An encoder and its settings. `finest` and `coarsest` are the ends of its rate factor: most bytes and fewest."""
 
     name: str
     encoder: str
     decoders: tuple[str, ...]  # in order of preference
-    options: dict[str, str]
+    options: dict[str, str]  # {crf}, {ctu} and {mbtree} are filled in
     finest: float
     coarsest: float
 
-    def options_at(self, quality: float) -> dict[str, str]:
-        """The encoder's options for one rate factor."""
-        return {key: value.format(crf=f"{quality:g}") for key, value in self.options.items()}
+    def options_at(self, quality: float, side: int) -> dict[str, str]:
+        """The encoder's options for one rate factor and frames whose smaller side has so many pixels.
+
+        On frames below 128 pixels x264's macroblock tree and x265's coding units as large as the frame gave other bytes
+        in every run; smaller units and no tree give the same.
+        """
+        ctu = 64 if side >= 128 else 32 if side >= 64 else 16
+        filled = {"crf": f"{quality:g}", "ctu": str(ctu), "mbtree": str(int(side >= 128))}
+        return {key: value.format(**filled) for key, value in self.options.items()}
 
 
-_X264 = {"preset": "veryslow", "crf": "{crf}"}
-_X265 = {"preset": "veryslow", "crf": "{crf}", "x265-params": "log-level=none:info=0:pools=none:frame-threads=1"}
+_X264 = {"preset": "veryslow", "crf": "{crf}", "x264-params": "mbtree={mbtree}"}
+_X265 = {
+    "preset": "veryslow",
+    "crf": "{crf}",
+    "x265-params": "log-level=none:info=0:pools=none:frame-threads=1:ctu={ctu}",
+}
 _SVT = {"preset": "2", "svtav1-params": "lp=1:crf={crf}"}  # the option crf ends at 63, this one goes on to 70
 CODECS = {
     "h264": Codec("h264", "libx264", ("h264",), _X264, 0, 51),
@@ -116,7 +126,7 @@ def encode(codec: Codec, frames_THWC: np.ndarray, fps: float, quality: float) ->
     context.time_base = 1 / context.framerate
     context.gop_size = len(frames_THWC)
     context.thread_count = 1
-    context.options = codec.options_at(quality)
+    context.options = codec.options_at(quality, min(frames_THWC.shape[1:3]))
     packets: list[bytes] = []
     for frame_HWC in frames_THWC:
         frame = VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")

@@ -14,6 +14,7 @@ from evaluations import video_codecs
 from evaluations.token_bits import gpt_bits, plain_bits
 from evaluations.video_codecs import CODECS, Codec, RateSearch, decode, encode, find_codecs, pick_codecs
 from tokenizer.common.errors import UserError
+from tokenizer.data.synthetic import render_scene
 from tokenizer.data.video_io import iter_clips
 from tokenizer.tokens import VideoTokens
 
@@ -42,6 +43,14 @@ def test_every_codec_is_there_and_meets_the_rate(name: str, frames_THWC: np.ndar
     assert found[1258] > found[700] > 20
     num_made = len(search.made)
     assert search.at_most(1258)[0].num_bytes <= 1258 and len(search.made) == num_made, "nothing is encoded twice"
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("side", [32, 64])
+def test_the_same_clip_gives_the_same_bytes(name: str, side: int) -> None:
+    scene_THWC, _ = render_scene(4, "heldout", side, 16)
+    first, *others = (encode(CODECS[name], scene_THWC, 25.0, 30).packets for _ in range(4))
+    assert all(packets == first for packets in others)
 
 
 def test_a_codec_that_cannot_go_so_low_says_so(frames_THWC: np.ndarray) -> None:
