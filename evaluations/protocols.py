@@ -37,7 +37,8 @@ class Protocol:
 
     sources: of the miniature, as `tokenizer.data.clips` reads them. listed: how many videos the official list has.
     count: clips that are scored (windows: drawn), None for all. score_size: both sides are resized to it before
-    scoring. condition_scored: given frames are part of what is scored. draws: of the bootstrap; distances take a tenth.
+    scoring. condition_scored: given frames are part of what is scored. draws: of the bootstrap of means; distances take
+    a twentieth.
     """
 
     name: str
@@ -105,9 +106,9 @@ class Protocol:
         return CLIP_RULES[self.clip_rule].format(frames=self.num_frames, seed=self.seed, count=count)
 
 
-_UCF_TRAIN = {"dataset": "ucf101", "split": "train (trainlist01)", "listed": 9537}
-_K600_VAL = {"dataset": "k600", "split": "val"}
-_MINI = {
+_UCF_TRAIN: dict[str, Any] = {"dataset": "ucf101", "split": "train (trainlist01)", "listed": 9537}
+_K600_VAL: dict[str, Any] = {"dataset": "k600", "split": "val"}
+_MINI: dict[str, Any] = {
     "dataset": "mini",
     "split": "held-out sources",
     "size": 64,
@@ -228,7 +229,7 @@ def card_text(card: dict[str, Any]) -> str:
     ]
     if protocol["miniature"]:
         lines.append(("miniature", "shows that the parts work; no number of it compares with the paper"))
-    shown = {"protocol", "protocol_hash", "clip_words"}
+    shown = {"protocol", "protocol_hash", "clip_words", "perceptual"}
     lines += [(name.replace("_", " "), _plain(value)) for name, value in card.items() if name not in shown]
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in lines)

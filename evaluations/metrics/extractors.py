@@ -22,11 +22,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from tokenizer.common.checkpoint import file_sha256
@@ -199,8 +200,8 @@ def _videomae(weights: str | Path | None, sha256: str | None, device: torch.devi
     except ImportError as error:
         raise UserError("extractor videomae needs transformers: run `pip install -e .[semantic]`") from error
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    model: nn.Module = VideoMAEModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
-    model = model.to(device)
+    model: Any = VideoMAEModel.from_pretrained(folder, local_files_only=True)
+    model = model.eval().requires_grad_(False).to(device)
     size, frames = model.config.image_size, model.config.num_frames
     mean = torch.tensor(_IMAGENET_MEAN, device=device).view(1, 1, 3, 1, 1)
     std = torch.tensor(_IMAGENET_STD, device=device).view(1, 1, 3, 1, 1)

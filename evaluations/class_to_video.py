@@ -1,0 +1,65 @@
+"""gFVD of class-to-video: one sample for each real clip of the protocol, with that clip's class.
+
+    bash scripts/test/eval_c2v.sh --protocol ucf101-c2v-10k --tok-config T.yaml --vq-ckpt T --gpt-model GPT-L \\
+        --gpt-ckpt G --cfg-scale 1.75 --check-special-token-mask --out results/eval/c2v
+
+Writes OUT/metrics.json, OUT/per_clip.csv, the protocol card, and pictures of the samples nearest to the real clips, in
+the middle and farthest from them. `--ours DIR` scores a folder that a sampling command wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from autoregressive.class_names import names_of
+from autoregressive.sampler import Request
+from evaluations.clip_list import ListedClip
+from evaluations.generation import Generator, add_sampling_flags, check_task
+from evaluations.job import Evaluation, FolderMaker, add_common_flags, check_tokenizer
+from tokenizer.common.arguments import Parser
+from tokenizer.common.errors import UserError, run_cli
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, spelt as in the README."""
+    parser = Parser("Score the clips that a GPT samples for given classes, under a named protocol.")
+    add_common_flags(parser)
+    add_sampling_flags(parser)
+    parser.add_argument("--cfg-scale", default="1", metavar="S", help="guidance: a number, or one a block (default: 1)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    evaluation = Evaluation(args, "class_to_video")
+    protocol, clips = evaluation.protocol, evaluation.clips
+    if args.ours is not None:
+        evaluation.run(FolderMaker(args.ours, len(clips.clips), protocol.num_frames, args.force))
+        return
+    generator = Generator(evaluation, parse_guidance(args.cfg_scale))
+    check_task(generator, frame_prediction=False)
+    check_tokenizer(protocol, generator.tokenizer)
+    names = names_of(generator.gpt.class_names, generator.layout.num_classes)
+    label_of = {name.lower(): number for number, name in enumerate(names)}
+    if strange := sorted({clip.label for clip in clips.clips if clip.label.lower() not in label_of}):
+        raise UserError(f"the list has the class {strange[0]!r}, which {args.gpt_ckpt} does not; it has {names[0]} ..")
+
+    def request_of(clip: ListedClip) -> tuple[Request, dict[str, Any]]:
+        label = label_of[clip.label.lower()]
+        return Request(("class", label, clip.index), label, rule=generator.rule), {}
+
+    generator.request_of = request_of
+    evaluation.run(generator)
+
+
+def parse_guidance(text: str) -> tuple[float, ...]:
+    """ "1.75" or "3,2,1,1" -> scales. UserError for anything but numbers."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--cfg-scale {text!r}: give a number, or one for each block with commas between") from None
+
+
+if __name__ == "__main__":
+    run_cli(main)

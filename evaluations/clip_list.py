@@ -1,0 +1,219 @@
+"""The clips that a protocol scores: an ordered list with a hash, the same in every process.
+
+Where the videos are: `--data` (a manifest .csv or a folder), else UCF_ROOT, or K600_ROOT with K600_VAL_FILE. Files are
+decoded in another process, so a broken one costs its clip and nothing else.
+
+Letters: T frames, H W rows and columns, C colours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from evaluations.protocols import Protocol
+from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.errors import UserError
+from tokenizer.data.clips import DataConfig, build_dataset
+from tokenizer.data.kinetics import find_kinetics
+from tokenizer.data.manifest_table import read_rows
+from tokenizer.data.parallel import map_ahead
+from tokenizer.data.safe_decode import decode_clip_at, decode_clips
+from tokenizer.data.transforms import rng_for
+from tokenizer.data.ucf101 import find_ucf101
+from tokenizer.data.video_io import VideoError, display_name, list_videos, to_uint8
+
+_PROBE_SIDE = 32  # frames are made this small where only their number is asked for
+
+
+@dataclass(frozen=True)
+class ListedClip:
+    """One clip of the list. `start`: its first frame in the file, None where that is not known before it is read."""
+
+    index: int
+    name: str
+    label: str
+    start: int | None
+    read: Callable[[], np.ndarray]  # uint8 [T, H, W, C] of the protocol's size; VideoError where that fails
+
+
+@dataclass(frozen=True)
+class ClipList:
+    """All clips in order. `notes`: what differs from the official list, in words."""
+
+    clips: list[ListedClip]
+    num_listed: int
+    num_missing: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def sha256(self) -> str:
+        """Of names, labels and starts, in order."""
+        rows = [[clip.name, clip.label, clip.start] for clip in self.clips]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def facts(self) -> dict[str, object]:
+        """For the protocol card."""
+        return {
+            "clips": len(self.clips),
+            "listed_videos": self.num_listed,
+            "missing_videos": self.num_missing,
+            "sha256": self.sha256,
+        }
+
+
+@dataclass(frozen=True)
+class _Video:
+    name: str
+    path: Path
+    label: str
+
+
+def list_clips(
+    protocol: Protocol, data: str | Path | None = None, cache: Path | None = None, workers: int = 1
+) -> ClipList:
+    """The list of a protocol. cache: folder in which the numbers of frames are remembered (rule `windows`).
+
+    Raises UserError where the data is not to be found or holds nothing.
+    """
+    if protocol.dataset == "mini":
+        if data is not None:
+            raise UserError(f"protocol {protocol.name} brings its own clips; leave --data out, or use folder-recon")
+        return _miniature(protocol)
+    videos, num_listed = _find_videos(protocol, data)
+    if not videos:
+        raise UserError(f"protocol {protocol.name}: none of the {num_listed} listed videos is there; check the root")
+    notes = []
+    if protocol.listed not in (None, num_listed):
+        notes.append(f"the list has {num_listed} videos, the official one {protocol.listed}")
+    if num_listed > len(videos):
+        notes.append(f"{num_listed - len(videos)} of {num_listed} listed videos are missing")
+    if protocol.clip_rule == "windows":
+        clips = _windows(protocol, videos, cache, workers, notes)
+    else:
+        clips = [_one_of(protocol, video) for video in videos[: protocol.count]]
+    if protocol.count is not None and len(clips) < protocol.count:
+        notes.append(f"the protocol asks for {protocol.count} clips, there are {len(clips)}")
+    numbered = [ListedClip(i, clip.name, clip.label, clip.start, clip.read) for i, clip in enumerate(clips)]
+    return ClipList(numbered, num_listed, num_listed - len(videos), notes)
+
+
+# Videos of the data sets
+
+
+def _find_videos(protocol: Protocol, data: str | Path | None) -> tuple[list[_Video], int]:
+    """(those that are there in the order of the list, how many are listed)."""
+    if data is not None:
+        return _given_videos(Path(data))
+    if protocol.dataset == "ucf101":
+        root = _from_environment("UCF_ROOT", protocol)
+        found = list(find_ucf101(root, protocol.split.split()[0]))
+    elif protocol.dataset == "k600":
+        root = _from_environment("K600_ROOT", protocol)
+        found = list(find_kinetics(root, _from_environment("K600_VAL_FILE", protocol)))
+    else:
+        raise UserError(f"protocol {protocol.name} needs --data: a folder of videos or a manifest .csv")
+    videos = [_Video(display_name(path.relative_to(root)), path, label) for _, path, label in found if path]
+    return videos, len(found)
+
+
+def _given_videos(data: Path) -> tuple[list[_Video], int]:
+    if data.suffix.lower() == ".csv":
+        rows = [(row, row.file(data)) for row in read_rows(data)]
+        videos = [_Video(display_name(row.path), file, row.label) for row, file in rows if file.is_file()]
+        return videos, len(rows)
+    root = data if data.is_dir() else data.parent
+    videos = [_Video(display_name(path.relative_to(root)), path, path.parent.name) for path in list_videos(data)]
+    return videos, len(videos)
+
+
+def _from_environment(name: str, protocol: Protocol) -> Path:
+    value = os.environ.get(name)
+    if not value or not Path(value).exists():
+        state = f"{name}={value} does not exist" if value else f"{name} is not set"
+        raise UserError(f"protocol {protocol.name}: {state}; export it (scripts/set_env_vars.sh) or give --data")
+    return Path(value)
+
+
+# Clips of videos
+
+
+def _one_of(protocol: Protocol, video: _Video) -> ListedClip:
+    """The clip of a video under the rules `first` and `random`."""
+    if protocol.clip_rule == "random":
+        position = rng_for(protocol.seed, "start of the clip", video.name).random()
+        return ListedClip(0, video.name, video.label, None, lambda: _read_at(protocol, video, position))
+
+    def read() -> np.ndarray:
+        with contextlib.closing(decode_clips(video.path, protocol.num_frames, protocol.size, protocol.fps)) as clips:
+            return next(clips).frames_THWC
+
+    return ListedClip(0, video.name, video.label, 0, read)
+
+
+def _windows(
+    protocol: Protocol, videos: Sequence[_Video], cache: Path | None, workers: int, notes: list[str]
+) -> list[ListedClip]:
+    """Windows that do not overlap, of all videos; `count` of them drawn, in the order of the list."""
+    frames = _frame_counts(protocol, videos, cache, workers)
+    if unreadable := sum(count == 0 for count in frames):
+        notes.append(f"{unreadable} videos cannot be read and have no window")
+    every = [(v, k) for v, count in enumerate(frames) for k in range(count // protocol.num_frames)]
+    if protocol.count is not None and protocol.count < len(every):
+        drawn = rng_for(protocol.seed, "windows", len(every)).choice(len(every), protocol.count, replace=False)
+        every = [every[i] for i in sorted(drawn)]
+    return [_window(protocol, videos[v], frames[v], k * protocol.num_frames) for v, k in every]
+
+
+def _window(protocol: Protocol, video: _Video, num_frames: int, start: int) -> ListedClip:
+    num_starts = num_frames - protocol.num_frames + 1
+    position = (start + 0.5) / num_starts  # the middle of what leads to this very start
+    name = f"{video.name}@{start}"
+    return ListedClip(0, name, video.label, start, lambda: _read_at(protocol, video, position))
+
+
+def _read_at(protocol: Protocol, video: _Video, position: float) -> np.ndarray:
+    return decode_clip_at(video.path, position, protocol.num_frames, protocol.size, protocol.fps).frames_THWC
+
+
+def _frame_counts(protocol: Protocol, videos: Sequence[_Video], cache: Path | None, workers: int) -> list[int]:
+    """Frames of each video at the protocol's rate, 0 for an unreadable one; read once and kept in `cache`."""
+    key = json.dumps([[str(video.path), video.path.stat().st_size] for video in videos] + [protocol.fps])
+    file = cache and cache / f"frames-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if file and file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def count(video: _Video) -> int:
+        try:
+            last = decode_clip_at(video.path, 1 - 1e-9, protocol.num_frames, _PROBE_SIDE, protocol.fps)
+        except VideoError:
+            return 0
+        return last.start + protocol.num_frames - last.num_padded
+
+    bar = tqdm(map_ahead(count, videos, workers), desc="counting frames", total=len(videos), unit="video", disable=None)
+    frames = list(bar)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, json.dumps(frames).encode())
+    return frames
+
+
+# The miniature's own clips
+
+
+def _miniature(protocol: Protocol) -> ClipList:
+    config = DataConfig(list(protocol.sources), protocol.num_frames, protocol.size, protocol.fps, augment=False)
+    dataset = build_dataset(config, protocol.seed)
+
+    def clip(i: int) -> ListedClip:
+        return ListedClip(i, dataset.names[i], dataset.labels[i] or "", 0, lambda: to_uint8(dataset.get(i).video_CTHW))
+
+    return ClipList([clip(i) for i in range(len(dataset))][: protocol.count], len(dataset), 0)

@@ -1,0 +1,256 @@
+"""What the three evaluation commands share: flags, the loop over shards, and the results at the end.
+
+A command brings a maker: it takes the clips of a shard and gives what its system makes of each. Everything here goes
+clip by clip, so no number depends on batches, shards or processes.
+
+Letters: T frames, H W rows and columns, C colours, F numbers in a feature.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from typing import Protocol as Interface
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from evaluations.clip_list import ClipList, ListedClip, list_clips
+from evaluations.lossless import find_frames, read_frames
+from evaluations.metrics.extractors import NAMES
+from evaluations.protocols import Protocol, card_of, card_text, find_protocol
+from evaluations.scoring import Scorer, load_scorer
+from evaluations.shards import SHARD, RealCache, Record, ShardFolder, Share
+from evaluations.summary import per_clip_table, pick_shown, result_lines, summarise
+from tokenizer.common.arguments import Parser, at_least
+from tokenizer.common.errors import UserError
+from tokenizer.common.runtime import pick_device
+from tokenizer.data.video_io import VideoError
+from tokenizer.model import VideoTokenizer
+from tokenizer.router.clip_pictures import filmstrip
+from tokenizer.router.summary import versions
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a system made of one clip: its frames and what goes into its record, or why there is nothing."""
+
+    clip: ListedClip
+    ours_THWC: np.ndarray | None
+    figures: dict[str, Any] = field(default_factory=dict)
+    real_THWC: np.ndarray | None = None  # where the maker has read it anyway
+    skipped: str | None = None
+
+
+class Maker(Interface):
+    """A system under evaluation."""
+
+    def facts(self) -> dict[str, Any]:
+        """Weights by sha256 and every setting that decides what is made."""
+        ...
+
+    def make(self, clips: Sequence[ListedClip]) -> Iterator[Made]:
+        """One for each clip, in any order."""
+        ...
+
+
+def add_common_flags(parser: Parser, models: bool = True) -> None:
+    """Flags of every evaluation command."""
+    add = parser.add_argument
+    add("--protocol", required=True, metavar="NAME", help="see python -m evaluations.protocols")
+    add("--out", required=True, metavar="DIR", help="results folder; a stopped evaluation in it is continued")
+    add("--data", metavar="PATH", help="manifest .csv or folder of videos (default: UCF_ROOT, K600_ROOT)")
+    add("--ours", metavar="DIR", help="score these lossless clips (.npy, FFV1; a folder of samples) instead of a model")
+    add("--tok-config", metavar="T.yaml", help="YAML of the tokenizer, checked against its weights")
+    add("--vq-ckpt", metavar="T", help="weights of the tokenizer: .safetensors or a run folder")
+    add("--extractor", choices=(*NAMES, "none"), help="another than the protocol's: the result is marked as changed")
+    add("--extractor-weights", metavar="PATH", help="i3d: TorchScript file or address; videomae: folder")
+    add("--extractor-sha256", metavar="HEX", help="what the extractor's weights must have; needed for an address")
+    add("--perceptual", metavar="NAME", help="another LPIPS than the protocol's, or none: marked as changed")
+    add("--count", type=at_least(1), metavar="N", help="another number of clips: marked as changed")
+    add("--draws", type=at_least(1), metavar="N", help="draws of the bootstrap: marked as changed")
+    add("--force", action="store_true", help="Frechet distance on fewer than 256 clips; lossy video in --ours")
+    add("--cache", metavar="DIR", default="results/eval_cache", help="real-side features (default: results/eval_cache)")
+    add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    add("--num-workers", type=at_least(1), default=1, metavar="N", help="processes that count frames (default: 1)")
+    add("--overwrite", action="store_true", help="remove the earlier results in --out and start again")
+
+
+class Evaluation:
+    """One protocol, one system, one folder."""
+
+    def __init__(self, args: argparse.Namespace, task: str) -> None:
+        """Raises UserError where protocol, data or the weights that judge are not at hand."""
+        fields = {name: getattr(args, name) for name in ("extractor", "perceptual", "count", "draws")}
+        self.protocol: Protocol = find_protocol(args.protocol, task).change(**fields)
+        self.args, self.device = args, pick_device(own_device(args.device))
+        self.share = Share.from_environment()
+        if args.overwrite and self.share.world > 1:
+            raise UserError("--overwrite with several processes: remove the folder yourself, then start them")
+        self.cache = Path(args.cache)
+        self.clips: ClipList = list_clips(self.protocol, args.data, self.cache, args.num_workers)
+        self.scorer: Scorer = load_scorer(self.protocol, args, self.device)
+        self.folder = ShardFolder(args.out, len(self.clips.clips), SHARD)
+
+    def run(self, maker: Maker) -> None:
+        """Score the share of this process; write the results once every shard is there."""
+        facts = {"protocol_hash": self.protocol.hash, "list_sha256": self.clips.sha256, **self.scorer.facts()}
+        self.folder.start({**facts, "system": maker.facts()}, self.args.overwrite)
+        card = card_of(
+            self.protocol,
+            list=self.clips.facts(),
+            **self.scorer.facts(),
+            system=maker.facts(),
+            device=str(self.device),
+            code=code_version(),
+        )
+        self.folder.put("card.json", json.dumps(card, indent=1).encode())
+        self.folder.put("card.txt", (card_text(card) + "\n").encode())
+        print(card_text(card), flush=True)
+        kept = self._real_cache()
+        self._score(maker, kept.load())
+        if not self.folder.complete:
+            print(f"this process is done; shards of others are to come in {self.folder.folder}")
+            return
+        self._finish(maker, card, kept)
+
+    def _score(self, maker: Maker, known: dict[int, Tensor]) -> None:
+        shards = self.folder.to_do(self.share)
+        calm = 1 if sys.stderr.isatty() else 30  # seconds between two states of the bar; a log file needs few
+        total = sum(map(len, shards))
+        with tqdm(desc="scoring", total=total, unit="clip", mininterval=calm) as bar:
+            for unit in shards:
+                records: list[Record] = []
+                features: dict[str, dict[int, Tensor]] = {"ours": {}, "real": {}}
+                for made in maker.make([self.clips.clips[i] for i in unit]):
+                    records.append(self._record(made, known, features))
+                    bar.update()
+                self.folder.add(unit, records, features)
+
+    def _record(self, made: Made, known: dict[int, Tensor], features: dict[str, dict[int, Tensor]]) -> Record:
+        """Score one clip: its record; its features are entered into `features`."""
+        clip, real_THWC = made.clip, made.real_THWC
+        record: Record = {"index": clip.index, "name": clip.name, "label": clip.label, "start": clip.start}
+        paired = self.protocol.task != "class_to_video"
+        if made.ours_THWC is None:
+            return {**record, "skipped": made.skipped or "nothing was made"}
+        try:
+            if real_THWC is None and (paired or clip.index not in known):
+                real_THWC = clip.read()
+        except VideoError as error:
+            return {**record, "skipped": error.reason}
+        record |= made.figures
+        if paired and real_THWC is not None:
+            record |= self.scorer.quality(real_THWC, made.ours_THWC)
+        if self.scorer.extractor:
+            features["ours"][clip.index] = self.scorer.feature(made.ours_THWC)
+            if clip.index in known:
+                features["real"][clip.index] = known[clip.index]
+            elif real_THWC is not None:
+                features["real"][clip.index] = self.scorer.feature(real_THWC)
+        return record
+
+    def _finish(self, maker: Maker, card: dict[str, Any], kept: RealCache) -> None:
+        records = self.folder.records()
+        ours, real = self.folder.features("ours"), self.folder.features("real")
+        if all("skipped" in record for record in records):
+            raise UserError(f"none of the {len(records)} clips could be scored; {records[0]['skipped']}")
+        summary = summarise(self.protocol, records, ours, real, self.args.force)
+        summary["notes"] = [*self.clips.notes, *summary["notes"]]
+        if self.protocol.changed:
+            changed = ", ".join(self.protocol.changed)
+            summary["notes"].insert(0, f"not the protocol {self.protocol.name}: {changed} changed")
+        self.folder.put("metrics.json", json.dumps({"card": card, **summary}, indent=1, allow_nan=False).encode())
+        self.folder.put("per_clip.csv", per_clip_table(records).encode("utf-8", "surrogateescape"))
+        if len(real[0]):
+            kept.save(*real)
+        self._draw(maker, pick_shown(self.protocol, records, ours, real[1]))
+        print("\n".join(result_lines(summary)))
+        print(f"results: {self.folder.folder / 'metrics.json'}")
+
+    def _draw(self, maker: Maker, shown: dict[str, int]) -> None:
+        """Frames of the best, the median and the worst clip, the real ones above."""
+        pictures = self.folder.folder / "pictures"
+        pictures.mkdir(exist_ok=True)
+        for place, index in shown.items():
+            clip = self.clips.clips[index]
+            for made in maker.make([clip]):
+                if made.ours_THWC is not None:
+                    film = filmstrip(clip.read() if made.real_THWC is None else made.real_THWC, made.ours_THWC)
+                    film.save(pictures / f"{place}_{index:06d}.png")
+
+    def _real_cache(self) -> RealCache:
+        extractor = self.scorer.extractor
+        key = json.dumps([self.protocol.real_side_hash, self.clips.sha256, extractor and extractor.sha256])
+        return RealCache(self.cache / f"real-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors")
+
+
+class FolderMaker:
+    """Clips that another program made: file i of the folder, by name, belongs to clip i of the list."""
+
+    def __init__(self, folder: str, num_clips: int, num_frames: int, force: bool) -> None:
+        self.files, self.num_frames, self.force = find_frames(folder), num_frames, force
+        if len(self.files) != num_clips:
+            raise UserError(
+                f"{folder}: holds {len(self.files)} clips for the {num_clips} of the protocol; file i by name belongs "
+                "to clip i (--count N scores the first N of the list)"
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """The folder by the names and sizes of its files."""
+        listing = json.dumps([[str(file), file.stat().st_size] for file in self.files])
+        return {"folder": hashlib.sha256(listing.encode()).hexdigest()[:16], "forced_lossy": self.force}
+
+    def make(self, clips: Sequence[ListedClip]) -> Iterator[Made]:
+        """Read them."""
+        for clip in clips:
+            yield Made(clip, read_frames(self.files[clip.index], self.num_frames, self.force))
+
+
+def own_device(name: str) -> str:
+    """Under a launcher each process takes the GPU of its LOCAL_RANK."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if local and name in ("auto", "cuda") and torch.cuda.is_available() else name
+
+
+def code_version() -> str:
+    """The commit of this repository, with a mark where files differ from it; else the package version."""
+    root = Path(__file__).parents[1]
+    words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        found = "unknown commit"
+    return f"{found}, " + ", ".join(f"{name} {version}" for name, version in versions().items())
+
+
+def token_figures(lengths: Sequence[int]) -> dict[str, Any]:
+    """What a record says of a clip's tokens."""
+    return {"lengths": list(lengths), "tokens": sum(lengths), "tokens_with_length_tokens": sum(lengths) + len(lengths)}
+
+
+def require(args: argparse.Namespace, *names: str) -> None:
+    """UserError for flags that are needed where no folder of clips is given."""
+    missing = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} missing: give the models, or --ours DIR with lossless clips")
+
+
+def check_tokenizer(protocol: Protocol, tokenizer: VideoTokenizer) -> None:
+    """Raises UserError where the tokenizer reads clips of another shape than the protocol's."""
+    ours = (tokenizer.config.num_frames, tokenizer.config.size)
+    if ours != (protocol.num_frames, protocol.size):
+        raise UserError(
+            f"protocol {protocol.name} has clips of {protocol.num_frames} frames of {protocol.size} pixels, the "
+            f"tokenizer's have {ours[0]} frames of {ours[1]} pixels; choose a protocol of its size"
+        )

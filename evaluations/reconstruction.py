@@ -1,0 +1,108 @@
+"""rFVD, LPIPS, PSNR, SSIM and tokens of a tokenizer under a named protocol.
+
+    bash scripts/test/eval_reconstruction.sh --protocol mini-recon --tok-config configs/mini/final.yaml \\
+        --vq-ckpt ckpts/mini/final.safetensors --router-config configs/mini/router.yaml \\
+        --router-ckpt ckpts/mini/router.safetensors --out results/eval/mini-recon
+
+Writes OUT/metrics.json, OUT/per_clip.csv, the protocol card, and pictures of the best, median and worst clip.
+
+Letters: B clips, C T H W, N temporal blocks, S clips of the list, A assignments.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from evaluations.clip_list import ClipList, ListedClip
+from evaluations.job import Evaluation, FolderMaker, Made, add_common_flags, check_tokenizer, require, token_figures
+from tokenizer.budget import FORMS, choose_rows, find_price, parse_budget
+from tokenizer.common.arguments import Parser
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.data.video_io import VideoError, to_model_range, to_uint8
+from tokenizer.model import VideoTokenizer
+from tokenizer.presets import load_tokenizer
+from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, spelt as in the README."""
+    parser = Parser("Score what a tokenizer reconstructs, under a named protocol.")
+    add_common_flags(parser)
+    parser.add_argument("--router-config", metavar="R.yaml", help="YAML of the router, checked against its weights")
+    parser.add_argument("--router-ckpt", metavar="R", help="weights of the router")
+    parser.add_argument("--budget", type=str.strip, default="router", help=f"{FORMS} (default: router)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    evaluation = Evaluation(args, "reconstruction")
+    protocol, clips = evaluation.protocol, evaluation.clips
+    if args.ours is not None:
+        evaluation.run(FolderMaker(args.ours, len(clips.clips), protocol.num_frames, args.force))
+        return
+    require(args, "vq_ckpt")
+    tokenizer = load_tokenizer(args.vq_ckpt, evaluation.device, args.tok_config)
+    check_tokenizer(protocol, tokenizer)
+    router = None
+    if args.router_ckpt is not None:
+        router = load_router(args.router_ckpt, evaluation.device, args.router_config)
+        check_router_fits(router, tokenizer.config)
+    evaluation.run(Reconstruction(tokenizer, router, args.budget, clips))
+
+
+class Reconstruction:
+    """There and back through the tokenizer, with the tokens that the router or the budget gives each clip."""
+
+    def __init__(self, tokenizer: VideoTokenizer, router: TrainedRouter | None, budget: str, clips: ClipList) -> None:
+        self.tokenizer, self.router = tokenizer, router
+        self.budget = parse_budget(budget, tokenizer.space)
+        if self.budget.needs_router and router is None:
+            raise UserError(f"--budget {budget} asks a router: give --router-ckpt, or a budget such as uniform:K")
+        self.price = None if self.budget.average_tokens is None else self._price_of_the_set(clips)
+
+    def facts(self) -> dict[str, Any]:
+        """Weights and budget."""
+        return {
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "router_sha256": self.router.sha256 if self.router and self.budget.needs_router else None,
+            "budget": self.budget.text,
+            "price": self.price,
+        }
+
+    @torch.inference_mode()
+    def make(self, clips: Sequence[ListedClip]) -> Iterator[Made]:
+        """One clip at a time: a matrix product rounds differently for other batches."""
+        space = self.tokenizer.space
+        for clip in clips:
+            try:
+                real_THWC = clip.read()
+            except VideoError as error:
+                yield Made(clip, None, skipped=error.reason)
+                continue
+            video_BCTHW = to_model_range(real_THWC)[None]
+            score_BA = self.router.scores(video_BCTHW) if self.router and self.budget.needs_router else None
+            length_BN = space.lengths_of(choose_rows(self.budget, score_BA, space, self.price))
+            ours_BCTHW = self.tokenizer.decode(self.tokenizer.encode(video_BCTHW, length_BN))
+            yield Made(clip, to_uint8(ours_BCTHW[0]), token_figures(length_BN[0].tolist()), real_THWC)
+
+    def _price_of_the_set(self, clips: ClipList) -> float:
+        """For `average:N` a first pass that only asks the router; it is the same in every process."""
+        assert self.router is not None
+        scores = []
+        for clip in clips.clips:
+            try:
+                scores.append(self.router.scores(to_model_range(clip.read())[None]))
+            except VideoError:
+                continue  # it is named when it is to be scored
+        if not scores or self.budget.average_tokens is None:
+            raise UserError("not one clip of the list can be read")
+        return find_price(torch.cat(scores), self.tokenizer.space, self.budget.average_tokens)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,243 @@
+"""The evaluation commands as users type them: same numbers however the work is shared, resume, comparison, mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from autoregressive.model import GPT
+from autoregressive.presets import PRESETS
+from evaluations import job, protocols
+from evaluations.protocols import PROTOCOLS
+from tokenizer.common.checkpoint import save_model
+from tokenizer.common.config import to_dict
+from tokenizer.data.clips import DataConfig, build_dataset
+from tokenizer.data.video_io import to_uint8, write_video
+from tokenizer.presets import build_tokenizer
+
+MINI = Path(__file__).parents[1] / "ckpts" / "mini"
+CLIPS = ("bundled:heldout",)
+CLASSES = ("bottle", "tree", *(f"class {i}" for i in range(9)))
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of debug size: tok, c2v, fp."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer("VQ_debug")
+    save_model(folder / "tok.safetensors", tokenizer.state_dict(), {"model": to_dict(tokenizer.config)})
+    for name, config, names in (
+        ("c2v", PRESETS["GPT-debug"], CLASSES),
+        ("fp", replace(PRESETS["GPT-debug"], num_classes=0, condition_lengths=[8, 4]), ()),
+    ):
+        model = GPT(config)
+        torch.nn.init.normal_(model.head.weight, std=0.3)
+        tokens = {"tokenizer_sha256": "", "class_names": list(names)}
+        save_model(folder / f"{name}.safetensors", model.state_dict(), {"model": to_dict(config), "tokens": tokens})
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs one of the three commands in this process, two clips a shard; -> metrics.json."""
+    monkeypatch.setattr(job, "SHARD", 2)
+    for name, size in (("mini-recon", 64), ("mini-c2v", 32), ("mini-fp", 32)):
+        small = replace(PROTOCOLS[name], sources=CLIPS, size=size, count=5, draws=40)
+        monkeypatch.setitem(protocols.PROTOCOLS, name, small)
+
+    def command(
+        module: str, out: Path, *flags: object, exit_code: int = 0, rank: int = 0, world: int = 1
+    ) -> dict[str, Any]:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        words = ["--out", out, "--device", "cpu", "--cache", tmp_path / "cache", *flags]
+        monkeypatch.setattr(sys, "argv", [module, *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module(f"evaluations.{module}", run_name="__main__")
+        assert end.value.code == exit_code
+        return json.loads((out / "metrics.json").read_text()) if (out / "metrics.json").exists() else {}
+
+    return command
+
+
+def of_mini(*flags: object) -> list[object]:
+    router = ("--router-ckpt", MINI / "router.safetensors") if not flags else ()
+    return ["--protocol", "mini-recon", "--vq-ckpt", MINI / "final.safetensors", *router, *flags]
+
+
+def rows_of(out: Path) -> list[dict[str, str]]:
+    with open(out / "per_clip.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_reconstruction_with_the_shipped_weights(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "one"
+    result = run("reconstruction", out, *of_mini(), "--force")
+    assert result["num_clips"] == 5 and result["num_skipped"] == 0
+    assert result["notes"] == ["fcd_effnet FORCED on 5 clips, fewer than 256: not to be compared"]
+    metrics = result["metrics"]
+    names = {
+        "psnr",
+        "psnr_of_mean_mse",
+        "ssim",
+        "stlpips_alex",
+        "tokens",
+        "tokens_with_length_tokens",
+        "fcd_effnet",
+        "kcd_effnet",
+    }
+    assert set(metrics) == names
+    for name in ("psnr", "ssim", "stlpips_alex", "tokens", "fcd_effnet"):
+        assert metrics[name]["low"] <= metrics[name]["value"] <= metrics[name]["high"]
+    assert metrics["tokens_with_length_tokens"]["value"] == metrics["tokens"]["value"] + 4
+    rows = rows_of(out)
+    assert [row["index"] for row in rows] == list("01234") and len(rows[0]["lengths"].split()) == 4
+    assert np.mean([float(row["psnr"]) for row in rows]) == pytest.approx(metrics["psnr"]["value"])
+    assert {path.name.split("_")[0] for path in (out / "pictures").iterdir()} == {"best", "median", "worst"}
+    card = (out / "card.txt").read_text()
+    assert card in capsys.readouterr().out
+    for words in (
+        "mini-recon",
+        "fcd_effnet",
+        "stlpips_alex",
+        result["card"]["list"]["sha256"],
+        "router_sha256",
+        "torch",
+    ):
+        assert words in card
+
+    # Two processes, one after the other; the first also stopped in the middle: not a bit differs.
+    two = tmp_path / "two"
+    assert run("reconstruction", two, *of_mini(), "--force", rank=1, world=2) == {}
+    for name in ("000002.json", "000002.safetensors"):
+        (two / "shards" / name).unlink()
+    assert run("reconstruction", two, *of_mini(), "--force", rank=0, world=2) == {}
+    again = run("reconstruction", two, *of_mini(), "--force", rank=1, world=2)
+    assert again["metrics"] == metrics and (two / "per_clip.csv").read_bytes() == (out / "per_clip.csv").read_bytes()
+
+
+def test_too_few_clips_and_a_changed_protocol_are_said(run: Run, tmp_path: Path) -> None:
+    result = run(
+        "reconstruction", tmp_path / "a", *of_mini("--budget", "uniform:8", "--count", "2", "--perceptual", "none")
+    )
+    assert "fcd_effnet" not in result["metrics"] and "stlpips_alex" not in result["metrics"]
+    assert result["notes"][0] == "not the protocol mini-recon: count, perceptual changed"
+    assert "fewer than 256" in result["notes"][1]
+    assert result["metrics"]["tokens"]["value"] == 32
+
+
+def test_a_second_system_on_the_same_clips(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few, many, other = (tmp_path / name for name in ("few", "many", "other"))
+    run("reconstruction", few, *of_mini("--budget", "uniform:8", "--extractor", "none"))
+    run("reconstruction", many, *of_mini("--budget", "uniform:128", "--extractor", "none"))
+    compare(few, many, "--out", tmp_path / "compared")
+    found = json.loads((tmp_path / "compared/comparison.json").read_text())
+    assert found["tokens"]["difference"] == 480 and found["tokens"]["win_rate"] == 0
+    assert found["psnr"]["interval"]["low"] <= found["psnr"]["difference"] <= found["psnr"]["interval"]["high"]
+    assert (tmp_path / "compared/differences.csv").read_text().count("\n") == 6
+
+    run("reconstruction", other, *of_mini("--budget", "uniform:8", "--extractor", "none", "--count", "3"))
+    capsys.readouterr()
+    compare(few, other, exit_code=2)
+    compare(few, tmp_path / "none", exit_code=2)
+    said = capsys.readouterr().err
+    assert "not the same protocol" in said and "finish the evaluation" in said
+
+
+def compare(*words: object, exit_code: int = 0) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["compare", *map(str, words)])
+        runpy.run_module("evaluations.compare", run_name="__main__")
+    assert end.value.code == exit_code
+
+
+def of_gpt(models: Path, name: str, task: str) -> list[object]:
+    weights = ["--vq-ckpt", models / "tok.safetensors", "--gpt-ckpt", models / f"{name}.safetensors"]
+    flags = ["--gpt-model", "GPT-debug", "--per-proc-batch-size", "3", "--check-special-token-mask", "--force"]
+    return ["--protocol", task, *weights, *flags]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "task"), [("class_to_video", "c2v", "mini-c2v"), ("frame_prediction", "fp", "mini-fp")]
+)
+def test_generation_is_scored_the_same_by_two_processes(
+    module: str, name: str, task: str, run: Run, models: Path, tmp_path: Path
+) -> None:
+    result = run(module, tmp_path / "one", *of_gpt(models, name, task))
+    assert result["num_clips"] == 5 and result["metrics"]["fcd_effnet"]["value"] > 0
+    assert ("psnr" in result["metrics"]) == (name == "fp"), "a sample of a class has no original"
+    assert len(list((tmp_path / "one/pictures").iterdir())) == 3
+    assert len(list((tmp_path / "cache").glob("real-*"))) == 1, "the real side is kept"
+    run(module, tmp_path / "two", *of_gpt(models, name, task), rank=1, world=2)
+    again = run(module, tmp_path / "two", *of_gpt(models, name, task), rank=0, world=2)
+    assert again["metrics"] == result["metrics"]
+    if name == "fp":
+        assert rows_of(tmp_path / "one")[0]["lengths"].startswith("8 4 ")
+
+
+def test_a_folder_of_lossless_clips_is_scored(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Originals against themselves: nothing may differ; an mp4 among them is refused."""
+    dataset = build_dataset(DataConfig(sources=list(CLIPS), size=64, augment=False))
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    for i in range(5):
+        np.save(ours / f"{i:06d}.npy", to_uint8(dataset.get(i).video_CTHW))
+    result = run("reconstruction", tmp_path / "a", "--protocol", "mini-recon", "--ours", ours, "--force")
+    metrics = result["metrics"]
+    assert (metrics["psnr"]["value"], metrics["stlpips_alex"]["value"]) == (100, 0)
+    assert metrics["fcd_effnet"]["value"] == pytest.approx(0, abs=1e-6)
+
+    write_video(ours / "000004.mp4", np.load(ours / "000004.npy"), 25)
+    (ours / "000004.npy").unlink()
+    run("reconstruction", tmp_path / "b", "--protocol", "mini-recon", "--ours", ours, exit_code=2)
+    assert "not lossless" in capsys.readouterr().err
+    (ours / "000004.mp4").unlink()
+    run("reconstruction", tmp_path / "c", "--protocol", "mini-recon", "--ours", ours, exit_code=2)
+    assert "4 clips for the 5" in capsys.readouterr().err
+
+
+def test_unreadable_clips_are_skipped_and_said(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("a", "c"):
+        write_video(source / f"{name}.mp4", rng.integers(0, 255, (16, 64, 64, 3), np.uint8), 25)
+    (source / "b.mp4").write_text("no video")
+    monkeypatch.setitem(protocols.PROTOCOLS, "folder-recon", replace(PROTOCOLS["folder-recon"], size=64))
+    flags = ["--protocol", "folder-recon", "--data", source, "--extractor", "none", "--perceptual", "stlpips_alex"]
+    result = run("reconstruction", tmp_path / "a", *flags, *of_mini("--budget", "uniform:8")[2:])
+    assert (result["num_clips"], result["num_skipped"]) == (2, 1)
+    assert [bool(row["skipped"]) for row in rows_of(tmp_path / "a")] == [False, True, False]
+
+
+def test_mistakes_are_one_line(run: Run, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a"
+    run("reconstruction", out, *of_mini("--budget", "uniform:8", "--extractor", "none"))
+    capsys.readouterr()
+    cases: list[tuple[str, list[object], str]] = [
+        ("reconstruction", of_mini("--budget", "uniform:16", "--extractor", "none"), "--overwrite"),
+        ("reconstruction", of_mini("--budget", "router"), "--router-ckpt"),
+        ("reconstruction", ["--protocol", "mini-recon"], "--vq-ckpt missing"),
+        ("reconstruction", ["--protocol", "mini-c2v"], "is for class_to_video"),
+        ("reconstruction", of_mini("--extractor", "i3d", "--budget", "uniform:8"), "--extractor-weights"),
+        ("reconstruction", ["--protocol", "mini-recon", "--vq-ckpt", models / "tok.safetensors"], "32 pixels"),
+        ("class_to_video", of_gpt(models, "fp", "mini-c2v"), "eval_frame_pred.sh"),
+        ("class_to_video", [*of_gpt(models, "c2v", "mini-c2v"), "--cfg-scale", "big"], "--cfg-scale"),
+        ("frame_prediction", of_gpt(models, "c2v", "mini-fp"), "eval_c2v.sh"),
+    ]
+    for module, flags, words in cases:
+        run(module, out, *flags, exit_code=2)
+        said = capsys.readouterr().err
+        assert words in said and said.splitlines()[-1].startswith("error: "), said

