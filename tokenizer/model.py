@@ -26,12 +26,11 @@ from tokenizer.blocks.patchify import patchify, unpatchify
 from tokenizer.blocks.positions import sincos_3d
 from tokenizer.blocks.quantizer import Quantized, VectorQuantizer
 from tokenizer.blocks.query_init import most_queries, packed_cells, packed_queries, pooling_pyramid
+from tokenizer.blocks.structured_init import patch_filters, start_attention, start_decoder, start_encoder
 from tokenizer.blocks.transformer import QFormer
 from tokenizer.budget import parse_budget
 from tokenizer.common.errors import UserError
 from tokenizer.tokens import VideoTokens
-
-KEY_SCALE = 1.7  # of the structured start: W_k = 1.7 W_q makes near places attend to each other (paper.md section 2)
 
 
 def _check_positive(config: object) -> None:
@@ -165,7 +164,7 @@ class VideoTokenizer(nn.Module):
         codebook               random; training replaces it by real latents (VectorQuantizer.start_from)
         positions, random      N(0, 1/width)
         positions, structured  3D: separable sin-cos; 1D: the mean of the 3D rows of the cells that the query pools
-        attention, structured  W_k = 1.7 W_q, so that a query first looks at its own neighbourhood
+        the rest, structured   a coarse codec of cosine coefficients: blocks/structured_init.py
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -185,7 +184,10 @@ class VideoTokenizer(nn.Module):
             token_pos.copy_(cells[:, : c.block_queries].flatten(0, 1))
         for module in self.modules():
             if isinstance(module, Attention):
-                module.to_k.weight.copy_(module.to_q.weight * KEY_SCALE)
+                start_attention(module)
+        filter_PP = patch_filters(c.patch_frames, c.patch_size)
+        start_encoder(self.patch_embed, self.query_embed, self.encoder, self.to_latent, filter_PP)
+        start_decoder(self.from_latent, self.decoder, self.to_pixels, filter_PP)
 
     # --- the three phases ---------------------------------------------------------------------------------------
 

@@ -9,18 +9,19 @@ Letters: B clips, C T H W, M patches, P numbers in a patch, D width, A assignmen
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from tokenizer.assignment import AssignmentSpace
+from tokenizer.blocks.frequency import cosine_filters
 from tokenizer.blocks.patchify import patchify
 from tokenizer.blocks.vit import ViTLayer
 from tokenizer.common.errors import UserError
 
 TABLE_STD = 0.02
+COLOUR_RANK = 3.0  # colour is fainter than brightness, so it comes later
 MOTION_GAIN = 8.0  # of 0, 4 and 10 the larger learned faster from 250 clips; see frequency_filters
 
 
@@ -116,25 +117,10 @@ class Router(nn.Module):
 
 
 def frequency_filters(patch_frames: int, patch_size: int) -> Tensor:
-    """Cosine filters over frames, rows, columns and colours of a patch, low frequencies first: [P, P], orthogonal.
+    """Cosine filters of a patch, low frequencies first, each with a gain: [P, P], orthogonal.
 
     The higher its frequency the louder a filter: natural images fade as frequency grows, so all filters speak about
     equally loud. Those that see change over time are louder still, because motion is what tokens are spent on.
     """
-    axes = [_cosines(patch_frames), _cosines(patch_size), _cosines(patch_size), _cosines(3)]
-    filter_PP = axes[0]
-    for axis in axes[1:]:
-        filter_PP = torch.kron(filter_PP, axis)  # in the order of patchify: frame, row, column, colour
-    frame, row, column, colour = torch.meshgrid(*(torch.arange(len(axis)) for axis in axes), indexing="ij")
-    frequency = frame + row + column + 3 * (colour > 0)  # colour is fainter than brightness, so it comes later
-    gain = 0.5 * (1 + frequency + MOTION_GAIN * frame)
-    order_P = frequency.flatten().argsort(stable=True)
-    return gain.flatten()[order_P, None] * filter_PP[order_P]
-
-
-def _cosines(length: int) -> Tensor:
-    """The orthonormal cosine basis (DCT-II), one wave a row, slowest first: [length, length]."""
-    wave, place = torch.arange(length)[:, None], torch.arange(length)[None, :] + 0.5
-    basis = (math.pi * wave * place / length).cos() * math.sqrt(2 / length)
-    basis[0] /= math.sqrt(2)
-    return basis
+    filter_PP, frequency_P, frame_P = cosine_filters(patch_frames, patch_size, COLOUR_RANK)
+    return 0.5 * (1 + frequency_P + MOTION_GAIN * frame_P)[:, None] * filter_PP
