@@ -100,7 +100,7 @@ def curve_chart(lines: Sequence[Series], x_title: str, y_title: str, alone: bool
     for index, line in enumerate(lines):
         path = " ".join(f"{x(cost):.1f},{y(quality):.1f}" for cost, quality, _ in line.points)
         dots = "".join(
-            f"<g>{_dot(line.look, x(cost), y(quality))}<title>{escape(f'{hint}: {cost:.4g}, {quality:.4g}')}</title></g>"
+            f"<g>{_dot(line.look, x(cost), y(quality))}<title>{escape(hint)}: {cost:.4g}, {quality:.4g}</title></g>"
             for cost, quality, hint in line.points
         )
         at = TOP + 6 + 17 * index

@@ -1,8 +1,8 @@
 """The tables of the report: *paper* beside *ours*, our own runs, savings at equal quality. Filled from json alone.
 
 The paper's figures stand in paper.json with the protocol that each belongs to. One of ours stands beside one of them
-only if its metrics.json names that protocol, unchanged, the config that answers that row, and the same networks
-(LPIPS-VGG, I3D). Everything else has a table of its own; runs of the miniature have one that says so.
+only if its metrics.json names that protocol, unchanged, weights trained by the config that answers that row, and the
+same networks (LPIPS-VGG, I3D). Everything else has a table of its own; runs of the miniature have one that says so.
 """
 
 from __future__ import annotations
@@ -62,9 +62,13 @@ class Run:
         return self.data["card"]["protocol"]
 
     @property
-    def system(self) -> Mapping[str, Any]:
-        """What the evaluated system said of itself."""
-        return self.data["card"].get("system") or {}
+    def identity(self) -> dict[str, Any]:
+        """What rows of the paper are told apart by: the runs that made the weights, their step, the budget."""
+        card = self.data["card"]
+        made = card.get("trained_as") or {}
+        names = {name: origin["run"] for name, origin in made.items()}
+        step = made.get("tokenizer", {}).get("step")
+        return {**names, "step": step, "budget": (card.get("system") or {}).get("budget")}
 
     @property
     def miniature(self) -> bool:
@@ -125,11 +129,11 @@ def paper_tables(runs: Sequence[Run]) -> list[Table]:
     return tables
 
 
-def answers(run: Run, protocol: str, wanted: Mapping[str, str]) -> bool:
+def answers(run: Run, protocol: str, wanted: Mapping[str, Any]) -> bool:
     """Whether a run may stand beside a row of the paper: same protocol, unchanged, and all that the row asks for."""
     if run.is_curve or run.miniature or not wanted or run.protocol["changed"] or run.protocol["name"] != protocol:
         return False
-    return all(run.system.get(key) == value for key, value in wanted.items())
+    return all(run.identity.get(key) == value for key, value in wanted.items())
 
 
 def own_tables(runs: Sequence[Run]) -> list[Table]:
