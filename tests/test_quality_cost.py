@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from autoregressive.model import GPT
+from autoregressive.presets import PRESETS
 from evaluations import quality_cost, report, sweep
 from evaluations.bd_rate import Curve, bd_rate
 from evaluations.curve_charts import Series, curve_chart
@@ -26,7 +28,9 @@ from tokenizer.router.model import Router, RouterConfig
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [2, 4, 8]  # of VQ_debug: 8 to 32 tokens in 4 blocks
-POINTS = {"uniform": 3, "threshold": 2, "max-reward": 2, "router": 1, "tokens": 2, "average": 3, "h264": 4}
+TOKEN_POINTS = {"uniform": 3, "threshold": 2, "max-reward": 2, "router": 1, "tokens": 2, "average": 3}
+CODED = {f"{name}, entropy-coded": num for name, num in TOKEN_POINTS.items()}
+POINTS = TOKEN_POINTS | CODED | {"h264": 4}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,10 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     torch.nn.init.normal_(router.head.weight)
     for name, kind, model in (("tok", "tokenizer", tokenizer), ("router", "router", router)):
         save_model(folder / f"{name}.safetensors", model.state_dict(), {"model": to_dict(model.config)}, {"kind": kind})
-    models = ["--vq-ckpt", str(folder / "tok.safetensors"), "--router-ckpt", str(folder / "router.safetensors")]
+    gpt = GPT(PRESETS["GPT-debug"])
+    tokens = {"tokenizer_sha256": "", "class_names": []}
+    save_model(folder / "gpt.safetensors", gpt.state_dict(), {"model": to_dict(gpt.config), "tokens": tokens}, {})
+    models = [f"--{name}-ckpt={folder / file}.safetensors" for name, file in (("vq", "tok"), ("router", "router"))]
     clips = ["--sources", "synthetic:heldout:6", "--table", "fresh", "--perceptual", "stlpips_alex", "--draws", "20"]
     return [
         *models,
@@ -74,10 +81,10 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def test_from_clips_to_curves(run: Callable[..., Path], flags: list[str], tmp_path: Path) -> None:
-    two = tmp_path / "two"
-    command = [sys.executable, "-m", "evaluations.quality_cost", *flags, "--force", "--out", str(two)]
+    two, gpt = tmp_path / "two", f"--gpt-ckpt={Path(flags[0].partition('=')[2]).with_name('gpt.safetensors')}"
+    command = [sys.executable, "-m", "evaluations.quality_cost", *flags, gpt, "--force", "--out", str(two)]
     workers = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) for _ in range(2)]
-    one = run(tmp_path / "one", "--force")
+    one = run(tmp_path / "one", gpt, "--force")
     assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
     for name in ("metrics.json", "points.csv", "clips.csv"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), "one process or two: the same bytes"
@@ -96,6 +103,8 @@ def test_from_clips_to_curves(run: Callable[..., Path], flags: list[str], tmp_pa
         for row in mine:
             if row["assignment"]:
                 assert int(row["tokens"]) == sum(map(int, row["assignment"].split()))
+    plain, coded = (point for point in metrics["points"] if point["setting"] == "8" and "uniform" in point["strategy"])
+    assert 0 <= plain["bytes"] - coded["bytes"] < 1, "a GPT that knows nothing codes tokens plainly"
     check_savings(metrics)
     check_report(one, metrics)
 
@@ -108,9 +117,9 @@ def check_savings(metrics: dict[str, Any]) -> None:
         return Curve(np.array([p[cost] for p in mine]), -np.array([p["stlpips_alex"] for p in mine]))
 
     entries = [entry for entry in metrics["savings"] if entry["metric"] == "stlpips_alex"]
-    assert [entry["strategy"] for entry in entries] == [name for name in POINTS if name != "uniform"]
+    assert {entry["strategy"] for entry in entries} == POINTS.keys() - {"uniform"}
     for entry in entries:
-        cost = "bytes" if entry["strategy"] == "h264" else "tokens"
+        cost = "tokens" if entry["strategy"] in TOKEN_POINTS else "bytes"
         assert entry["cost"] == cost
         assert entry["saving"] == bd_rate(curve("uniform", cost), curve(entry["strategy"], cost))
 
