@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from evaluations.clip_list import ClipList, ListedClip, list_clips
 from evaluations.lossless import find_frames, read_frames
-from evaluations.metrics.extractors import NAMES
+from evaluations.metrics.names import NAMES
 from evaluations.protocols import Protocol, card_of, card_text, find_protocol
 from evaluations.scoring import Scorer, load_scorer, trained_as
 from evaluations.shards import SHARD, RealCache, Record, ShardFolder, Share

@@ -15,8 +15,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from evaluations.metrics.extractors import NAMES
-from evaluations.metrics.frechet import COVARIANCES
+from evaluations.metrics.names import COVARIANCES, NAMES
 from tokenizer.common.errors import UserError, run_cli
 
 TASKS = ("reconstruction", "class_to_video", "frame_prediction")

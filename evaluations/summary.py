@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from evaluations.metrics.bootstrap import Interval, mean_interval, spread_interval
-from evaluations.metrics.extractors import KERNEL_NAMES, NAMES
 from evaluations.metrics.frechet import fit_gaussian, frechet_distance, frechet_of_features
 from evaluations.metrics.image_quality import mean_scores
 from evaluations.metrics.kvd import kernel_distance
+from evaluations.metrics.names import KERNEL_NAMES, NAMES
 from evaluations.protocols import MIN_CLIPS, Protocol
 from evaluations.shards import Record
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import json
 import runpy
 import sys
+import tracemalloc
+from collections import deque
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -76,6 +81,47 @@ def test_forms_of_lists(tmp_path: Path) -> None:
             list(read_rows(path))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(NAME, NAME), min_size=1, max_size=4),
+    st.permutations(["path", "label", "other"]),
+    st.booleans(),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
+def test_any_spelling_of_a_list_is_the_same_list(
+    tmp_path_factory: pytest.TempPathFactory,
+    pairs: list[tuple[str, str]],
+    columns: list[str],
+    mark: bool,
+    line_end: str,
+    quoting: Literal[0, 1],
+) -> None:
+    """Byte order mark, order of columns, upper case in the header, line ends, quotes: as spreadsheets write them."""
+    path = tmp_path_factory.mktemp("m") / "m.csv"
+    with open(path, "w", newline="", encoding="utf-8-sig" if mark else "utf-8") as file:
+        out = csv.writer(file, lineterminator=line_end, quoting=quoting)
+        out.writerow([column.title() for column in columns])
+        for pair in pairs:
+            cells = dict(zip(("path", "label"), pair, strict=True)) | {"other": "x, y"}
+            out.writerow([cells[column] for column in columns])
+    assert [(row.path, row.label) for row in read_rows(path)] == pairs
+
+
+def test_a_million_rows_in_bounded_memory(tmp_path: Path) -> None:
+    peaks = []
+    for num_rows in (20_000, 100_000):
+        write_rows(tmp_path / "m.csv", (ManifestRow(f"{i:07d}.mp4", "x") for i in range(num_rows)))
+        tracemalloc.start()
+        assert sum(1 for _ in read_rows(tmp_path / "m.csv")) == num_rows
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0] < 2**20, "memory does not grow with the rows"
+    (tmp_path / "m.csv").write_text("path\n" + "".join(f"{i:07d}.mp4\n" for i in range(1_000_000)))
+    last = deque(read_rows(tmp_path / "m.csv"), maxlen=1)[0]
+    assert (last.path, last.line) == ("0999999.mp4", 1_000_001)
+
+
 def test_class_orders() -> None:
     assert len(set(OFFICIAL_ORDER)) == 101
     assert (class_index("JumpRope"), class_index("hammerthrow"), class_index("71")) == (46, 34, 71)
@@ -110,6 +156,48 @@ def test_build_from_true_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     words = ("--dataset", "k600", "--root", k600, "--list", tmp_path / "v.csv", "--out", out)
     assert run(monkeypatch, "build", *words) == 0
     assert [(row.path, row.label) for row in read_rows(out)] == [("val/-abc_000004_000014.mp4", "yoga")]
+
+
+def test_build_from_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("in/a class/x.mp4", "in/b/deep/y.MKV", "in/flat.avi", "in/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    out = tmp_path / "m.csv"
+    assert run(monkeypatch, "build", "--dataset", "folder", "--root", tmp_path / "in", "--out", out, "--sha256") == 0
+    rows = list(read_rows(out))
+    expected = [("in/a class/x.mp4", "a class"), ("in/b/deep/y.MKV", "deep"), ("in/flat.avi", "")]
+    assert [(row.path, row.label) for row in rows] == expected
+    assert rows[2].sha256 == hashlib.sha256(b"in/flat.avi").hexdigest()
+
+    (tmp_path / "in/0001_0050").mkdir()
+    (tmp_path / "in/0001_0050/7.mp4").touch()
+    (tmp_path / "list.csv").write_text("videoid,page_dir,name\n7,0001_0050,a cat\n8,0001_0050,gone\n")
+    words = ("--dataset", "webvid", "--root", tmp_path / "in", "--list", tmp_path / "list.csv", "--out", out)
+    assert run(monkeypatch, "build", *words) == 0
+    assert [row.path for row in read_rows(out)] == ["in/0001_0050/7.mp4"]
+    assert Path(f"{out}.missing.txt").read_text() == "8\n"
+
+
+def test_overlap_by_name_and_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K600: the same clip under train/ and val/; and a copy under another name."""
+    for name in ("train/a_1_11.mp4", "val/a_1_11.mp4", "val/b.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("the same bytes" if "b" in name else name)
+    (tmp_path / "train/copy.mp4").write_text("the same bytes")
+    train, val = tmp_path / "train.csv", tmp_path / "val.csv"
+    for split, out in (("train", train), ("val", val)):
+        words = ("build", "--dataset", "folder", "--root", tmp_path / split, "--out", out, "--sha256")
+        assert run(monkeypatch, *words) == 0
+
+    def overlaps(**rule: bool) -> list[str]:
+        checked = check_manifest(val, CheckRule(decode="none", **rule), train)
+        return [row.path for row, problems in checked for problem in problems if problem.kind == "overlap"]
+
+    assert overlaps() == []
+    assert overlaps(same_name=True) == ["val/a_1_11.mp4"]
+    assert overlaps(sha256=True) == ["val/b.mp4"]
+    assert run(monkeypatch, "check", val, "--against", train, "--same-name", "--decode", "none") == 1
+    assert run(monkeypatch, "check", val, "--same-name") == 2
 
 
 def test_check_finds_each_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def test_cards_say_the_rules() -> None:
     text = card_text(card_of(PROTOCOLS["k600-fp-50k-64px"], list={"clips": 3}))
     for words in (
         "50,000 of them drawn, seed 42",
-        "5, scored too",
+        "5 frames, scored too",
         "resized to 64",
         "fvd_i3d",
         "covariance over n",

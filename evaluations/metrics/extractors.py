@@ -30,11 +30,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from evaluations.metrics.names import NAMES
 from tokenizer.common.checkpoint import file_sha256
 from tokenizer.common.errors import UserError
-
-NAMES = {"i3d": "fvd_i3d", "videomae": "fd_videomae", "effnet": "fcd_effnet"}  # extractor -> its Frechet distance
-KERNEL_NAMES = {"i3d": "kvd_i3d", "videomae": "kd_videomae", "effnet": "kcd_effnet"}
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,10 +20,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from evaluations.metrics.names import COVARIANCES
 from tokenizer.common.errors import UserError
 
 CHUNK = 256  # rows summed together; part of the result's last bits
-COVARIANCES = {"n": 0, "n-1": 1}  # the convention -> what is taken off the number of clips; LARP and StyleGAN-V: n
 
 
 @dataclass(frozen=True, eq=False)

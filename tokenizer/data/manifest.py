@@ -51,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     check = commands.add_parser("check", description="Look at every file.", help="look for what is wrong with one")
     check.add_argument("manifest", type=Path)
     check.add_argument("--against", type=Path, metavar="OTHER.csv", help="another split; no file may be in both")
+    check.add_argument("--same-name", action="store_true", help="with --against: equal names in other folders, too")
     check.add_argument("--num-frames", type=at_least(1), default=16, help="a shorter video is too short (default: 16)")
     check.add_argument("--fps", type=positive, help="count frames at this rate (default: each file's own)")
     check.add_argument("--decode", choices=("none", "first", "all"), default="first", help="how much to decode")
@@ -81,7 +82,9 @@ def build(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> int:
     """Print what was found; 1 where anything is wrong."""
-    rule = CheckRule(args.num_frames, args.fps, args.decode, args.sha256, args.backend)
+    if args.same_name and args.against is None:
+        raise UserError("--same-name compares with another split: give --against OTHER.csv too")
+    rule = CheckRule(args.num_frames, args.fps, args.decode, args.sha256, args.backend, args.same_name)
     checked = check_manifest(args.manifest, rule, args.against, args.workers)
     bar = tqdm(checked, desc="checking", unit="video", disable=None)
     if args.report is None:

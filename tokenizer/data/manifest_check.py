@@ -33,6 +33,7 @@ class CheckRule:
 
     decode: none (is the file there), first (does its first clip decode), all (does it decode to its end).
     sha256: hash every file; one that differs from the column `sha256` is altered, equal ones are duplicates.
+    same_name: a file of another split with the same name in another folder overlaps too, as in train/ and val/ of K600.
     """
 
     num_frames: int = 16
@@ -40,6 +41,7 @@ class CheckRule:
     decode: str = "first"
     sha256: bool = False
     backend: str = "pyav"
+    same_name: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,13 @@ class Findings:
 def check_manifest(
     manifest: Path, rule: CheckRule, against: Path | None = None, num_threads: int = 1
 ) -> Iterator[tuple[ManifestRow, list[Problem]]]:
-    """Every row with its problems, in order. `against`: another split, which must share no file with this one.
+    """Every row with its problems, in order. `against`: another split, which must share no file with this one: by
+    path, by name where the rule says so, and by bytes where files are hashed and the other list has their sha256.
 
     Memory: 8 bytes a row and hash, so a million rows are nothing. Raises UserError for a malformed manifest.
     """
     repeated = _repeated(_keys(manifest))
-    elsewhere = np.unique(_keys(against)) if against else np.empty(0, np.uint64)
+    elsewhere = _Elsewhere(against, rule) if against else None
     seen: dict[int, int] = {}
 
     def look(row: ManifestRow) -> tuple[ManifestRow, str, list[Problem]]:
@@ -96,8 +99,8 @@ def check_manifest(
             if digest in digests_seen:
                 problems.append(Problem(row, "duplicate", f"the same bytes as the file of line {digests_seen[digest]}"))
             digests_seen.setdefault(digest, row.line)
-        if _is_in(key, elsewhere):
-            problems.append(Problem(row, "overlap", f"also in {against}"))
+        if elsewhere and (how := elsewhere.holds(row, key, digest)):
+            problems.append(Problem(row, "overlap", f"{how} {against}"))
         yield row, problems
 
 
@@ -146,13 +149,46 @@ def _decode(row: ManifestRow, file: Path, rule: CheckRule) -> list[Problem]:
 
 
 def _key(row: ManifestRow, manifest: Path) -> int:
-    path = os.path.normpath(row.file(manifest))
-    return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest(), "big")
+    return _hash(os.path.normpath(row.file(manifest)))
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "big")
+
+
+def _name_of(row: ManifestRow) -> str:
+    """The file's name without folder and suffix, so that transcoded copies are the same."""
+    return Path(row.path).stem.lower()
 
 
 def _keys(manifest: Path) -> np.ndarray:
     """uint64 [R]."""
-    return np.frombuffer(array("Q", (_key(row, manifest) for row in read_rows(manifest))), np.uint64)
+    return _uint64(_key(row, manifest) for row in read_rows(manifest))
+
+
+def _uint64(keys: Iterator[int]) -> np.ndarray:
+    return np.frombuffer(array("Q", keys), np.uint64)
+
+
+class _Elsewhere:
+    """The files of another split, by everything that the rule compares; sorted hashes of 8 bytes."""
+
+    def __init__(self, manifest: Path, rule: CheckRule) -> None:
+        self._rule = rule
+        self._paths = np.unique(_keys(manifest))
+        names = (_hash(_name_of(row)) for row in read_rows(manifest) if rule.same_name)
+        digests = (_hash(row.sha256) for row in read_rows(manifest) if rule.sha256 and row.sha256)
+        self._names, self._digests = (np.unique(_uint64(keys)) for keys in (names, digests))
+
+    def holds(self, row: ManifestRow, key: int, digest: str) -> str | None:
+        """How it holds this file, in words; None where it does not."""
+        if _is_in(key, self._paths):
+            return "also in"
+        if digest and _is_in(_hash(digest), self._digests):
+            return "the same bytes are in"
+        return (
+            "a file of this name is in" if self._rule.same_name and _is_in(_hash(_name_of(row)), self._names) else None
+        )
 
 
 def _repeated(key_R: np.ndarray) -> set[int]:
