@@ -63,6 +63,8 @@ class ExtractConfig:
             raise UserError("views, clips_per_shard and batch_size must be at least 1")
         if self.views > 1 and not self.data.augment:
             raise UserError(f"views = {self.views} would be copies: set data.augment=true or views=1")
+        if self.data.repeat and len(self.data.repeat) != len(self.data.sources):
+            raise UserError(f"data.repeat = {self.data.repeat} must hold one for each of data.sources")
         if self.labels and len(self.labels) != len(self.data.sources):
             raise UserError(f"labels = {self.labels} must hold one for each of {len(self.data.sources)} data.sources")
         if bool(self.condition_lengths) != bool(self.condition_frames):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from torch import Tensor
 from autoregressive.batches import BatchRule, TokenBatch, token_batches
 from autoregressive.model import GPT, GPTConfig
 from autoregressive.presets import check_vocabulary
-from autoregressive.sequence import IGNORE, PackedSequences, SequenceLayout, pack_sequences
+from autoregressive.sample_grid import sample_grid
+from autoregressive.sampler import Request, SamplingConfig
+from autoregressive.sequence import IGNORE, PackedSequences, SequenceLayout, length_rule, pack_sequences
 from autoregressive.token_archive import TokenArchive
 from tokenizer.common import ranks
 from tokenizer.common.config import to_dict
@@ -31,7 +34,7 @@ from tokenizer.common.entry import parse_training_arguments, rehearse
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.loop import RunConfig, Summed, TrainState, fit, start_run
 from tokenizer.common.optim import OptimConfig
-from tokenizer.model import parameters_by_part
+from tokenizer.model import VideoTokenizer, parameters_by_part
 from tokenizer.presets import load_tokenizer
 
 
@@ -50,6 +53,7 @@ class GPTTrainConfig:
     archive: str = ""  # the tokens, from stage 5a
     val_archive: str = ""  # those of held-out clips
     val_clips: int = 512  # clips that a validation looks at, spread evenly over val_archive
+    samples: int = 8  # clips that a validation samples, for the picture in samples/; 0: none
     batch_ids: int = 0  # ids a step at most, on each process; 0: run.batch_size clips a step, on all together
     class_dropout: float = 0.1  # part of the clips whose class is hidden, so that sampling can be guided
 
@@ -59,8 +63,11 @@ class GPTTrainConfig:
                 raise UserError(f"{name} is empty: give the result of stage {'4' if name == 'tokenizer' else '5a'}")
         if not 0 <= self.class_dropout < 1:
             raise UserError(f"class_dropout = {self.class_dropout}: must lie in [0, 1)")
-        if self.batch_ids < 0 or self.val_clips < 1:
-            raise UserError(f"batch_ids = {self.batch_ids} must be >= 0, val_clips = {self.val_clips} at least 1")
+        if min(self.batch_ids, self.samples) < 0 or self.val_clips < 1:
+            raise UserError(
+                f"batch_ids = {self.batch_ids} and samples = {self.samples} must be >= 0, val_clips = {self.val_clips} "
+                "at least 1"
+            )
         if self.run.num_workers:
             raise UserError(f"run.num_workers = {self.run.num_workers}: tokens are read in place; leave it at 0")
 
@@ -70,9 +77,11 @@ class GPTTraining:
 
     def __init__(self, config: GPTTrainConfig) -> None:
         self.config, self.layout = config, config.model.layout
-        self.archive, self.val_archive = open_archives(config)
         self.device = start_run(config.run)
-        self.state = TrainState.start(GPT(config.model), config.run, config.optim, kind="gpt")
+        self.tokenizer = load_tokenizer(config.tokenizer, self.device)
+        self.archive, self.val_archive = open_archives(config, self.tokenizer)
+        self.model = GPT(config.model)
+        self.state = TrainState.start(self.model, config.run, config.optim, kind="gpt")
 
     def batches(self, start_step: int) -> Iterator[TokenBatch]:
         c = self.config
@@ -82,7 +91,7 @@ class GPTTraining:
 
     def loss(self, batch: TokenBatch, step: int) -> tuple[Summed, dict[str, Tensor | float]]:
         """Cross-entropy summed over all ids that are to be said; the loop divides by their number on all processes."""
-        logits_LV, target_L = read(self.state.model, batch.packed)
+        logits_LV, target_L = read(self.model, batch.packed)
         each_L = cross_entropy(logits_LV, target_L)
         kinds = by_kind(each_L.detach(), target_L, self.layout)
         terms: dict[str, Tensor | float] = {name: total / num for name, (total, num) in kinds.items()}
@@ -93,7 +102,7 @@ class GPTTraining:
         """Loss, perplexity and how often the most probable length is the true one, on held-out clips."""
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for packed in self._validation_batches():
-            logits_LV, target_L = read(self.state.model, packed)
+            logits_LV, target_L = read(self.model, packed)
             measured = by_kind(cross_entropy(logits_LV, target_L), target_L, self.layout)
             measured["length_accuracy"] = right_lengths(logits_LV, target_L, self.layout)
             for name, (total, num) in measured.items():
@@ -102,6 +111,7 @@ class GPTTraining:
         # over tokens, never a mean of the batches' means
         loss = sum(sums[kind][0] for kind in KINDS) / sum(sums[kind][1] for kind in KINDS)
         perplexity = float(torch.tensor(loss).exp())  # inf where Python would raise
+        self._sample(step)
         return {"loss": loss, "perplexity": perplexity, **{name: total / num for name, (total, num) in sums.items()}}
 
     def fit(self) -> None:
@@ -112,12 +122,23 @@ class GPTTraining:
 
     def rehearse(self) -> None:
         """`--dry-run`: two steps, nothing written."""
-        config, parts = self.config, parameters_by_part(self.state.model)
+        config, parts = self.config, parameters_by_part(self.model)
         rehearse(config.run, config.optim, self.state, self.batches, self.loss, parts)
 
     def token_facts(self) -> dict[str, Any]:
         """What the weights file says of the tokens: which tokenizer reads them, what the class numbers mean."""
         return {**to_dict(self.archive.facts), "archive_sha256": self.archive.sha256}
+
+    def _sample(self, step: int) -> None:
+        """samples/<step>.png: a clip of each of some held-out clips' classes, or of their given frames."""
+        num = min(self.config.samples, len(self.val_archive))
+        if num == 0 or not ranks.is_main():
+            return
+        clips = [self.val_archive.clip(i * len(self.val_archive) // num) for i in range(num)]
+        rule = length_rule(self.layout)
+        requests = [Request((i,), clip.label, clip.condition_L, rule) for i, clip in enumerate(clips)]
+        path = Path(self.config.run.dir) / "samples" / f"{step:08d}.png"
+        sample_grid(path, self.model, self.tokenizer, requests, SamplingConfig(slots=num))
 
     def _validation_batches(self) -> Iterator[PackedSequences]:
         num = min(self.config.val_clips, len(self.val_archive))
@@ -155,9 +176,8 @@ def right_lengths(logits_LV: Tensor, target_L: Tensor, layout: SequenceLayout) -
     return right_BN.sum(), torch.tensor(right_BN.numel())
 
 
-def open_archives(config: GPTTrainConfig) -> tuple[TokenArchive, TokenArchive]:
+def open_archives(config: GPTTrainConfig, tokenizer: VideoTokenizer) -> tuple[TokenArchive, TokenArchive]:
     """The two archives of a run. Raises UserError where they, the tokenizer and the model do not belong together."""
-    tokenizer = load_tokenizer(config.tokenizer)
     check_vocabulary(config.model, tokenizer.config, "model")
     archive, val_archive = TokenArchive(config.archive), TokenArchive(config.val_archive)
     for each in (archive, val_archive):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoregressive.extract_codes import ExtractConfig
+from autoregressive.presets import check_size
 from autoregressive.train import GPTTrainConfig
 from tokenizer.common.config import (
     ConfigError,
@@ -251,6 +252,18 @@ def test_stages_of_one_folder_belong_together() -> None:
             router = load_section(RouterConfig, paths["router"], "model")
             for name in ("num_frames", "size", "levels", "patch_frames"):
                 assert getattr(router, name) == getattr(tokenizers[0], name)
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "gpt" in path.name.lower()], ids=lambda path: path.stem)
+def test_a_gpt_has_a_named_size_and_archives_that_are_made(path: Path) -> None:
+    config = load_config(GPTTrainConfig, path)
+    preset = {"mini": "GPT-mini", "debug": "GPT-debug"}.get(path.parent.name) or "-".join(path.stem.split("_")[:2])
+    check_size(config.model, preset, path.name)
+    extract = load_config(ExtractConfig, path.with_name(f"{Path(config.archive).name}.yaml"))
+    assert extract.condition_lengths == config.model.condition_lengths
+    assert extract.tokenizer == config.tokenizer
+    if extract.class_names:
+        assert len(extract.class_names) == config.model.num_classes
 
 
 def test_a_config_error_is_a_user_error() -> None:

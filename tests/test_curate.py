@@ -32,7 +32,7 @@ def heldout_scenes(num: int) -> torch.Tensor:
 def lively_tokenizer() -> VideoTokenizer:
     """Random weights, but codes taken from latents of real clips, so that clips and assignments differ."""
     torch.manual_seed(0)
-    model = build_tokenizer("VQ_debug", levels=[2, 4]).eval()
+    model = build_tokenizer("VQ_debug", levels=[2, 4], init="random").eval()
     torch.nn.init.normal_(model.to_pixels.weight, std=0.1)
     video = heldout_scenes(6)
     packing = pack(model.space.lengths_of(torch.full((6,), model.space.num_rows - 1)))

@@ -136,6 +136,7 @@ def test_what_cannot_be_read_is_left_out_and_named(weights: dict[str, str], tmp_
     [
         ({"views": 2, "data": DataConfig(sources=SCENES.sources, size=32, augment=False)}, "would be copies"),
         ({"labels": ["a"]}, "must hold one for each of 2 data.sources"),
+        ({"data": DataConfig(sources=SCENES.sources, repeat=[1], size=32)}, "one for each of data.sources"),
         ({"labels": ["a", ""]}, "synthetic/heldout/000000 has no label"),
         ({"class_names": ["aa", "c"]}, "class_names has no 'a', the label of some clips; the nearest is 'aa'"),
         ({"budget": "average:9"}, "needs the whole set at once"),

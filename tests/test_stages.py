@@ -1,4 +1,4 @@
-"""The four training stages and the main job, one after the other, by the commands that a user types."""
+"""All training stages and the main job, one after the other, by the commands that a user types."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from autoregressive.presets import check_tokenizer_fits, load_gpt
 from tokenizer import load_router, load_tokenizer
 from tokenizer.router.table import QualityTable
 
@@ -17,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 HELD_OUT = ROOT / "tokenizer" / "data" / "bundled" / "tree_000.mp4"
 
 
-def run(*command: str | Path) -> str:
-    environment = os.environ | {"PYPATH": sys.executable, "OMP_NUM_THREADS": "1"}
+def run(*command: str | Path, **variables: str) -> str:
+    environment = os.environ | {"PYPATH": sys.executable, "OMP_NUM_THREADS": "1"} | variables
     words = [str(word) for word in command]
     result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -61,6 +62,26 @@ def test_main_job_with_the_trained_pair(results: Path) -> None:
     clip = json.loads((out / "metrics.json").read_text())["clips"][0]
     assert sum(clip["assignment"]) == clip["tokens"] <= 12
     assert (out / "report.html").stat().st_size > 10_000 and str(out / "report.html") in said
+
+
+def test_tokens_and_both_gpts(results: Path) -> None:
+    """Stages 5a, by two workers at once, and 5b."""
+    pair = [f"tokenizer={results}/final", f"router={results}/router"]
+    for name in ("extract_c2v", "extract_c2v_heldout", "extract_fp"):
+        config = [f"configs/debug/{name}.yaml", f"dir={results}/{name}"]
+        run("bash", "scripts/train/5a_extract_codes.sh", *config, *pair, WORKERS="2")
+    said = run(sys.executable, "-m", "autoregressive.token_archive", "check", results / "extract_c2v")
+    assert "24 clips" in said and "2 classes" in said and "no problem found" in said
+
+    gpts = {"gpt_c2v": ("5b_gpt_c2v.sh", "extract_c2v", "extract_c2v_heldout")}
+    gpts["gpt_fp"] = ("5b_gpt_frame_pred.sh", "extract_fp", "extract_fp")
+    for name, (script, *archives) in gpts.items():
+        tokens = [f"archive={results}/{archives[0]}", f"val_archive={results}/{archives[1]}"]
+        config = [f"configs/debug/{name}.yaml", f"run.dir={results}/{name}"]
+        run("bash", f"scripts/train/{script}", *config, f"tokenizer={results}/final", *tokens)
+        trained, final = load_gpt(results / name, size="GPT-debug"), load_tokenizer(results / "final")
+        check_tokenizer_fits(trained, final)
+        assert trained.tokenizer_sha256 == final.sha256
 
 
 def test_a_finished_stage_ends_at_once(results: Path) -> None:

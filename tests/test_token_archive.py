@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from autoregressive.sequence import ClipCodes
-from autoregressive.token_archive import ArchivedClip, ArchiveFacts, TokenArchive, save_archive, save_shard
+from autoregressive.token_archive import ArchivedClip, ArchiveFacts, TokenArchive, main, save_archive, save_shard
 from tokenizer.common.errors import UserError
 
 FACTS = ArchiveFacts(
@@ -63,15 +62,16 @@ def test_equal_clips_give_equal_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_damage_is_seen(tmp_path: Path) -> None:
+def test_damage_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, [random_clip(seed) for seed in range(8)])
-    check = [sys.executable, "-m", "autoregressive.token_archive", "check", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["token_archive", "check", str(tmp_path)])
+    assert main() == 0
     shard = tmp_path / "shards" / "000001.safetensors"
     whole = shard.read_bytes()
 
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # one bit
-    result = subprocess.run(check, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1 and "shards/000001.safetensors: differs from its sha256" in result.stdout
+    assert main() == 1
+    assert "shards/000001.safetensors: differs from its sha256" in capsys.readouterr().out
 
     shard.write_bytes(whole[:-3])
     with pytest.raises(UserError, match=r"000001.safetensors: damaged"):

@@ -4,11 +4,14 @@ The model is small and untrained; every clip is noise, so that nothing is alike 
 tokens a clip: matrix products of a handful of rows take another path in BLAS, which rounds differently.
 """
 
+import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tokenizer import presets
 from tokenizer.assignment import pack
@@ -16,8 +19,9 @@ from tokenizer.blocks.attention import Attention
 from tokenizer.blocks.patchify import patchify
 from tokenizer.blocks.query_init import pooling_pyramid
 from tokenizer.common.errors import UserError
+from tokenizer.common.image_quality import psnr
+from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.model import (
-    KEY_SCALE,
     TokenizerConfig,
     TokenizerOutput,
     TransformerConfig,
@@ -34,6 +38,7 @@ TINY = TokenizerConfig(
     bottleneck_width=16,
     encoder=TransformerConfig(layers=2, width=32, heads=2),
     decoder=TransformerConfig(layers=2, width=48, heads=4),
+    init="random",  # where all branches are heard; the structured start is silent in most of them
 )
 LENGTHS = torch.tensor([[4, 32, 8, 16], [16, 16, 16, 16], [32, 4, 4, 8]])
 
@@ -210,25 +215,42 @@ def test_the_list_of_presets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 # --- how it begins --------------------------------------------------------------------------------------------------
 
 
-def test_the_structured_start(model: VideoTokenizer) -> None:
-    fresh = build_tokenizer(TINY)
+def test_positions_and_attention_start_near() -> None:
+    fresh = build_tokenizer(replace(TINY, init="structured"))
     for module in fresh.modules():
         if isinstance(module, Attention):
-            assert torch.equal(module.to_k.weight, KEY_SCALE * module.to_q.weight)
+            assert torch.equal(module.to_k.weight, module.to_q.weight)
     patch_pos, token_pos = (pos.unflatten(0, (4, -1)) for pos in (fresh.encoder_patch_pos, fresh.encoder_token_pos))
     torch.testing.assert_close(token_pos[:, :2], patch_pos.mean(dim=1, keepdim=True).expand(-1, 2, -1))
     torch.testing.assert_close(token_pos[:, 16:], patch_pos)  # the last group is one query a patch
     torch.testing.assert_close(token_pos, pooling_pyramid(patch_pos, 4))
 
 
+def test_an_untrained_tokenizer_already_is_a_coarse_codec() -> None:
+    config = TokenizerConfig(
+        size=64, levels=[8, 32, 128], encoder=TransformerConfig(2, 96, 4), decoder=TransformerConfig(3, 128, 4)
+    )
+    torch.manual_seed(0)
+    fresh = build_tokenizer(config)
+    clips = build_dataset(DataConfig(["bundled:heldout"], size=64, augment=False))
+    real = torch.stack([clips.get(i).video_CTHW for i in (0, 12, 25)])
+    reached = [psnr(real.mean(dim=(2, 3, 4), keepdim=True).expand_as(real), real).mean()]
+    with torch.no_grad():
+        for level in config.levels:
+            packing = pack(torch.full((3, 4), level))
+            latent_LE = F.normalize(fresh.encode_latents(real, packing), dim=-1)  # what quantising keeps
+            reached.append(psnr(fresh.decode_latents(latent_LE, packing).clamp(0, 1), real).mean())
+    assert all(after > before + 0.1 for before, after in itertools.pairwise(reached)), reached
+
+
 def test_the_random_start_is_the_ablation() -> None:
-    fresh = build_tokenizer(TINY, init="random")
+    fresh = build_tokenizer(TINY)
     assert fresh.encoder_patch_pos.std().item() == pytest.approx(32**-0.5, rel=0.1)
     attention = next(module for module in fresh.modules() if isinstance(module, Attention))
-    assert not torch.allclose(attention.to_k.weight, KEY_SCALE * attention.to_q.weight)
+    assert not torch.allclose(attention.to_k.weight, attention.to_q.weight)
 
 
-def test_it_starts_grey(model: VideoTokenizer, video: Tensor) -> None:
+def test_the_random_start_is_grey(video: Tensor) -> None:
     frames, _ = run(build_tokenizer(TINY), video, LENGTHS)
     assert (frames - 0.5).abs().mean() < 0.2
     assert frames.shape == video.shape and frames.dtype == torch.float32

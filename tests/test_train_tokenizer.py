@@ -36,7 +36,8 @@ def training(folder: Path, *overrides: str, config: str = "proxy.yaml") -> Token
 def lines(folder: Path) -> list[dict]:
     """metrics.jsonl without the clock's fields."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "data_wait")} for line in found]
+    clock = ("seconds", "data_wait")
+    return [{k: v for k, v in line.items() if k not in clock and not k.startswith("perf/")} for line in found]
 
 
 def final_bits(folder: Path) -> list[bytes]:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.errors import UserError
+from tokenizer.common.sharing import Places
 from tokenizer.model import TokenizerConfig
 from tokenizer.router.predict import check_router_fits, load_router
 
-Policy = Callable[[Tensor, torch.Generator], Tensor]
-"""(video_BCTHW, generator) -> length_BN, int64 on the CPU. Draws only from the generator."""
+
+class Policy(Protocol):
+    """Clips -> their lengths, int64 [B, N] on the CPU. Draws only from the generator.
+
+    places: where the clips stand in the global batch; left out where they are all of it.
+    """
+
+    def __call__(self, video_BCTHW: Tensor, generator: torch.Generator, places: Places | None = None) -> Tensor: ...
 
 
 @dataclass
@@ -40,11 +48,20 @@ def build_policy(config: PolicyConfig, tokenizer: TokenizerConfig, device: torch
     """The policy of a config. Raises UserError where lengths or router do not fit the tokenizer."""
     space = AssignmentSpace(tuple(tokenizer.levels), tokenizer.num_blocks)
     if config.kind == "random":
-        return lambda video_BCTHW, generator: space.lengths_of(space.draw_rows(len(video_BCTHW), generator))
+        return partial(_random, space)
     if config.kind == "fixed":
         length_N = torch.tensor(config.lengths)
         space.rows_of(length_N)
-        return lambda video_BCTHW, generator: length_N.expand(len(video_BCTHW), -1)
+        return lambda video_BCTHW, generator, places=None: length_N.expand(len(video_BCTHW), -1)
     router = load_router(config.router_ckpt, device, config.router_config or None)
     check_router_fits(router, tokenizer)
-    return lambda video_BCTHW, generator: router.assign(video_BCTHW)
+    return lambda video_BCTHW, generator, places=None: router.assign(video_BCTHW)
+
+
+def _random(
+    space: AssignmentSpace, video_BCTHW: Tensor, generator: torch.Generator, places: Places | None = None
+) -> Tensor:
+    """Drawn for the whole global batch, so that a clip's lengths do not depend on the number of processes."""
+    if places is None:
+        return space.lengths_of(space.draw_rows(len(video_BCTHW), generator))
+    return space.lengths_of(places.pick(space.draw_rows(places.total, generator)))

@@ -77,14 +77,22 @@ class TokenizerTraining:
         self.state = TrainState.start(self.model, run, config.optim, kind="tokenizer")
 
     def batches(self, start_step: int) -> Iterator[ClipBatch]:
+        run, costs = self.config.run, self.costs if self.config.policy.kind == "random" else None
+        return batches(
+            self.data, run.batch_size, run.seed, start_step, run.num_workers, accumulate=run.accumulate, costs=costs
+        )
+
+    def costs(self, step: int) -> list[float]:
+        """What each clip of a step's global batch will cost: about its tokens. Known only of random assignments."""
         run = self.config.run
-        return batches(self.data, run.batch_size, run.seed, start_step, run.num_workers)
+        drawn = self.policy(torch.empty(run.batch_size), generator_for(run.seed, "loss", step))
+        return drawn.sum(dim=1).tolist()
 
     def loss(self, batch: ClipBatch, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """One batch -> the loss, and everything worth a log line."""
         generator = generator_for(self.config.run.seed, "loss", step)
         video_BCTHW = batch.video_BCTHW.to(self.device)
-        length_BN = self.policy(video_BCTHW, generator)
+        length_BN = self.policy(video_BCTHW, generator, batch.places)
         output = self.model(video_BCTHW, length_BN)
         loss, terms = tokenizer_loss(self.config.loss, output, video_BCTHW, self.perceptual, generator)
         usage = code_usage(output.quantized.code_L, self.config.model.codebook_size)
@@ -95,7 +103,9 @@ class TokenizerTraining:
         """Begin the codes at latents of training clips, so that none is dead from the start (paper.md section 2)."""
         generator = generator_for(self.config.run.seed, "codebook")
         latents: list[Tensor] = []
-        for batch in itertools.islice(self.batches(0), _START_BATCHES):
+        run = self.config.run
+        everything = batches(self.data, run.batch_size, run.seed, 0, run.num_workers, whole=True)
+        for batch in itertools.islice(everything, _START_BATCHES):
             video_BCTHW = batch.video_BCTHW.to(self.device)
             length_BN = self.policy(video_BCTHW, generator)
             latents.append(self.model.encode_latents(video_BCTHW, pack(length_BN)))

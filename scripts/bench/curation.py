@@ -55,7 +55,7 @@ def main() -> None:
 def _tokenizer(levels: list[int]) -> VideoTokenizer:
     """The miniature's shape with random weights; codes from real latents, so that assignments differ."""
     torch.manual_seed(0)
-    model = build_tokenizer("VQ_mini", levels=levels).eval()
+    model = build_tokenizer("VQ_mini", levels=levels, init="random").eval()
     torch.nn.init.normal_(model.to_pixels.weight, std=0.1)
     clips = build_dataset(DataConfig(sources=["bundled:train"], size=64, augment=False))
     video = torch.stack([clips.get(i).video_CTHW for i in range(0, 64, 8)])

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.common.ranks import mean_of_rows, num_ranks
+
 ENTROPY_TEMPERATURE = 0.01
 
 
@@ -66,8 +68,8 @@ class VectorQuantizer(nn.Module):
                 latent_LE=z_LE + (nearest_LE - z_LE).detach(),
                 code_L=code_L,
                 terms={
-                    "codebook": F.mse_loss(nearest_LE, z_LE.detach()),
-                    "commitment": F.mse_loss(z_LE, nearest_LE.detach()),
+                    "codebook": _token_mean(F.mse_loss(nearest_LE, z_LE.detach(), reduction="none")),
+                    "commitment": _token_mean(F.mse_loss(z_LE, nearest_LE.detach(), reduction="none")),
                     "entropy": entropy_term(cosine_LV),
                 },
             )
@@ -85,9 +87,14 @@ def entropy_term(cosine_LV: Tensor) -> Tensor:
     """Mean entropy per token minus the entropy of the mean, over softmax(-d / 0.01), d the squared distance."""
     logit_LV = cosine_LV * (2 / ENTROPY_TEMPERATURE)  # d = 2 - 2 cos for unit vectors; the constant drops out
     prob_LV = logit_LV.softmax(dim=-1)
-    per_token = -(prob_LV * logit_LV.log_softmax(dim=-1)).sum(dim=-1).mean()
-    mean_V = prob_LV.mean(dim=0)
+    per_token = mean_of_rows(-(prob_LV * logit_LV.log_softmax(dim=-1)).sum(dim=-1))
+    mean_V = mean_of_rows(prob_LV)
     return per_token + (mean_V * (mean_V + 1e-12).log()).sum()
+
+
+def _token_mean(error_LE: Tensor) -> Tensor:
+    """Every token of every process counts alike, however unequally they are shared out."""
+    return mean_of_rows(error_LE).mean() if num_ranks() > 1 else error_LE.mean()
 
 
 def code_usage(code_L: Tensor, num_codes: int) -> dict[str, float]:

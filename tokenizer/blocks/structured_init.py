@@ -48,10 +48,10 @@ def start_encoder(
     query_embed.weight.copy_(torch.eye(width))
     query_embed.bias[-2:] = torch.tensor([_CONSTANT, -_CONSTANT])
     for layer in encoder:
-        for last in (layer.self_attention.to_out, layer.cross_attention.to_out, layer.mlp[2]):
-            last.weight.zero_()
-    kept, gain = _kept(to_latent)
-    narrow, last = to_latent
+        for branch in (layer.self_attention.to_out, layer.cross_attention.to_out, _linear(layer.mlp[2])):
+            branch.weight.zero_()
+    narrow, last = map(_linear, to_latent)
+    kept, gain = _kept(last.out_features)
     narrow.weight[:kept] = torch.eye(kept, width)
     narrow.weight[kept] = 0
     narrow.weight[kept, -2:] = torch.tensor([0.5, -0.5])
@@ -62,16 +62,15 @@ def start_encoder(
 def start_decoder(from_latent: nn.Sequential, decoder: QFormer, to_pixels: nn.Linear, filter_PP: Tensor) -> None:
     """Latents -> pixels of the coefficients they hold."""
     width = to_pixels.in_features
-    wide, last = from_latent
-    code_width = wide.in_features
-    wide.weight[:code_width] = torch.eye(code_width)
-    kept, gain = _kept(from_latent)
+    wide, last = map(_linear, from_latent)
+    wide.weight[: wide.in_features] = torch.eye(wide.in_features)
+    kept, gain = _kept(wide.in_features)
     coefficient = _LATENT_NORM * _spread(width, _CONSTANT) / _CONTENT / gain
     last.weight.zero_()[:kept, :kept] = (_SHOWN * coefficient).diag()
     last.bias[-2:] = torch.tensor([_SHOWN_CONSTANT, -_SHOWN_CONSTANT])
     for layer in decoder:
         layer.self_attention.to_out.weight.zero_()
-        layer.mlp[2].weight.zero_()
+        _linear(layer.mlp[2]).weight.zero_()
         layer.cross_attention.to_v.weight.copy_(torch.eye(width))
         layer.cross_attention.to_out.weight.copy_(torch.eye(width) * (_OWN / len(decoder)))
     num = min(width - 2, len(filter_PP))
@@ -84,12 +83,16 @@ def patch_filters(patch_frames: int, patch_size: int) -> Tensor:
     return cosine_filters(patch_frames, patch_size, _COLOUR_RANK)[0]
 
 
-def _kept(linears: nn.Sequential) -> tuple[int, Tensor]:
+def _linear(module: nn.Module) -> nn.Linear:
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _kept(code_width: int) -> tuple[int, Tensor]:
     """How many coefficients a latent holds, and the gain of each."""
-    kept = min(linears[0].in_features, linears[1].out_features) - 1
-    gain = torch.full((kept,), _AC_GAIN)
+    gain = torch.full((code_width - 1,), _AC_GAIN)
     gain[:1] = _DC_GAIN
-    return kept, gain
+    return code_width - 1, gain
 
 
 def _spread(width: int, constant: float) -> float:

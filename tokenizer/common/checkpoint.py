@@ -127,9 +127,10 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], origin: str | 
 class CheckpointStore:
     """The resume states of one run: `save`, and `load_latest` that survives a damaged newest one."""
 
-    def __init__(self, folder: str | Path, keep_last: int = 2) -> None:
+    def __init__(self, folder: str | Path, keep_last: int = 2, keep_every: int = 0) -> None:
         self.folder = Path(folder)
         self.keep_last = max(1, keep_last)
+        self.keep_every = keep_every  # multiples of so many steps stay for good; 0: none does
 
     def save(
         self,
@@ -196,7 +197,9 @@ class CheckpointStore:
 
     def _prune(self, step: int) -> None:
         """Keep the newest `keep_last` up to `step`. Later ones can only be the damaged ones that were passed over."""
-        kept = [folder for own, folder in self._folders() if 0 <= own <= step][: self.keep_last]
+        good = [(own, folder) for own, folder in self._folders() if 0 <= own <= step]
+        kept = [folder for _, folder in good[: self.keep_last]]
+        kept += [folder for own, folder in good if self.keep_every and own % self.keep_every == 0]
         for folder in self.folder.iterdir():
             if folder.is_dir() and folder not in kept:
                 _remove(folder)

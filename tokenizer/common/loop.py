@@ -7,29 +7,33 @@ the learning rate is a function of the step. What is left to remember is TrainSt
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tokenizer.common import ranks
+from tokenizer.common.background import BackgroundWriter
 from tokenizer.common.checkpoint import CheckpointStore, atomic_write, file_sha256, save_model
 from tokenizer.common.errors import UserError
-from tokenizer.common.metrics_log import Clock, MetricsLog, Progress
 from tokenizer.common.optim import OptimConfig
+from tokenizer.common.reporter import Reporter
 from tokenizer.common.run_config import RunConfig
 from tokenizer.common.runtime import autocast, pick_device, set_deterministic
 from tokenizer.common.state import Adversary, TrainState
 from tokenizer.common.step import LossFn, Summed, TooManySkipped, train_step
-from tokenizer.common.survive import claim, only_run_in, stop_signals
+from tokenizer.common.survive import claim, note_unreadable, only_run_in, stop_signals
 
 __all__ = ["Adversary", "LossFn", "RunConfig", "Summed", "TrainState", "fit", "start_run", "train_step"]
 
 
 def start_run(run: RunConfig) -> torch.device:
     """Threads, seeds, kernels, the run's other processes: an entry point calls it before it builds the model."""
+    ranks.join(on_cpu=run.device == "cpu" or not torch.cuda.is_available())
     if run.num_threads is not None:
         torch.set_num_threads(run.num_threads)
     set_deterministic(run.seed)
@@ -61,68 +65,92 @@ def fit(
     folder = Path(run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     start_run(run)
-    with only_run_in(folder):
-        claim(folder, config)
-        store = CheckpointStore(folder / "checkpoints", run.keep_last)
-        log = MetricsLog(folder / "metrics.jsonl")
-        if state.load(store):
+    with only_run_in(folder) if ranks.is_main() else nullcontext():
+        if ranks.is_main():
+            claim(folder, config)
+        store = CheckpointStore(folder / "checkpoints", run.keep_last, run.keep_every)
+        if state.load(store) and ranks.is_main():
             print(f"resuming {folder} after step {state.step}", file=sys.stderr, flush=True)
-        log.rewind(state.step)
-        if state.step < run.steps:
-            _train(run, optim, state, batches, loss_fn, validate, log, lambda: state.save(store, config))
-        _write_final(folder / "final", state, config)
-        print(f"{state.step} steps done: {folder / 'final' / 'model.safetensors'}", flush=True)
-        if finish is not None:
-            with _averaged_weights(run, state):
-                finish()
+        reporter = Reporter(run, config, state.step, state.device)
+        with closing(reporter):
+            if state.step < run.steps:
+                _train(run, optim, config, state, batches, loss_fn, validate, reporter, BackgroundWriter(store))
+        if ranks.is_main():
+            _write_final(folder / "final", state, config)
+            print(f"{state.step} steps done: {folder / 'final' / 'model.safetensors'}", flush=True)
+            if finish is not None:
+                with _averaged_weights(run, state):
+                    finish()
+        ranks.wait_for_all()
 
 
 def _train(
     run: RunConfig,
     optim: OptimConfig,
+    config: Mapping[str, Any],
     state: TrainState,
     batches: Callable[[int], Iterator[Any]],
     loss_fn: LossFn,
     validate: Callable[[int], Mapping[str, float]] | None,
-    log: MetricsLog,
-    save: Callable[[], None],
+    reporter: Reporter,
+    writer: BackgroundWriter,
 ) -> None:
-    clock = Clock()
-    source = iter(batches(state.step))
+    source = iter(batches(0 if run.overfit_one_batch else state.step))
+    if run.overfit_one_batch:
+        source = itertools.repeat(next(source))
     state.train_mode(True)
-    with closing(Progress(run.steps, state.step)) as progress, stop_signals() as stop:
+    with stop_signals() as stop, _joined(writer):
         while state.step < run.steps:
             # step
-            with clock.waiting():
+            with reporter.clock.waiting():
                 batch = next(source)
+            note_unreadable(Path(run.dir), batch)
             try:
-                values = train_step(run, optim, state, batch, loss_fn)
+                with reporter.speed.counting():
+                    values = train_step(run, optim, state, batch, loss_fn)
             except TooManySkipped:
-                save()
+                _save(state, config, reporter, writer)
                 raise
-            progress.advance()
             last = state.step == run.steps
 
             # log
-            if state.step % run.log_every == 0 or last:
-                seconds, data_wait = clock.lap()
-                log.write(state.step, {**values, "seconds": seconds, "data_wait": data_wait})
-                progress.report(values["loss"], clock.seconds_per_step, data_wait)
+            reporter.step(state.step, values)
 
-            # validate
-            if validate is not None and (state.step % run.validate_every == 0 or last):
+            # validate: on rank 0, while the others wait in their next step
+            if validate is not None and ranks.is_main() and (state.step % run.validate_every == 0 or last):
                 with _averaged_weights(run, state):
-                    measured = {f"val/{name}": float(value) for name, value in validate(state.step).items()}
-                log.write(state.step, measured)
-                progress.say(f"step {state.step}  " + "  ".join(f"{k} {v:.4g}" for k, v in measured.items()))
-                clock.restart()
+                    measured = validate(state.step)
+                reporter.validated(state.step, measured)
 
             # save
-            if state.step % run.checkpoint_every == 0 or last or stop:
-                log.sync()
-                save()
-            if stop and not last:
-                raise KeyboardInterrupt(f"stopped by {stop[0]} after step {state.step}; the same command continues")
+            stopped = ranks.any_rank(bool(stop))
+            if state.step % run.checkpoint_every == 0 or last or stopped:
+                _save(state, config, reporter, writer)
+            if stopped and not last:
+                writer.join()
+                ranks.wait_for_all()
+                name = stop[0] if stop else "a signal to another process"
+                raise KeyboardInterrupt(f"stopped by {name} after step {state.step}; the same command continues")
+
+
+def _save(state: TrainState, config: Mapping[str, Any], reporter: Reporter, writer: BackgroundWriter) -> None:
+    if ranks.is_main():
+        with reporter.saving():
+            state.save(writer, config)
+
+
+@contextmanager
+def _joined(writer: BackgroundWriter) -> Iterator[None]:
+    """Nobody leaves before the last checkpoint is written."""
+    try:
+        yield
+    except BaseException:
+        try:
+            writer.join()
+        except OSError as error:  # the first trouble is the one to raise
+            print(f"warning: the last checkpoint could not be written: {error}", file=sys.stderr, flush=True)
+        raise
+    writer.join()
 
 
 @contextmanager

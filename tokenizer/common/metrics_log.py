@@ -45,8 +45,9 @@ class MetricsLog:
 class Progress:
     """A bar on a terminal; elsewhere a plain line at every report, so that a log file stays readable."""
 
-    def __init__(self, total: int, start: int) -> None:
-        self._bar = tqdm(total=total, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    def __init__(self, total: int, start: int, shown: bool = True) -> None:
+        hidden = not shown or not sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=start, unit="step", disable=hidden, dynamic_ncols=True)
         self._total, self._step = total, start
 
     def advance(self) -> None:

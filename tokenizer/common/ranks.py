@@ -6,9 +6,10 @@ process everything here is the identity, so code that calls it needs no second p
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from datetime import timedelta
 from typing import TypeVar
 
@@ -27,9 +28,14 @@ _PATIENCE = timedelta(hours=2)  # the others wait while rank 0 validates
 def join(on_cpu: bool) -> PartialState:
     """Meet the other processes of the run, gloo on CPU and nccl on GPUs; called again it changes nothing."""
     adopt_slurm(os.environ)
+    if _several():
+        return PartialState()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     options = InitProcessGroupKwargs(timeout=_PATIENCE).to_kwargs() if several else {}
-    return PartialState(cpu=on_cpu, **options)
+    state = PartialState(cpu=on_cpu, **options)
+    if several:
+        atexit.register(state.destroy_process_group)
+    return state
 
 
 def adopt_slurm(environment: MutableMapping[str, str]) -> None:
@@ -84,6 +90,20 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
     return sum_over_ranks(tensor) / num_ranks()
 
 
+def mean_of_rows(x: Tensor) -> Tensor:
+    """The mean over the rows (dimension 0) of all processes, which may hold unequal numbers of them, with gradients.
+
+    Once gradients are averaged over the processes, this one's are exactly those of the global mean.
+    """
+    if not _several():
+        return x.mean(dim=0)
+    own = x.sum(dim=0)
+    packed = sum_over_ranks(torch.cat([own.flatten(), own.new_tensor([len(x)])]))
+    total, rows = packed[:-1].view_as(own), packed[-1]
+    own = own * (num_ranks() / rows)
+    return own + (total / rows - own).detach()
+
+
 def any_rank(flag: bool) -> bool:
     """Whether any rank says yes: the same answer everywhere."""
     return bool(sum_over_ranks(torch.tensor(float(flag))))
@@ -96,6 +116,13 @@ def from_main(value: T) -> T:
     box = [value]
     distributed.broadcast_object_list(box, device=PartialState().device)
     return box[0]
+
+
+def copy_from_main(tensors: Iterable[Tensor]) -> None:
+    """Make these tensors equal to those of rank 0, in place."""
+    if _several():
+        for tensor in tensors:
+            distributed.broadcast(tensor, src=0)
 
 
 def wait_for_all() -> None:

@@ -14,9 +14,14 @@ PRECISIONS: dict[str, torch.dtype] = {"none": torch.float32, "bf16": torch.bfloa
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` (the GPU if there is one), `cpu`, `cuda` or `cuda:N`. UserError for a device that is not there."""
+    """`auto` (the GPU if there is one), `cpu`, `cuda` or `cuda:N`. UserError for a device that is not there.
+
+    Of several processes on a machine each takes the GPU of its local rank, unless the name holds a number.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
         raise UserError(f"device={name!r}: must be auto, cpu, cuda or cuda:N")

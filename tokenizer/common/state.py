@@ -33,10 +33,10 @@ class Adversary(Protocol):
     optim: OptimConfig
 
     def loss(self, batch: Any, step: int) -> tuple[Any, Mapping[str, Tensor | float]] | None:
-        """As a stage's own loss function, called after the learner's update; None: it rests this step.
+        """As a stage's own loss function; None: it rests this step, which depends on `step` alone.
 
-        Whether it rests depends on `step` alone, so that all processes agree. With `run.accumulate` above 1 it is
-        called once for each part of the batch, in order, after the learner has seen all of them.
+        It is called for each part of the batch right after the learner's loss of that part and its gradients, so what
+        the learner made of the part may be kept (detached) from there. Both players update at the end of the step.
         """
 
 
@@ -78,7 +78,8 @@ class Player:
         self._accelerator: Accelerator | None = None
         if ranks.num_ranks() > 1:
             # a weight that takes no part in some step (before a loss term starts) must not stop the others
-            ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+            # (buffers are handed out at the end of a step: a broadcast here would change what `backward` still needs)
+            ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
             self._accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
             self._gate = self._accelerator.prepare_model(self._gate, device_placement=False)
 

@@ -37,6 +37,8 @@ of counts, which are added up."""
 
 Values = dict[str, Any]  # what a step logs: floats, and lists of counts
 
+_ADVERSARYS = {"loss": "adversary/total", "lr": "adversary/lr", "grad_norm": "adversary/grad_norm"}
+
 
 class NotFinite(Exception):
     """A loss or a gradient is inf or NaN: the update must not be made."""
@@ -51,27 +53,33 @@ class TooManySkipped(UserError):
 
 
 def train_step(run: RunConfig, optim: OptimConfig, state: TrainState, batch: Any, loss_fn: LossFn) -> Values:
-    """One step of `state`: the learner's update, then the adversary's, unless it rests.
+    """One step of `state`: the gradients of the learner, those of the adversary unless it rests, then both updates.
 
     Returns the loss, its terms, the learning rate and the gradient's norm before clipping; the adversary's under
-    `adversary_loss`, `adversary_lr`, `adversary_grad_norm`. A number that is not finite on any process stops the run
+    `adversary/total`, `adversary/lr`, `adversary/grad_norm`. A number that is not finite on any process stops the run
     (UserError) or, where run.max_skipped allows it, makes this a step without update on all of them.
     """
-    step, parts = state.step, split(batch, run.accumulate)
+    learner, opponent, adversary = state.learner, state.opponent, state.adversary
+    turns = [_Turn(run, optim, learner, loss_fn, state.step, "step")]
+    if adversary is not None and opponent is not None:
+        turns.append(_Turn(run, adversary.optim, opponent, adversary.loss, state.step, "adversary"))
+    parts = split(batch, run.accumulate)
     try:
-        with ExitStack() as still:
-            if state.opponent is not None:
-                still.enter_context(state.opponent.frozen())
-            values = _turn(run, optim, state.learner, parts, loss_fn, step, "step")
-        assert values is not None, "only an adversary may rest"
-        state.ema.update(state.model, step)
-        if state.adversary is not None and state.opponent is not None:
-            with state.learner.frozen():
-                loss = state.adversary.loss
-                found = _turn(run, state.adversary.optim, state.opponent, parts, loss, step, "adversary")
-            own = ("loss", "lr", "grad_norm")
-            values |= {f"adversary_{name}" if name in own else name: value for name, value in (found or {}).items()}
+        for number, part in enumerate(parts):
+            for turn in turns:
+                with ExitStack() as still:
+                    for other in (opponent, learner):
+                        if other is not None and other is not turn.player:
+                            still.enter_context(other.frozen())
+                    turn.play(part, number, len(parts))
+        found = [turn.clip() for turn in turns]
+        for turn in turns:
+            turn.update()
+        state.ema.update(state.model, state.step)
         state.skipped_in_a_row = 0
+        values = found[0]
+        for theirs in found[1:]:
+            values |= {_ADVERSARYS.get(name, name): value for name, value in theirs.items()}
     except NotFinite as problem:
         values = {"loss": math.nan}
         _skip(run, state, problem)
@@ -88,40 +96,67 @@ def split(batch: Any, num_parts: int) -> Sequence[Any]:
     return batch.split(num_parts)
 
 
-def _turn(
-    run: RunConfig,
-    optim: OptimConfig,
-    player: Player,
-    parts: Sequence[Any],
-    loss_fn: Callable[[Any, int], Any],
-    step: int,
-    name: str,
-) -> Values | None:
-    """One player's gradients over all parts and its update; None, and nothing done, where it rests."""
-    device = next(player.module.parameters()).device
-    player.optimizer.zero_grad(set_to_none=True)
-    figures = _Figures()
-    assumed = 1.0
-    for number, part in enumerate(parts):
-        place = ranks.rank() * len(parts) + number
-        torch.manual_seed(derive_seed(run.seed, name, step, *([place] if place else [])))
-        with autocast(device, run.precision):
-            answer = loss_fn(part, step)
+class _Turn:
+    """One player's part in a step. A player that rests does none of it."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        optim: OptimConfig,
+        player: Player,
+        loss_fn: Callable[[Any, int], Any],
+        step: int,
+        name: str,
+    ) -> None:
+        self.run, self.optim, self.player, self.loss_fn, self.step, self.name = run, optim, player, loss_fn, step, name
+        self.figures = _Figures()
+        self._assumed = 0.0  # the weight that the gradients were divided by
+        player.optimizer.zero_grad(set_to_none=True)
+
+    def play(self, part: Any, number: int, num_parts: int) -> None:
+        """Add the gradients of one part of the batch. Raises NotFinite, on every process, before they are touched."""
+        place = ranks.rank() * num_parts + number
+        torch.manual_seed(derive_seed(self.run.seed, self.name, self.step, *([place] if place else [])))
+        device = next(self.player.module.parameters()).device
+        with autocast(device, self.run.precision):
+            answer = self.loss_fn(part, self.step)
         if answer is None:
-            return None
+            return
         loss, terms = answer
         total, weight = loss if isinstance(loss, Summed) else Summed(loss, 1.0)
-        own_weight = figures.add(total, float(weight), terms)
-        _check(figures.values())
-        if number == 0:  # the later parts are assumed to weigh as much; the difference is made good below
-            assumed = own_weight * len(parts)
+        weight_of_all = self.figures.add(total, float(weight), terms)
+        _check(self.figures.values())
+        if number == 0:  # the later parts are assumed to weigh as much; `clip` makes good for the difference
+            self._assumed = weight_of_all * num_parts
         # the gate averages over the processes, but the sum is wanted
-        player.backward(total * (ranks.num_ranks() / assumed), last=number == len(parts) - 1)
-    if figures.weight != assumed:
-        for parameter in player.module.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(assumed / figures.weight)
-    return figures.values() | _update(optim, player, learning_rate(step, run.steps, optim))
+        self.player.backward(total * (ranks.num_ranks() / self._assumed), last=number == num_parts - 1)
+
+    def clip(self) -> Values:
+        """Make the gradients ready. The turn's figures, none after a rest; NotFinite for a gradient that is not."""
+        if not self._assumed:
+            return {}
+        player, module = self.player, self.player.module
+        if self.figures.weight != self._assumed:
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self._assumed / self.figures.weight)
+        rate = learning_rate(self.step, self.run.steps, self.optim)
+        for group in player.optimizer.param_groups:
+            group["lr"] = rate
+        player.scaler.unscale_(player.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(module.parameters(), self.optim.clip_norm))
+        # with fp16 the scaler skips an overflowing step and lowers its scale; only a scale that ran out is a failure
+        if not math.isfinite(norm) and (not player.scaler.is_enabled() or player.scaler.get_scale() < 1):
+            broken = (n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+            raise NotFinite(f"the gradient of {next(broken, 'all parameters together')}", norm)
+        return self.figures.values() | {"lr": rate, "grad_norm": norm}
+
+    def update(self) -> None:
+        """Step the optimiser, and give every process the buffers of rank 0."""
+        if self._assumed:
+            self.player.scaler.step(self.player.optimizer)
+            self.player.scaler.update()
+            ranks.copy_from_main(self.player.module.buffers())
 
 
 class _Figures:
@@ -151,22 +186,6 @@ class _Figures:
         return means | {name: count.tolist() for name, count in self._counts.items()}
 
 
-def _update(optim: OptimConfig, player: Player, rate: float) -> Values:
-    """Clip, step. The learning rate and the gradient's norm before clipping."""
-    for group in player.optimizer.param_groups:
-        group["lr"] = rate
-    player.scaler.unscale_(player.optimizer)
-    norm = float(nn.utils.clip_grad_norm_(player.module.parameters(), optim.clip_norm))
-    # with fp16 the scaler skips an overflowing step and lowers its scale; only a scale that ran out is a failure
-    if not math.isfinite(norm) and (not player.scaler.is_enabled() or player.scaler.get_scale() < 1):
-        named = player.module.named_parameters()
-        broken = (name for name, p in named if p.grad is not None and not p.grad.isfinite().all())
-        raise NotFinite(f"the gradient of {next(broken, 'all parameters together')}", norm)
-    player.scaler.step(player.optimizer)
-    player.scaler.update()
-    return {"lr": rate, "grad_norm": norm}
-
-
 def _check(values: Values) -> None:
     """NotFinite for a term that is not; the sum is the last to be blamed: a term that broke it says more."""
     broken = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
@@ -177,7 +196,9 @@ def _check(values: Values) -> None:
 
 def _skip(run: RunConfig, state: TrainState, problem: NotFinite) -> None:
     """Count a step without update; UserError where that is one too many in a row."""
-    state.learner.optimizer.zero_grad(set_to_none=True)
+    for player in (state.learner, state.opponent):
+        if player is not None:
+            player.optimizer.zero_grad(set_to_none=True)
     if run.max_skipped == 0:
         raise UserError(
             f"step {state.step}: {problem}; the run stopped before this update. Lower optim.lr or check the data, "

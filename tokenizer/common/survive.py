@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -62,3 +63,10 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder}: was made with another config (there / here): {'; '.join(changed)}; choose run.dir=OTHER"
             )
     atomic_write(path, text.encode())
+
+
+def note_unreadable(folder: Path, batch: Any) -> None:
+    """Append the damaged files that were met in this batch to `quarantine.jsonl`, one object a line."""
+    for name, reason in getattr(batch, "unreadable", {}).items():
+        with open(folder / "quarantine.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"file": name, "reason": reason}) + "\n")

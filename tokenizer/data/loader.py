@@ -1,19 +1,23 @@
-"""Batches in a fixed order: what a training step sees depends on (seed, step) alone, however many workers load it.
+"""Batches in a fixed order: what a training step sees depends on (seed, step) alone, however many workers load it and
+however many processes share it.
 
-The state of the loader is three integers: seed, step, batch size. Nothing is stored for a resume.
+The state of the loader is three integers: seed, step, global batch size. Nothing is stored for a resume.
 """
 
 from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from tokenizer.common import ranks
 from tokenizer.common.errors import UserError
+from tokenizer.common.sharing import Places, shares
 from tokenizer.data.clips import ClipDataset, ClipSample
 from tokenizer.data.transforms import rng_for
 
@@ -27,6 +31,27 @@ class ClipBatch:
     labels: list[str | None]
     kinds: list[str | None]
     unreadable: dict[str, str]
+    places: Places
+
+    def split(self, num_parts: int) -> list[ClipBatch]:
+        """Parts of equally many clips, in order."""
+        size = len(self.names) // num_parts
+        cuts = [slice(part * size, (part + 1) * size) for part in range(num_parts)]
+        return [
+            ClipBatch(
+                self.video_BCTHW[cut],
+                self.names[cut],
+                self.labels[cut],
+                self.kinds[cut],
+                self.unreadable if cut.start == 0 else {},
+                Places(self.places.own[cut], self.places.total),
+            )
+            for cut in cuts
+        ]
+
+
+Costs = Callable[[int], Sequence[float]]
+"""step -> what each clip of its global batch costs to compute, where that is known before the clips are read."""
 
 
 def batches(
@@ -36,18 +61,30 @@ def batches(
     start_step: int = 0,
     num_workers: int = 0,
     steps: int | None = None,
+    accumulate: int = 1,
+    costs: Costs | None = None,
+    whole: bool = False,
 ) -> Iterator[ClipBatch]:
     """Shuffled batches from `start_step` on, over as many epochs as needed; `steps` batches, or without end.
 
     The clips of step s are places s * batch_size .. of the endless row of shuffled epochs, so a batch may span two.
+    `batch_size` is the global one: each process gets its share, in `accumulate` parts one after the other (see
+    `split`), balanced by `costs`. With `whole`, every process gets everything.
     """
     if batch_size < 1 or num_workers < 0:
         raise UserError(f"batch_size={batch_size} must be at least 1 and num_workers={num_workers} at least 0")
+    num_ranks, rank = (1, 0) if whole else (ranks.num_ranks(), ranks.rank())
+    shares(batch_size, num_ranks * accumulate)  # a batch that cannot be shared is refused before anything is read
+
+    def own_places(step: int) -> list[int]:
+        parts = shares(batch_size, num_ranks * accumulate, None if costs is None else costs(step))
+        return list(itertools.chain(*parts[rank * accumulate : (rank + 1) * accumulate]))
+
     loader = DataLoader(
         _Keyed(dataset),
-        batch_sampler=_StepSampler(len(dataset), batch_size, seed, start_step, steps),
+        batch_sampler=_StepSampler(len(dataset), batch_size, seed, start_step, steps, own_places),
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, batch_size),
         worker_init_fn=_begin_worker,
         generator=torch.Generator().manual_seed(seed),  # or each pass would draw from, and so shift, the global one
     )
@@ -62,18 +99,27 @@ def epoch_order(num_clips: int, seed: int, epoch: int) -> list[int]:
 
 
 class _StepSampler:
-    """Lists of (index, epoch), one list per step."""
+    """Lists of (place in the global batch, index, epoch), one list per step."""
 
-    def __init__(self, num_clips: int, batch_size: int, seed: int, start_step: int, steps: int | None) -> None:
+    def __init__(
+        self,
+        num_clips: int,
+        batch_size: int,
+        seed: int,
+        start_step: int,
+        steps: int | None,
+        own_places: Callable[[int], list[int]],
+    ) -> None:
         self.num_clips, self.batch_size, self.seed = num_clips, batch_size, seed
-        self.start_step, self.steps = start_step, steps
+        self.start_step, self.steps, self.own_places = start_step, steps, own_places
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        places = self._places()
-        for _ in itertools.count() if self.steps is None else range(self.steps):
-            yield list(itertools.islice(places, self.batch_size))
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        keys = self._keys()
+        for number in itertools.count() if self.steps is None else range(self.steps):
+            everything = list(itertools.islice(keys, self.batch_size))
+            yield [(place, *everything[place]) for place in self.own_places(self.start_step + number)]
 
-    def _places(self) -> Iterator[tuple[int, int]]:
+    def _keys(self) -> Iterator[tuple[int, int]]:
         first_epoch, skip = divmod(self.start_step * self.batch_size, self.num_clips)
         for epoch in itertools.count(first_epoch):
             for index in epoch_order(self.num_clips, self.seed, epoch)[skip:]:
@@ -81,23 +127,26 @@ class _StepSampler:
             skip = 0
 
 
-class _Keyed(Dataset[ClipSample]):
-    """ClipDataset as torch's DataLoader wants it: one key, here (index, epoch)."""
+class _Keyed(Dataset[tuple[int, ClipSample]]):
+    """ClipDataset as torch's DataLoader wants it: one key, here (place, index, epoch)."""
 
     def __init__(self, dataset: ClipDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, key: tuple[int, int]) -> ClipSample:
-        return self.dataset.get(*key)
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[int, ClipSample]:
+        place, index, epoch = key
+        return place, self.dataset.get(index, epoch)
 
 
-def _collate(samples: list[ClipSample]) -> ClipBatch:
+def _collate(batch_size: int, placed: list[tuple[int, ClipSample]]) -> ClipBatch:
+    samples = [sample for _, sample in placed]
     return ClipBatch(
         video_BCTHW=torch.stack([sample.video_CTHW for sample in samples]),
         names=[sample.name for sample in samples],
         labels=[sample.label for sample in samples],
         kinds=[sample.kind for sample in samples],
         unreadable={name: reason for sample in samples for name, reason in sample.unreadable.items()},
+        places=Places([place for place, _ in placed], batch_size),
     )
 
 

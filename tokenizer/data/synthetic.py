@@ -33,7 +33,7 @@ KINDS = ("still", "slow", "shapes", "mixed", "fast", "cuts")
 NUM_BLOCKS = 4
 SLOW_SPEED = (0.002, 0.008)  # sides of the picture per frame: 0.1 .. 0.5 pixels of 64
 FAST_SPEED = (0.03, 0.09)  # 2 .. 6 pixels of 64
-TEXELS_ACROSS = (20.0, 150.0)  # source pixels under the picture: from smooth to detailed
+TEXELS_ACROSS = (8.0, 40.0)  # source pixels under the picture: from smooth to detailed, at 64 pixels
 _LEAVES_SHARE = 0.5  # of the training photographs that are dead leaves: two films alone teach a model only them
 _FLATTEST = 14.0  # grey levels of deviation below which a crop shows no motion (title cards, fades)
 

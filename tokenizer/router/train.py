@@ -25,6 +25,7 @@ from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.loop import RunConfig, TrainState, fit, start_run
 from tokenizer.common.optim import OptimConfig
 from tokenizer.common.runtime import generator_for
+from tokenizer.common.sharing import Places
 from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset
 from tokenizer.data.loader import ClipBatch, batches
 from tokenizer.model import parameters_by_part
@@ -111,7 +112,7 @@ class RouterTraining:
 
     def batches(self, step: int) -> Iterator[ClipBatch]:
         run = self.config.run
-        return batches(self.clips, run.batch_size, run.seed, step, run.num_workers)
+        return batches(self.clips, run.batch_size, run.seed, step, run.num_workers, accumulate=run.accumulate)
 
     def loss(self, batch: ClipBatch, step: int) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of the scores against the labels, soft or hard."""
@@ -119,7 +120,7 @@ class RouterTraining:
         video_BCTHW = batch.video_BCTHW
         if data.augment:
             generator = generator_for(self.config.run.seed, "augment", step)
-            video_BCTHW = augment(video_BCTHW, data.crop_scale, data.flip, generator)
+            video_BCTHW = augment(video_BCTHW, data.crop_scale, data.flip, generator, batch.places)
         reward_BA = self.reward_SA[[self.row_of[name] for name in batch.names]]
         logits_BA = self.state.model(video_BCTHW.to(device)).float()
         loss = F.cross_entropy(logits_BA, self._labels(reward_BA).to(device))
@@ -160,20 +161,23 @@ class RouterTraining:
         return soft_labels(reward_BA, self.config.temperature).float()
 
 
-def augment(video_BCTHW: Tensor, crop_scale: float, flip: bool, generator: torch.Generator) -> Tensor:
+def augment(
+    video_BCTHW: Tensor, crop_scale: float, flip: bool, generator: torch.Generator, places: Places | None = None
+) -> Tensor:
     """Each clip flipped left to right with probability 1/2 and zoomed into a random square, all its frames alike.
 
     Neither changes which assignment is best (a zoom hardly). crop_scale: the smallest side of the square as a part of
-    the frame; 1.0 leaves the frame whole.
+    the frame; 1.0 leaves the frame whole. places: where the clips stand in the global batch, if they are not all of it.
     """
-    num_clips = len(video_BCTHW)
+    places = places or Places(list(range(len(video_BCTHW))), len(video_BCTHW))
+    num_clips = places.total
     side_B = 1 - (1 - crop_scale) * torch.rand(num_clips, generator=generator)
     shift_B2 = (1 - side_B)[:, None] * (2 * torch.rand(num_clips, 2, generator=generator) - 1)
     sign_B = torch.where(torch.rand(num_clips, generator=generator) < 0.5, -1.0, 1.0) if flip else torch.ones(num_clips)
     affine_B23 = torch.zeros(num_clips, 2, 3)
     affine_B23[:, 0, 0], affine_B23[:, 1, 1], affine_B23[:, :, 2] = side_B * sign_B, side_B, shift_B2
     frames = video_BCTHW.flatten(1, 2)  # B C*T H W
-    grid = F.affine_grid(affine_B23, list(frames.shape), align_corners=False)
+    grid = F.affine_grid(places.pick(affine_B23), list(frames.shape), align_corners=False)
     return F.grid_sample(frames, grid, padding_mode="border", align_corners=False).view_as(video_BCTHW)
 
 

@@ -1,0 +1,89 @@
+"""How fast a run is, and how fast its device could be: arithmetic of a step, measured roof, peak memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+_SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices that measure the roof
+
+
+class FlopCount(TorchDispatchMode):
+    """Inside the `with`, adds up the multiplications and additions of matrix products, convolutions and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name, count = func._overloadpacket.__name__, flop_registry.get(func._overloadpacket)
+        if name == "_scaled_dot_product_flash_attention_for_cpu":  # the registry knows the kernels of GPUs only
+            self.total += sdpa_flop_count(*(x.shape for x in args[:3]))
+        elif name == "_scaled_dot_product_flash_attention_for_cpu_backward":
+            self.total += sdpa_backward_flop_count(*(x.shape for x in args[:4]))
+        elif count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def gemm_roof(device: torch.device, dtype: torch.dtype, clock: Any = time.perf_counter) -> float:
+    """Floating-point operations a second of a large square matrix product, the best of three: the practical peak."""
+    side = _SIDE.get(device.type, 1024)
+    square = torch.linspace(-1, 1, side * side, device=device).view(side, side).to(dtype)  # draws nothing at random
+    return max(2 * side**3 / _seconds(square, square, clock) for _ in range(4))  # the first one also warms up
+
+
+def _seconds(left: Tensor, right: Tensor, clock: Any) -> float:
+    start = clock()
+    float((left @ right)[0, 0])  # reading a number waits for the device
+    return clock() - start
+
+
+class Speed:
+    """Figures of one process for the log lines. The arithmetic of a step is counted once, in the first step."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, batch_size: int) -> None:
+        self.device, self.dtype, self.batch_size = device, dtype, batch_size
+        self.flops = 0
+
+    @cached_property
+    def roof(self) -> float:
+        """Measured once, when it is first asked for."""
+        return gemm_roof(self.device, self.dtype)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Wraps every step; does something at the first."""
+        if self.flops:
+            yield
+            return
+        with FlopCount() as count:
+            yield
+        self.flops = max(1, count.total)
+
+    def figures(self, seconds_per_step: float) -> dict[str, float]:
+        """Clips a second of the whole run, TFLOP/s of this device and their share of its roof, peak memory in GiB."""
+        rate = self.flops / max(seconds_per_step, 1e-9)
+        return {
+            "perf/clips_per_second": self.batch_size / max(seconds_per_step, 1e-9),
+            "perf/tflops": rate / 1e12,
+            "perf/peak_share": rate / self.roof,
+            "perf/memory_gib": peak_memory(self.device) / 2**30,
+        }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: what torch held on a GPU at most, or the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
