@@ -23,8 +23,10 @@ from evaluations.report_tables import PAPER, Run, find_runs, own_tables, paper_t
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError
+from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.presets import build_tokenizer
 from tokenizer.router.model import Router, RouterConfig
+from tokenizer.router.table import QualityTable
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [2, 4, 8]  # of VQ_debug: 8 to 32 tokens in 4 blocks
@@ -35,7 +37,7 @@ POINTS = TOKEN_POINTS | CODED | {"h264": 4}
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Debug tokenizer and router with random weights; six rendered scenes; a table made on the spot."""
+    """Debug tokenizer and router with random weights; five rendered scenes; a table of random numbers."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     tokenizer, router = (
@@ -49,19 +51,13 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     tokens = {"tokenizer_sha256": "", "class_names": []}
     save_model(folder / "gpt.safetensors", gpt.state_dict(), {"model": to_dict(gpt.config), "tokens": tokens}, {})
     models = [f"--{name}-ckpt={folder / file}.safetensors" for name, file in (("vq", "tok"), ("router", "router"))]
-    clips = ["--sources", "synthetic:heldout:6", "--table", "fresh", "--perceptual", "stlpips_alex", "--draws", "20"]
-    return [
-        *models,
-        *clips,
-        "--weights",
-        "0.8,1.2",
-        "--thresholds",
-        "0.3,0.5",
-        "--codecs",
-        "h264",
-        "--extractor",
-        "effnet",
-    ]
+    data = DataConfig(["synthetic:heldout:5"], size=32, augment=False)
+    names, lpips_SA = build_dataset(data).names, torch.rand(5, tokenizer.space.num_rows)
+    table = QualityTable(lpips_SA, 20 - lpips_SA, lpips_SA / 9, names, tuple(LEVELS), 4, {"data": to_dict(data)})
+    table.save(folder / "table.safetensors")
+    models.append(f"--table={folder / 'table.safetensors'}")
+    clips = ["--perceptual=stlpips_alex", "--extractor=effnet", "--codecs=h264", "--draws=20"]
+    return [*models, *clips, "--weights=0.8,1.2", "--thresholds=0.3,0.5"]
 
 
 @pytest.fixture
@@ -95,7 +91,7 @@ def test_from_clips_to_curves(run: Callable[..., Path], flags: list[str], tmp_pa
     assert metrics["metrics"] == ["psnr", "ssim", "stlpips_alex"] and metrics["frechet"] == ["fcd_effnet"]
     with open(one / "clips.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 6 * sum(POINTS.values())
+    assert len(rows) == 5 * sum(POINTS.values())
     for point in metrics["points"]:
         mine = [row for row in rows if (row["strategy"], row["setting"]) == (point["strategy"], point["setting"])]
         assert point["stlpips_alex"] == pytest.approx(np.mean([float(row["stlpips_alex"]) for row in mine]))
@@ -152,6 +148,13 @@ def test_more_strategies_measure_only_what_is_new(
         run(out, "--max-clips", "3", *more)
 
 
+def test_a_table_made_on_the_spot(run: Callable[..., Path], tmp_path: Path) -> None:
+    more = ("--table", "fresh", "--sources", "synthetic:heldout:1", "--strategies", "threshold", "--thresholds", "0")
+    metrics = read(run(tmp_path, *more, "--extractor", "none", "--codecs", "none"))
+    assert [p["tokens"] for p in metrics["points"]] == [8, 16, 32, 32], "no assignment is that good: the longest"
+    assert metrics["table"]["proxy_sha256"] == metrics["tokenizer"]["sha256"]
+
+
 @pytest.mark.parametrize(
     "more, words",
     [
@@ -161,6 +164,7 @@ def test_more_strategies_measure_only_what_is_new(
         (("--extractor", "none", "--codecs", "h266"), "h266"),
         (("--extractor", "none", "--strategies", "price"), "--budgets price:P"),
         (("--sources", "nowhere"), "nowhere"),
+        (("--sources", "synthetic:train:2", "--extractor", "none"), "the table lacks 2 of 2"),
     ],
 )
 def test_mistakes_are_one_line(run: Callable[..., Path], tmp_path: Path, more: tuple[str, ...], words: str) -> None:
