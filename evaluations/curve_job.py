@@ -25,6 +25,7 @@ from tqdm import tqdm
 from evaluations.curve_charts import charts
 from evaluations.curve_points import CurvePoint
 from evaluations.strategies import (
+    BUDGET_STRATEGIES,
     QUALITY_WEIGHTS,
     STRATEGIES,
     TABLE_STRATEGIES,
@@ -63,6 +64,11 @@ class StrategyInputs:
 
     def points(self, wanted: str) -> list[Point]:
         """All points of the strategies in a comma-separated list, or of `all` that the inputs allow."""
+        for text in self.budgets:
+            if text.partition(":")[0] not in BUDGET_STRATEGIES:
+                raise UserError(
+                    f"budget {text!r}: a curve takes {', '.join(f'{kind}:N' for kind in BUDGET_STRATEGIES)}"
+                )
         names = STRATEGIES if wanted == "all" else tuple(dict.fromkeys(wanted.split(",")))
         made: list[Point] = []
         for name in names:
@@ -82,8 +88,8 @@ class StrategyInputs:
             return "--table"
         if name not in (*TABLE_STRATEGIES, "uniform") and not self.routers:
             return "--router-ckpt"
-        if name == "price" and not self._budgets("price"):
-            return "prices: --budgets price:P .."
+        if name in BUDGET_STRATEGIES and not self._budgets(name):
+            return f"budgets of its form: --budgets {name}:N .."
         return ""
 
     def _points(self, name: str) -> list[Point]:

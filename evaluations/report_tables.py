@@ -81,10 +81,6 @@ class Run:
     def label(self) -> str:
         return f"{self.folder.name} ({MINIATURE})" if self.miniature else self.folder.name
 
-    def value(self, metric: str) -> float | None:
-        found = self.data["metrics"].get(metric)
-        return None if found is None else found["value"]
-
 
 def find_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
     """Every metrics.json under these folders, by path, and the paths of foreign ones. UserError where none is ours."""

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.budget import choose_rows, find_price, parse_budget
-from tokenizer.common.errors import UserError
 from tokenizer.router.reward import RewardStats, reward
 from tokenizer.router.table import QualityTable
 
@@ -85,8 +84,6 @@ def budget_points(score_SA: Tensor, space: AssignmentSpace, budgets: Iterable[st
     for text in budgets:
         budget = parse_budget(text, space)
         form, _, value = text.partition(":")
-        if form not in BUDGET_STRATEGIES:
-            raise UserError(f"budget {text!r}: a curve takes {', '.join(f'{form}:N' for form in BUDGET_STRATEGIES)}")
         average = budget.average_tokens
         price = None if average is None else find_price(score_SA, space, average)
         points.append(Point(form, value, choose_rows(budget, score_SA, space, price)))

@@ -162,7 +162,7 @@ def test_a_table_made_on_the_spot(run: Callable[..., Path], tmp_path: Path) -> N
         (("--extractor", "none", "--strategies", "uniform,best"), "'best'"),
         (("--extractor", "none", "--budgets", "uniform:2"), "uniform:2"),
         (("--extractor", "none", "--codecs", "h266"), "h266"),
-        (("--extractor", "none", "--strategies", "price"), "--budgets price:P"),
+        (("--extractor", "none", "--strategies", "price"), "--budgets price:N"),
         (("--sources", "nowhere"), "nowhere"),
         (("--sources", "synthetic:train:2", "--extractor", "none"), "the table lacks 2 of 2"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from evaluations.strategies import (
@@ -14,7 +13,6 @@ from evaluations.strategies import (
     uniform_points,
 )
 from tokenizer.assignment import AssignmentSpace
-from tokenizer.common.errors import UserError
 from tokenizer.router.reward import stats_of
 from tokenizer.router.table import QualityTable
 
@@ -53,5 +51,3 @@ def test_budgets_of_a_router() -> None:
         "average:4",
         "average:8",
     ]
-    with pytest.raises(UserError, match="uniform:2"):
-        budget_points(-LPIPS, SPACE, ["uniform:2"])
