@@ -29,7 +29,7 @@ from evaluations.clip_list import ClipList, ListedClip, list_clips
 from evaluations.lossless import find_frames, read_frames
 from evaluations.metrics.names import NAMES
 from evaluations.protocols import Protocol, card_of, card_text, find_protocol
-from evaluations.scoring import Scorer, load_scorer
+from evaluations.scoring import Scorer, load_scorer, trained_as
 from evaluations.shards import SHARD, RealCache, Record, ShardFolder, Share
 from evaluations.summary import per_clip_table, pick_shown, result_lines, summarise
 from tokenizer.common.arguments import Parser, at_least
@@ -120,6 +120,7 @@ class Evaluation:
             list=self.clips.facts(),
             **self.scorer.facts(),
             system=maker.facts(),
+            trained_as=self._trained_as(),
             device=str(self.device),
             code=code_version(),
         )
@@ -132,6 +133,11 @@ class Evaluation:
             print(f"this process is done; shards of others are to come in {self.folder.folder}")
             return
         self._finish(maker, card, kept)
+
+    def _trained_as(self) -> dict[str, Any]:
+        """Which training runs made the weights, as the weights themselves say; nothing where clips were given."""
+        given = {"tokenizer": self.args.vq_ckpt, "gpt": vars(self.args).get("gpt_ckpt")}
+        return {name: trained_as(path) for name, path in given.items() if path and self.args.ours is None}
 
     def _score(self, maker: Maker, known: dict[int, Tensor]) -> None:
         shards = self.folder.to_do(self.share)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from evaluations import mini_generation
 from tokenizer import mini_figures
 from tokenizer.common.checkpoint import atomic_write, file_sha256, read_model
 from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.markdown import between_markers
 from tokenizer.router.reward import stats_of
 from tokenizer.router.table import QualityTable
 
@@ -91,14 +91,6 @@ def card(folder: Path) -> str:
     for name, some in figures.items():
         lines += ["", f"## {name.capitalize()}", "", PARTS[name].show(some)]
     return "\n".join([*lines, ""])
-
-
-def between_markers(text: str, name: str, content: str) -> str:
-    """`text` with `content` between its markers for `name`."""
-    start, end = f"<!-- figures:{name} -->", f"<!-- /figures:{name} -->"
-    if start not in text or end not in text:
-        raise UserError(f"README.md: the markers {start} and {end} are missing")
-    return re.sub(f"{start}.*?{end}", lambda _: f"{start}\n{content}\n{end}", text, flags=re.DOTALL)
 
 
 def _ship_table(results: Path, path: Path) -> None:

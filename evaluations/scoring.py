@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from evaluations.metrics.extractors import Extractor, load_extractor
 from evaluations.metrics.image_quality import score_clip
 from evaluations.protocols import Protocol
+from tokenizer.common.checkpoint import read_model
 from tokenizer.data.transforms import resize
 from tokenizer.data.video_io import to_model_range
 from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
@@ -60,3 +62,11 @@ def load_scorer(protocol: Protocol, args: argparse.Namespace, device: torch.devi
     if protocol.extractor != "none":
         extractor = load_extractor(protocol.extractor, args.extractor_weights, args.extractor_sha256, device)
     return Scorer(protocol, perceptual, extractor)
+
+
+def trained_as(weights: str) -> dict[str, Any]:
+    """Name of the training run and its step, from the config inside the weights; a run is named after its config."""
+    file = read_model(weights)
+    folder = file.config.get("run", {}).get("dir")
+    step = file.card.get("step")
+    return {"run": Path(folder).name if folder else None, "step": None if step is None else int(step)}

@@ -67,11 +67,10 @@ train_stage() {
     --max-restarts "${MAX_RESTARTS:-0}" -m "$module" "$@"
 }
 
-# run_workers MODULE CONFIG.yaml [...]: WORKERS=n independent processes over the same work units, sharing the cores.
+# run_workers MODULE [arguments]: WORKERS=n independent processes over the same work units, sharing the cores.
 run_workers() {
   local module=$1 workers=${WORKERS:-1} worker pid python cores failed=0 pids=()
   shift
-  check_stage_arguments "$@"
   [[ $workers =~ ^[1-9][0-9]*$ ]] || die "WORKERS must be a whole number of at least 1, got '$workers'"
   python=$(project_python)
   [ "$workers" -gt 1 ] || exec "$python" -m "$module" "$@"

@@ -8,4 +8,5 @@
 
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_launch.sh"
+check_stage_arguments "$@"
 run_workers tokenizer.router.curate "$@"

@@ -50,12 +50,12 @@ class WorkUnits:
         for unit in tqdm([(mine + i) % self.num_units for i in range(self.num_units)], desc=title, unit="unit"):
             if self.path(unit).exists():
                 continue
-            with _lock(self.folder / f"{unit:06d}.lock", fcntl.LOCK_NB) as free:
+            with lock(self.folder / f"{unit:06d}.lock", fcntl.LOCK_NB) as free:
                 if free and not self.path(unit).exists():
                     do(unit)
         if self.num_done() < self.num_units:
             return False
-        with _lock(self.folder / "merge.lock"):
+        with lock(self.folder / "merge.lock"):
             merge()
         return True
 
@@ -64,7 +64,7 @@ def claim_folder(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write down what the units of `folder` are made from; UserError where they were begun from something else."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "made_from.json"
-    with _lock(folder / ".made_from.lock"):  # workers start together
+    with lock(folder / ".made_from.lock"):  # workers start together
         if not path.exists():
             atomic_write(path, json.dumps(facts, indent=1).encode())
     before = json.loads(path.read_text(encoding="utf-8"))
@@ -73,7 +73,7 @@ def claim_folder(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _lock(path: Path, flags: int = 0) -> Iterator[bool]:
+def lock(path: Path, flags: int = 0) -> Iterator[bool]:
     """True for the one process that holds the lock; the system frees it when that process ends, however it ends.
 
     Waits for it, or with LOCK_NB yields False where another has it.

@@ -114,6 +114,10 @@ class ClipDataset:
         name, reason = next(iter(self.quarantine.items()))
         raise UserError(f"{', '.join(self.cfg.sources)}: not one of {len(self)} clips can be read ({name}: {reason})")
 
+    def first(self, num_clips: int) -> ClipDataset:
+        """The first clips of the list, at most `num_clips`, as a set of their own."""
+        return ClipDataset(self.cfg, self._seed, self._items[:num_clips])
+
     def put_aside(self, unreadable: dict[str, str]) -> None:
         """Enter files into the quarantine, each reported the first time."""
         for name, reason in unreadable.items():

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from tokenizer.common.chart import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, level_line, svg, x_mark
 from tokenizer.router.report_words import Record
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 480, 280, 46, 40, 22
 MOST_DOTS = 2000
 MOST_ASSIGNMENTS = 12
 
@@ -32,15 +32,15 @@ def motion_against_tokens(records: Sequence[Record], totals: Sequence[int], link
     def y(tokens: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - math.log2(tokens)) / (high - low)
 
-    parts = [_level_line(y(total), str(total)) for total in totals]
-    parts += [_x_mark(x(mark), f"{mark:g}") for mark in _marks(most_motion, x)]
+    parts = [level_line(y(total), str(total)) for total in totals]
+    parts += [x_mark(x(mark), f"{mark:g}") for mark in _marks(most_motion, x)]
     for r in shown:
         hint = f"{r['file']}, frame {r['start']}: motion {r['motion']:.1f}, {r['tokens']} tokens"
         dot = f'<circle class="dot" cx="{x(r["motion"]):.1f}" cy="{y(r["tokens"]):.1f}" r="5"/>'
         dot = f"<g>{dot}<title>{escape(hint)}</title></g>"
         anchor = links.get(r["name"])
         parts.append(f'<a href="#{anchor}">{dot}</a>' if anchor else dot)
-    return _svg(parts, "motion, mean absolute difference of neighbouring frames", "tokens", "Tokens against motion")
+    return svg(parts, "motion, mean absolute difference of neighbouring frames", "tokens", "Tokens against motion")
 
 
 def codebook_curve(codebook: Mapping[str, Any]) -> str:
@@ -57,12 +57,12 @@ def codebook_curve(codebook: Mapping[str, Any]) -> str:
     floor = y(0)
     points = " ".join(f"{x(i / max(1, len(curve) - 1)):.1f},{y(value):.1f}" for i, value in enumerate(curve))
     marks = [mark for mark in (2, 5, 10, 20, 50, 100, 200, 500, 1000) if mark <= top]
-    parts = [_level_line(y(mark), f"{mark}×") for mark in marks[-3:]] + [_level_line(floor, "0")]
+    parts = [level_line(y(mark), f"{mark}×") for mark in marks[-3:]] + [level_line(floor, "0")]
     parts.append(f'<line class="even" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y(1):.1f}" y2="{y(1):.1f}"/>')
     parts.append(f'<text x="{WIDTH - 10}" y="{y(1) - 5:.1f}" text-anchor="end">even use</text>')
     parts.append(f'<polygon class="area" points="{LEFT},{floor:.1f} {points} {WIDTH - 8},{floor:.1f}"/>')
-    parts += [_x_mark(x(share), f"{round(share * codebook['size'])}") for share in (0, 0.25, 0.5, 0.75, 1)]
-    return _svg(parts, "codes, commonest first", "frequency", "Use of the codebook")
+    parts += [x_mark(x(share), f"{round(share * codebook['size'])}") for share in (0, 0.25, 0.5, 0.75, 1)]
+    return svg(parts, "codes, commonest first", "frequency", "Use of the codebook")
 
 
 def assignment_histogram(records: Sequence[Record], longest: int) -> tuple[str, str]:
@@ -117,19 +117,3 @@ def _marks(most: float, x: Any) -> list[float]:
         if mark <= most and x(mark) - x(kept[-1]) > 44:
             kept.append(mark)
     return kept
-
-
-def _level_line(y: float, label: str) -> str:
-    line = f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return f'{line}<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
-
-
-def _x_mark(x: float, label: str) -> str:
-    return f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{label}</text>'
-
-
-def _svg(parts: Sequence[str], x_title: str, y_title: str, name: str) -> str:
-    titles = f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 3}" text-anchor="middle">{x_title}</text>'
-    titles += f'<text x="0" y="10">{y_title}</text>'
-    box = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}"'
-    return f'<svg class="chart" {box}>{"".join(parts)}{titles}</svg>'
