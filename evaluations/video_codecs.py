@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -128,6 +129,8 @@ def encode(codec: Codec, frames_THWC: np.ndarray, fps: float, quality: float) ->
     context.thread_count = 1
     context.options = codec.options_at(quality, min(frames_THWC.shape[1:3]))
     packets: list[bytes] = []
+    with _same_priority():
+        context.open()
     for frame_HWC in frames_THWC:
         frame = VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
         packets += map(bytes, context.encode(frame.reformat(format="yuv420p")))
@@ -135,6 +138,19 @@ def encode(codec: Codec, frames_THWC: np.ndarray, fps: float, quality: float) ->
     if codec.encoder == "libx264":
         packets = [_without_information(packet) for packet in packets]
     return Coded(codec, quality, tuple(packets))
+
+
+@contextmanager
+def _same_priority() -> Iterator[None]:
+    """SVT-AV1, opened by root, leaves its caller at real-time priority, which starves all else on the machine."""
+    if not hasattr(os, "sched_getscheduler"):  # Linux only, as is the habit
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def decode(coded: Coded) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -105,3 +106,10 @@ def test_a_gpt_that_knows_nothing_codes_tokens_plainly() -> None:
     assert torch.equal(biased[1], gpt_bits(model, tokens.clip(1), label=2)[0]), "clips do not depend on each other"
     with pytest.raises(UserError, match="64"):
         gpt_bits(model, VideoTokens(tokens.code_L, length_BN, 8, 16, codebook_size=64))
+
+
+@pytest.mark.parametrize("codec", find_codecs()[0], ids=lambda codec: codec.name)
+def test_an_encoder_leaves_the_priority_of_its_caller(codec: Codec) -> None:
+    before = os.sched_getscheduler(0)
+    encode(codec, np.zeros((2, 64, 64, 3), np.uint8), fps=8, quality=40)
+    assert os.sched_getscheduler(0) == before
