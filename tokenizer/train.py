@@ -96,7 +96,12 @@ class TokenizerTraining:
         output = self.model(video_BCTHW, length_BN)
         loss, terms = tokenizer_loss(self.config.loss, output, video_BCTHW, self.perceptual, generator)
         usage = code_usage(output.quantized.code_L, self.config.model.codebook_size)
-        return loss, {**terms, **usage, "tokens_per_clip": float(length_BN.sum()) / len(length_BN)}
+        usage["dead_codes"] = round((1 - usage["code_usage"]) * self.config.model.codebook_size)
+        level_K = torch.tensor(self.config.model.levels)
+        tokens = {"tokens_per_clip": float(length_BN.sum()) / len(length_BN)}
+        # how many blocks got each level
+        histogram_K = (length_BN.flatten()[:, None] == level_K).sum(dim=0)
+        return loss, {**terms, **usage, **tokens, "tokens_histogram": histogram_K}
 
     @torch.no_grad()
     def start_codebook(self) -> None:
