@@ -52,7 +52,7 @@ def on_ranks(target: Callable[[], object], number: int = 2) -> None:
     for child in children:
         child.start()
     for child in children:
-        child.join(120)
+        child.join(600)
     assert [child.exitcode for child in children] == [0] * number
 
 
@@ -221,12 +221,12 @@ def test_a_killed_rank_is_started_again_and_changes_nothing(tmp_path: Path) -> N
             [*command, "run.device=cpu"], cwd=DEBUG.parents[1], env=os.environ | variables, stdout=said, stderr=said
         ) as torchrun,
     ):
-        while torchrun.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        while torchrun.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
             time.sleep(0.02)
         workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
         os.kill(int(workers[-1]), signal.SIGKILL)
-        assert torchrun.wait(180) == 0, log.read_text()
-    assert len(workers) == 2 and "Signal 9 (SIGKILL)" in log.read_text()
+        assert torchrun.wait(600) == 0, log.read_text()
+    assert len(workers) == 2 and f"resuming {tmp_path / 'torn'}" in log.read_text()
     assert logged(tmp_path / "torn") == logged(tmp_path / "whole")
     torn, whole = (read_model(tmp_path / name).tensors for name in ("torn", "whole"))
     assert all(torch.equal(torn[name], tensor) for name, tensor in whole.items())

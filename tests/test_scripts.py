@@ -129,6 +129,18 @@ def test_training_stage_starts_torchrun_for_several_processes(tmp_path: Path, ec
         assert_refuses(bash(script, str(config), PYPATH=echo_python, **wrong), word)
 
 
+def test_the_slurm_job_stops_the_run_and_goes_back_into_the_queue(tmp_path: Path) -> None:
+    job = "scripts/slurm/train.sbatch"
+    assert f"sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 {job}" in bash(job, "--help").stdout
+    assert_refuses(bash(job, "train.py"), "'train.py'")
+    signalled = 'trap "echo asked; exit 0" USR1; kill -USR1 $PPID; for i in {1..500}; do sleep 0.01; done'
+    executable(tmp_path / "srun", signalled)
+    executable(tmp_path / "scontrol", 'echo "scontrol $*"')
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = bash(job, "scripts/train/3_router.sh", "configs/debug/router.yaml", PATH=path, SLURM_JOB_ID="7")
+    assert done.returncode == 0 and done.stdout.splitlines()[-2:] == ["asked", "scontrol requeue 7"]
+
+
 @pytest.mark.parametrize("script", SHARED_STAGES)
 def test_shared_work_starts_any_number_of_workers(script: str, tmp_path: Path, echo_python: str) -> None:
     config = tmp_path / "shared.yaml"
@@ -218,7 +230,7 @@ def test_readme_command(command: str) -> None:
             assert usage.returncode == 0, usage.stderr
             for flag in (word for word in arguments if word.startswith("--")):
                 assert flag in usage.stdout, f"{script} has no {flag}"
-        case ["." | "cp" | "git" | "cd" | "pip" | "export", *_]:
+        case ["." | "cp" | "git" | "cd" | "pip" | "export" | "sbatch", *_]:
             pass
         case _:
             pytest.fail(f"this test does not know how to check {command!r}")

@@ -6,9 +6,8 @@ The state is that of the mini tokenizer (with --quick the debug one) after one s
 stall of a checkpoint is the CPU time of the loop's thread in copying it to memory plus what is left of the writing
 when the next one is due, here nothing: the writing thread gets a whole interval of steps. The ratio is that stall /
 (the CPU time of run.checkpoint_every steps at the default of 200); the last line is JSON; exit 1 where it is above
-0.05. One step
-is timed with l1 and the commitment term. `foreground_seconds` is the same for a write that the loop waits
-for.
+0.05. One step is timed with l1 and the commitment term. `foreground_seconds` is the same for a write that the loop
+waits for.
 """
 
 from __future__ import annotations
