@@ -16,7 +16,7 @@ from autoregressive.class_names import names_of
 from autoregressive.sampler import Request
 from evaluations.clip_list import ListedClip
 from evaluations.generation import Generator, add_sampling_flags, check_task
-from evaluations.job import Evaluation, FolderMaker, add_common_flags, check_tokenizer
+from evaluations.job import Evaluation, FolderMaker, add_common_flags, check_tokenizer, parse
 from tokenizer.common.arguments import Parser
 from tokenizer.common.errors import UserError, run_cli
 
@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     add_common_flags(parser)
     add_sampling_flags(parser)
     parser.add_argument("--cfg-scale", default="1", metavar="S", help="guidance: a number, or one a block (default: 1)")
-    return parser.parse_args()
+    return parse(parser)
 
 
 def main() -> None:

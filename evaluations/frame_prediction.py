@@ -22,7 +22,7 @@ from torch import Tensor
 from autoregressive.sampler import Request
 from evaluations.clip_list import ListedClip
 from evaluations.generation import Generator, add_sampling_flags, check_task
-from evaluations.job import Evaluation, FolderMaker, add_common_flags, check_tokenizer
+from evaluations.job import Evaluation, FolderMaker, add_common_flags, check_tokenizer, parse
 from tokenizer.common.arguments import Parser
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.video_io import to_model_range
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser("Score the clips that a GPT continues from their first frames, under a named protocol.")
     add_common_flags(parser)
     add_sampling_flags(parser)
-    return parser.parse_args()
+    return parse(parser)
 
 
 def main() -> None:

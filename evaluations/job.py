@@ -64,11 +64,11 @@ class Maker(Interface):
         ...
 
 
-def add_common_flags(parser: Parser, models: bool = True) -> None:
+def add_common_flags(parser: Parser) -> None:
     """Flags of every evaluation command."""
     add = parser.add_argument
-    add("--protocol", required=True, metavar="NAME", help="see python -m evaluations.protocols")
-    add("--out", required=True, metavar="DIR", help="results folder; a stopped evaluation in it is continued")
+    add("--protocol", metavar="NAME", help="see python -m evaluations.protocols")
+    add("--out", metavar="DIR", help="results folder; a stopped evaluation in it is continued")
     add("--data", metavar="PATH", help="manifest .csv or folder of videos (default: UCF_ROOT, K600_ROOT)")
     add("--ours", metavar="DIR", help="score these lossless clips (.npy, FFV1; a folder of samples) instead of a model")
     add("--tok-config", metavar="T.yaml", help="YAML of the tokenizer, checked against its weights")
@@ -84,6 +84,15 @@ def add_common_flags(parser: Parser, models: bool = True) -> None:
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--num-workers", type=at_least(1), default=1, metavar="N", help="processes that count frames (default: 1)")
     add("--overwrite", action="store_true", help="remove the earlier results in --out and start again")
+
+
+def parse(parser: Parser) -> argparse.Namespace:
+    """Parse the command line; unknown flags are named before missing ones."""
+    args = parser.parse_args()
+    missing = [f"--{name}" for name in ("protocol", "out") if getattr(args, name) is None]
+    if missing:
+        raise UserError(f"missing: {', '.join(missing)} (see --help)")
+    return args
 
 
 class Evaluation:
@@ -191,9 +200,14 @@ class Evaluation:
         for place, index in shown.items():
             clip = self.clips.clips[index]
             for made in maker.make([clip]):
-                if made.ours_THWC is not None:
-                    film = filmstrip(clip.read() if made.real_THWC is None else made.real_THWC, made.ours_THWC)
-                    film.save(pictures / f"{place}_{index:06d}.png")
+                if made.ours_THWC is None:
+                    continue
+                try:
+                    real_THWC = clip.read() if made.real_THWC is None else made.real_THWC
+                except VideoError as error:
+                    print(f"no picture of {clip.name}: {error.reason}", file=sys.stderr)
+                    continue
+                filmstrip(real_THWC, made.ours_THWC).save(pictures / f"{place}_{index:06d}.png")
 
     def _real_cache(self) -> RealCache:
         extractor = self.scorer.extractor

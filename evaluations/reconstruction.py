@@ -18,7 +18,16 @@ from typing import Any
 import torch
 
 from evaluations.clip_list import ClipList, ListedClip
-from evaluations.job import Evaluation, FolderMaker, Made, add_common_flags, check_tokenizer, require, token_figures
+from evaluations.job import (
+    Evaluation,
+    FolderMaker,
+    Made,
+    add_common_flags,
+    check_tokenizer,
+    parse,
+    require,
+    token_figures,
+)
 from tokenizer.budget import FORMS, choose_rows, find_price, parse_budget
 from tokenizer.common.arguments import Parser
 from tokenizer.common.errors import UserError, run_cli
@@ -35,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--router-config", metavar="R.yaml", help="YAML of the router, checked against its weights")
     parser.add_argument("--router-ckpt", metavar="R", help="weights of the router")
     parser.add_argument("--budget", type=str.strip, default="router", help=f"{FORMS} (default: router)")
-    return parser.parse_args()
+    return parse(parser)
 
 
 def main() -> None:

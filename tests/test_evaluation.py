@@ -230,6 +230,7 @@ def test_mistakes_are_one_line(run: Run, models: Path, tmp_path: Path, capsys: p
         ("reconstruction", of_mini("--budget", "uniform:16", "--extractor", "none"), "--overwrite"),
         ("reconstruction", of_mini("--budget", "router"), "--router-ckpt"),
         ("reconstruction", ["--protocol", "mini-recon"], "--vq-ckpt missing"),
+        ("reconstruction", [], "missing: --protocol"),
         ("reconstruction", ["--protocol", "mini-c2v"], "is for class_to_video"),
         ("reconstruction", of_mini("--extractor", "i3d", "--budget", "uniform:8"), "--extractor-weights"),
         ("reconstruction", ["--protocol", "mini-recon", "--vq-ckpt", models / "tok.safetensors"], "32 pixels"),
