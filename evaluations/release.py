@@ -20,7 +20,7 @@ from evaluations import mini_generation
 from tokenizer import mini_figures
 from tokenizer.common.checkpoint import atomic_write, file_sha256, read_model
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.markdown import between_markers
+from tokenizer.common.markdown_text import between_markers
 from tokenizer.router.reward import stats_of
 from tokenizer.router.table import QualityTable
 

@@ -16,7 +16,7 @@ from evaluations.report_tables import find_runs
 from tokenizer.common.arguments import Parser
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.markdown import between_markers, has_markers
+from tokenizer.common.markdown_text import between_markers, has_markers
 
 
 def main() -> None:

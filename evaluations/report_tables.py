@@ -16,7 +16,7 @@ from typing import Any
 
 from evaluations.bd_rate import LEAST_DEFINED
 from tokenizer.common.errors import UserError
-from tokenizer.common.markdown import markdown_table
+from tokenizer.common.markdown_text import markdown_table
 
 PAPER = Path(__file__).with_name("paper.json")
 CURVE_KIND = "evatok.quality_cost"
