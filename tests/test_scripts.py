@@ -133,7 +133,7 @@ def test_the_slurm_job_stops_the_run_and_goes_back_into_the_queue(tmp_path: Path
     job = "scripts/slurm/train.sbatch"
     assert f"sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 {job}" in bash(job, "--help").stdout
     assert_refuses(bash(job, "train.py"), "'train.py'")
-    signalled = 'trap "echo asked; exit 0" USR1; kill -USR1 $PPID; for i in {1..500}; do sleep 0.01; done'
+    signalled = 'trap "echo asked; exit 0" USR1; sleep 0.5; kill -USR1 $PPID; for i in {1..500}; do sleep 0.01; done'
     executable(tmp_path / "srun", signalled)
     executable(tmp_path / "scontrol", 'echo "scontrol $*"')
     path = f"{tmp_path}:{os.environ['PATH']}"
