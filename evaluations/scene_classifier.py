@@ -8,6 +8,7 @@ Letters: B clips, C T H W, A classes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +34,7 @@ class SceneClassifier(nn.Module):
         super().__init__()
         widths, strides = (6, width, 2 * width, 4 * width), ((1, 2, 2), (2, 2, 2), (2, 2, 2))
         layers: list[nn.Module] = []
-        for w_in, w_out, stride in zip(widths, widths[1:], strides, strict=True):
+        for (w_in, w_out), stride in zip(itertools.pairwise(widths), strides, strict=True):
             layers += [nn.Conv3d(w_in, w_out, 3, stride, padding=1), nn.GroupNorm(4, w_out), nn.ReLU(inplace=True)]
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(2 * widths[-1], num_classes)

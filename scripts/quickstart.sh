@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Set-up, then the main job: 30 real clips that no training run has seen -> router -> tokens -> reconstructions and a report.
+# After it, a few clips of four classes, made by the miniature GPT.
 #
 #   bash scripts/quickstart.sh
 #
-# Writes results/quickstart/ and says at the end where the report is. About a minute on 2 CPU cores after the installation.
+# Writes results/quickstart/ and results/quickstart_samples/, and says at the end where the report is. About a minute on
+# 2 CPU cores after the installation.
 
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
@@ -15,4 +17,8 @@ cp tokenizer/data/bundled/{bottle,tree}_*.mp4 results/quickstart_clips/
 "$VENV/bin/python" tokenizer/router/reconstruction_qual_with_router.py --vid_path results/quickstart_clips --save_dir results/quickstart \
   --router_config configs/mini/router.yaml --router_ckpt ckpts/mini/router.safetensors \
   --tok_config configs/mini/final.yaml --vq_ckpt ckpts/mini/final.safetensors
+bash scripts/test/sample_c2v_visualization.sh --tok-config configs/mini/final.yaml --vq-ckpt ckpts/mini/final.safetensors \
+  --gpt-model GPT-mini --gpt-ckpt ckpts/mini/gpt_c2v.safetensors --sample-dir results/quickstart_samples --cfg-scale 1.5 \
+  --qual-num 2 --class-idx "disc still,disc slide fast,square pulse fast,real" --check-special-token-mask
+echo "Generated clips: $ROOT/results/quickstart_samples/grids"
 echo "The report: $ROOT/results/quickstart/report.html (open it in a browser)"
