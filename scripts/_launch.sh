@@ -24,22 +24,45 @@ project_python() {
   command -v "${PYPATH:-$VENV/bin/python}" || die "no Python at ${PYPATH:-$VENV/bin/python}: run 'bash scripts/env_install.sh' or set PYPATH"
 }
 
-# check_stage_arguments CONFIG.yaml [key.sub=value ...] [--dry-run]
+# check_stage_arguments CONFIG.yaml [key.sub=value ...] [--dry-run] [--overfit-one-batch] [--global-batch-size=N]
 check_stage_arguments() {
   [ $# -gt 0 ] || die "$(basename "$0") needs a CONFIG.yaml (see --help)"
   [ -f "$1" ] || die "no config file '$1'"
   for arg in "${@:2}"; do
-    case $arg in --dry-run | [a-z]*=*) ;; *) die "'$arg' is neither key.sub=value nor --dry-run (see --help)" ;; esac
+    case $arg in
+      --dry-run | --overfit-one-batch | --global-batch-size=* | [a-z]*=*) ;;
+      *) die "'$arg' is neither key.sub=value nor --dry-run (see --help)" ;;
+    esac
   done
 }
 
-# train_stage MODULE CONFIG.yaml [...]: one training stage, in one process.
+# whole_number NAME MINIMUM: dies unless the variable NAME holds a whole number of at least MINIMUM.
+whole_number() {
+  [[ ${!1} =~ ^[0-9]+$ ]] && [ "${!1}" -ge "$2" ] || die "$1 must be a whole number of at least $2, got '${!1}'"
+}
+
+# train_stage MODULE CONFIG.yaml [...]: one training stage, on GPUS processes of each of NNODES machines (default 1 of 1).
+# MAX_RESTARTS=n (default 0): where a process dies, all are started again and resume, n times at most.
+# Under srun every task starts the stage itself and SLURM says who it is (scripts/slurm/).
 train_stage() {
   local module=$1 python
   shift
   check_stage_arguments "$@"
-  [ "${GPUS:-1}" = 1 ] && [ "${NNODES:-1}" = 1 ] ||
-    die "GPUS=${GPUS:-1} NNODES=${NNODES:-1}: training on several processes comes with the next milestone; unset them to train in one"
+  GPUS=${GPUS:-1} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
+  whole_number GPUS 1
+  whole_number NNODES 1
+  whole_number NODE_RANK 0
+  [ "$NODE_RANK" -lt "$NNODES" ] || die "NODE_RANK=$NODE_RANK: machines are numbered from 0, and NNODES=$NNODES"
   python=$(project_python)
-  exec "$python" -m "$module" "$1" ${PRECISION:+"run.precision=$PRECISION"} "${@:2}"
+  set -- "$1" ${PRECISION:+"run.precision=$PRECISION"} "${@:2}"
+  [ "$((GPUS * NNODES))" -gt 1 ] || exec "$python" -m "$module" "$@"
+
+  local rendezvous=(--standalone)
+  if [ "$NNODES" -gt 1 ]; then
+    [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$NNODES needs MASTER_ADDR, the name of the machine with NODE_RANK=0"
+    rendezvous=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+  fi
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(getconf _NPROCESSORS_ONLN) > GPUS ? $(getconf _NPROCESSORS_ONLN) / GPUS : 1))}
+  exec "$python" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$GPUS" "${rendezvous[@]}" \
+    --max-restarts "${MAX_RESTARTS:-0}" -m "$module" "$@"
 }

@@ -1,5 +1,6 @@
 """The training loop on a toy: killed anywhere it ends with the same bits, and it stops with the reason."""
 
+import errno
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -167,6 +169,52 @@ def test_signal_saves_then_stops(tmp_path: Path, whole: Path, number: int) -> No
     assert (tmp_path / "checkpoints" / "00000005").is_dir()
     train(tmp_path)
     assert lines(tmp_path) == lines(whole) and weights(tmp_path) == weights(whole)
+
+
+def test_killed_at_twelve_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
+    steps, random = 40, Random(7)
+
+    def run(name: str) -> TrainState:
+        return train(tmp_path / name, at_batch=lambda step: time.sleep(0.002), steps=steps)
+
+    run("whole")
+    metrics = tmp_path / "torn" / "metrics.jsonl"
+    for moment in sorted(random.sample(range(1, steps - 2), 12)):
+        child = multiprocessing.get_context("fork").Process(target=run, args=("torn",))
+        child.start()
+        while child.is_alive() and not (metrics.exists() and metrics.read_text().count('"loss"') >= moment):
+            time.sleep(0.001)
+        time.sleep(random.random() * 0.01)
+        child.kill()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
+    run("torn")
+    assert lines(tmp_path / "torn") == lines(tmp_path / "whole")
+    assert weights(tmp_path / "torn") == weights(tmp_path / "whole")
+
+
+def test_full_disk_stops_the_run_and_keeps_the_checkpoint_before(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path, *others: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+    def fill(step: int) -> None:
+        if step == 5:
+            waited_for(tmp_path / "checkpoints" / "00000003")
+            monkeypatch.setattr(checkpoint, "_write_tensors", full)
+
+    with pytest.raises(OSError, match="No space left"):  # of the writing in the background
+        train(tmp_path, at_batch=fill)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000003"]
+    train(tmp_path)
+    assert lines(tmp_path) == lines(whole) and weights(tmp_path) == weights(whole)
+
+
+def test_checkpoints_kept_for_good(tmp_path: Path) -> None:
+    train(tmp_path, keep_last=1, keep_every=6, steps=15)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000006", "00000012", "00000015"]
 
 
 def test_what_a_run_leaves(whole: Path) -> None:

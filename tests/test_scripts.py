@@ -24,7 +24,19 @@ READMES = ("README.md", "configs/README.md", "scripts/README.md", "ckpts/README.
 
 
 def bash(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    cleared = {"GPUS", "NNODES", "WORKERS", "PRECISION", "PYPATH", "PYTHON", "VENV"}
+    cleared = {
+        "GPUS",
+        "NNODES",
+        "NODE_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "MAX_RESTARTS",
+        "WORKERS",
+        "PRECISION",
+        "PYPATH",
+        "PYTHON",
+        "VENV",
+    }
     environment = {key: value for key, value in os.environ.items() if key not in cleared} | variables
     return subprocess.run(
         ["bash", *command],
@@ -95,8 +107,36 @@ def test_training_stage_starts_one_process(script: str, tmp_path: Path, echo_pyt
     assert result.returncode == 0
     module = "tokenizer.router.train" if "router" in script else "tokenizer.train"
     assert result.stdout.split(" threads=")[0] == f"-m {module} {config} run.precision=bf16 run.steps=5 --dry-run"
-    for several in ({"GPUS": "8"}, {"NNODES": "2"}):
-        assert_refuses(bash(script, str(config), PYPATH=echo_python, **several), "several processes")
+
+
+def test_training_stage_starts_torchrun_for_several_processes(tmp_path: Path, echo_python: str) -> None:
+    script, config = "scripts/train/1_proxy_tokenizer.sh", tmp_path / "proxy.yaml"
+    config.touch()
+
+    def started(*words: str, **variables: str) -> str:
+        return bash(script, str(config), *words, PYPATH=echo_python, OMP_NUM_THREADS="1", **variables).stdout.strip()
+
+    stage = f"-m tokenizer.train {config} threads=1"
+    run = "-m torch.distributed.run"
+    assert started(GPUS="8") == f"{run} --nnodes 1 --nproc-per-node 8 --standalone --max-restarts 0 {stage}"
+    several = {"NNODES": "2", "GPUS": "4", "NODE_RANK": "1", "MASTER_ADDR": "first", "MAX_RESTARTS": "3"}
+    rendezvous = "--node-rank 1 --master-addr first --master-port 29500"
+    assert started(**several) == f"{run} --nnodes 2 --nproc-per-node 4 {rendezvous} --max-restarts 3 {stage}"
+    assert "--global-batch-size=64" in started("--global-batch-size=64", "--overfit-one-batch")
+    for wrong, word in (({"GPUS": "all"}, "'all'"), ({"NNODES": "2"}, "MASTER_ADDR"), ({"NODE_RANK": "1"}, "NNODES=1")):
+        assert_refuses(bash(script, str(config), PYPATH=echo_python, **wrong), word)
+
+
+def test_the_slurm_job_stops_the_run_and_goes_back_into_the_queue(tmp_path: Path) -> None:
+    job = "scripts/slurm/train.sbatch"
+    assert f"sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 {job}" in bash(job, "--help").stdout
+    assert_refuses(bash(job, "train.py"), "'train.py'")
+    signalled = 'trap "echo asked; exit 0" USR1; sleep 0.5; kill -USR1 $PPID; for i in {1..500}; do sleep 0.01; done'
+    executable(tmp_path / "srun", signalled)
+    executable(tmp_path / "scontrol", 'echo "scontrol $*"')
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = bash(job, "scripts/train/3_router.sh", "configs/debug/router.yaml", PATH=path, SLURM_JOB_ID="7")
+    assert done.returncode == 0 and done.stdout.splitlines()[-2:] == ["asked", "scontrol requeue 7"]
 
 
 def test_curation_starts_any_number_of_workers(tmp_path: Path, echo_python: str) -> None:
@@ -186,7 +226,7 @@ def test_readme_command(command: str) -> None:
             assert usage.returncode == 0, usage.stderr
             for flag in (word for word in arguments if word.startswith("--")):
                 assert flag in usage.stdout, f"{script} has no {flag}"
-        case ["." | "cp" | "git" | "cd" | "pip" | "export", *_]:
+        case ["." | "cp" | "git" | "cd" | "pip" | "export" | "sbatch", *_]:
             pass
         case _:
             pytest.fail(f"this test does not know how to check {command!r}")

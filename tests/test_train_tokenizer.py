@@ -89,6 +89,15 @@ def test_a_run_leaves_everything_in_its_folder(whole: Path) -> None:
     assert model.decode(tokens).shape == (1, 3, 16, 32, 32)
 
 
+def test_the_losses_are_those_of_the_reference_curve(whole: Path) -> None:
+    """A change that means to leave the mathematics alone leaves these numbers alone; another commits a new curve."""
+    reference = [json.loads(line) for line in (DEBUG / "reference" / "proxy.jsonl").read_text().splitlines()]
+    found = [line for line in lines(whole) if "loss" in line]
+    for ours, theirs in zip(found, reference, strict=True):
+        assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+    assert sum(found[0]["tokens_histogram"]) == 2 * 4  # every block of both clips has one of the levels
+
+
 class KilledAt(TokenizerTraining):
     """Dies like a machine without power, just before the update of `moment`."""
 

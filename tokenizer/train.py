@@ -117,10 +117,14 @@ class TokenizerTraining:
         others = self.terms_of_others(output, video_BCTHW, step, batch.places)
         loss, terms = tokenizer_loss(self.config.loss, output, video_BCTHW, self.perceptual, generator, others)
         usage = code_usage(output.quantized.code_L, self.config.model.codebook_size)
+        usage["dead_codes"] = round((1 - usage["code_usage"]) * self.config.model.codebook_size)
+        level_K = torch.tensor(self.config.model.levels)
         figures: dict[str, Tensor | float] = {
             **terms,
             **usage,
             "tokens_per_clip": float(length_BN.sum()) / len(length_BN),
+            # how many blocks got each level
+            "tokens_histogram": (length_BN.flatten()[:, None] == level_K).sum(dim=0),
         }
         return loss, figures | self.mark
 

@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tokenizer.common import ranks
 from tokenizer.common.config import load_config
 from tokenizer.common.loop import LossFn, RunConfig, TrainState, train_step
 from tokenizer.common.optim import OptimConfig
+from tokenizer.common.performance import FlopCount, gemm_roof, peak_memory
+from tokenizer.common.runtime import pick_dtype
 
 T = TypeVar("T")
 
 
 def parse_training_arguments(schema: type[T], stage: str, description: str) -> tuple[T, bool]:
-    """`CONFIG.yaml [key.sub=value ...] [--dry-run]` -> the config with `run.dir` filled in, and whether to rehearse.
+    """`CONFIG.yaml [key.sub=value ...] [flags]` -> the config with `run.dir` filled in, and whether to rehearse.
 
     The default results folder is results/<stage>/<file name of the config without .yaml>.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", type=Path, help="YAML of this stage, see configs/README.md")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the YAML")
-    parser.add_argument("--dry-run", action="store_true", help="build all, run two steps, say what the run would cost")
-    args = parser.parse_intermixed_args()  # so that --dry-run may stand before, between or after the settings
-    config: Any = load_config(schema, args.config, args.overrides)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build all, run two steps, say what the run would cost and what it lacks"
+    )
+    parser.add_argument(
+        "--global-batch-size", type=int, metavar="N", help="clips of one update over all processes: run.batch_size=N"
+    )
+    parser.add_argument(
+        "--overfit-one-batch",
+        action="store_true",
+        help="train on the first batch alone, into a folder of its own (..-overfit): can the model learn at all?",
+    )
+    args = parser.parse_intermixed_args()  # so that a flag may stand before, between or after the settings
+    overrides = list(args.overrides)
+    if args.global_batch_size is not None:
+        overrides.append(f"run.batch_size={args.global_batch_size}")
+    if args.overfit_one_batch:
+        overrides.append("run.overfit_one_batch=true")
+    config: Any = load_config(schema, args.config, overrides)
     config.run.dir = config.run.dir or f"results/{stage}/{args.config.name.removesuffix('.yaml')}"
+    if args.overfit_one_batch:
+        config.run.dir = f"{config.run.dir.rstrip('/')}-overfit"
     return config, args.dry_run
 
 
@@ -38,18 +60,52 @@ def rehearse(
     loss_fn: LossFn,
     parts: dict[str, int],
 ) -> None:
-    """Two steps without a results folder; prints parameters by part, the loss terms, and hours at this speed."""
+    """Two steps without a results folder; prints parameters by part, the loss terms, hours at this speed, and lacks."""
     source = batches(0)
     state.train_mode(True)
-    train_step(run, optim, state, next(source), loss_fn)  # the first step pays for allocations; time the second
+    with FlopCount() as flops:  # the first step pays for allocations; time the second
+        train_step(run, optim, state, next(source), loss_fn)
     start = time.perf_counter()
     values = train_step(run, optim, state, next(source), loss_fn)
     seconds = time.perf_counter() - start
+    if not ranks.is_main():
+        return
     total = sum(parts.values())
     by_part = ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in parts.items())
+    beside = {"companion": state.companion, "adversary": state.opponent.module if state.opponent else None}
+    others = {name: sum(p.numel() for p in m.parameters()) for name, m in beside.items() if m is not None}
+    weights = (total * 5 + sum(others.values()) * 4) * 4 / 2**30
     print(f"parameters  {total / 1e6:.2f}M: {by_part}")
-    print(f"memory      weights, gradients, Adam and EMA in fp32: {total * 4 * 5 / 2**30:.2f} GiB, plus activations")
-    print("loss        " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-    print(f"speed       {seconds:.2f} s a step of {run.batch_size} clips on {state.device}")
+    for name, number in others.items():
+        print(f"            beside the model: {name} {number / 1e6:.2f}M")
+    print(f"memory      weights, gradients, Adam and EMA in fp32: {weights:.2f} GiB, plus activations; ", end="")
+    print(f"at most {peak_memory(state.device) / 2**30:.2f} GiB in these two steps")
+    figures = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    print("loss        " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    roof = gemm_roof(state.device, pick_dtype(run.precision))
+    print(f"speed       {seconds:.2f} s a step of {run.batch_size} clips on {state.device}", end="")
+    print(
+        f" x {ranks.num_ranks()}, {flops.total / seconds / roof:.0%} of the measured peak of {roof / 1e12:.2f} TFLOP/s"
+    )
     print(f"the run     {run.steps} steps, about {run.steps * seconds / 3600:.1f} h at this speed, into {run.dir}")
+    for line in missing(run, weights) or ["nothing"]:
+        print(f"missing     {line}")
     print("dry run: nothing was written")
+
+
+def missing(run: RunConfig, weights_gib: float) -> list[str]:
+    """What would stop this run later: packages of trackers, the reference curve, room on the disk, a taken folder."""
+    lacks = [f"the package {name} of run.trackers" for name in run.trackers if importlib.util.find_spec(name) is None]
+    if run.reference and not Path(run.reference).is_file():
+        lacks.append(f"the file run.reference={run.reference}")
+    place = Path(run.dir).absolute()
+    if (place / "config.yaml").exists():
+        lacks.append(
+            f"an empty folder: {run.dir} holds a run already, which would be resumed if its config is this one"
+        )
+    while not place.exists():
+        place = place.parent
+    free, wanted = shutil.disk_usage(place).free / 2**30, weights_gib * (run.keep_last + 1)
+    if free < wanted:
+        lacks.append(f"room for checkpoints: {free:.1f} GiB are free at {place}, about {wanted:.1f} are needed")
+    return lacks

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-_SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices that measure the roof
+_SIDE = {"cpu": 512, "cuda": 8192}  # of the matrices that measure the roof
 
 
 class FlopCount(TorchDispatchMode):

@@ -6,7 +6,6 @@ process everything here is the identity, so code that calls it needs no second p
 
 from __future__ import annotations
 
-import atexit
 import os
 import re
 from collections.abc import Iterable, MutableMapping
@@ -32,10 +31,7 @@ def join(on_cpu: bool) -> PartialState:
         return PartialState()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     options = InitProcessGroupKwargs(timeout=_PATIENCE).to_kwargs() if several else {}
-    state = PartialState(cpu=on_cpu, **options)
-    if several:
-        atexit.register(state.destroy_process_group)
-    return state
+    return PartialState(cpu=on_cpu, **options)
 
 
 def adopt_slurm(environment: MutableMapping[str, str]) -> None:

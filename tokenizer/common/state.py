@@ -6,6 +6,7 @@ beside it (say the head of an alignment loss). The second, where the loss is a g
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -70,18 +71,22 @@ class _Gate(nn.Module):
 class Player:
     """One side: its module, its optimiser, its loss scaler, and its gate to the other processes."""
 
-    def __init__(self, module: nn.Module, optim: OptimConfig, run: RunConfig, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, optim: OptimConfig, run: RunConfig, device: torch.device, idle_parts: bool = False
+    ) -> None:
+        """idle_parts: some weights may take no part in some steps (before a loss term starts, say)."""
         self.module = module
         self.optimizer = build_optimizer(module, optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
         self._gate: nn.Module = _Gate(module)
         self._accelerator: Accelerator | None = None
         if ranks.num_ranks() > 1:
-            # a weight that takes no part in some step (before a loss term starts) must not stop the others
-            # (buffers are handed out at the end of a step: a broadcast here would change what `backward` still needs)
-            ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+            # buffers are handed out at the end of a step: a broadcast here would change what `backward` still needs
+            ddp = DistributedDataParallelKwargs(find_unused_parameters=idle_parts, broadcast_buffers=False)
             self._accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
-            self._gate = self._accelerator.prepare_model(self._gate, device_placement=False)
+            with warnings.catch_warnings():  # accelerate has no word yet for torch's new name of broadcast_buffers
+                warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+                self._gate = self._accelerator.prepare_model(self._gate, device_placement=False)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of `loss`; only with the `last` part of a batch are they averaged over the processes."""
@@ -141,7 +146,8 @@ class TrainState:
         device = pick_device(run.device)
         model = model.to(device)
         trained = model if companion is None else nn.ModuleDict({"model": model, "companion": companion.to(device)})
-        learner = Player(trained, optim, run, device)  # with several processes this makes all weights those of rank 0
+        # with several processes this makes all weights those of rank 0
+        learner = Player(trained, optim, run, device, idle_parts=companion is not None)
         opponent = None if adversary is None else Player(adversary.module.to(device), adversary.optim, run, device)
         ema = Ema(model, run.ema_decay)
         return cls(model, ema, learner, 0, kind, companion, adversary, opponent)

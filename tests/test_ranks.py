@@ -1,0 +1,232 @@
+"""Several processes train what one would: shares of the batch, unequal token counts, two players, a NaN on one."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tokenizer.common import ranks
+from tokenizer.common.checkpoint import CheckpointStore, read_model
+from tokenizer.common.config import load_config
+from tokenizer.common.errors import UserError
+from tokenizer.common.loop import RunConfig, Summed, TrainState, fit
+from tokenizer.common.optim import OptimConfig
+from tokenizer.common.runtime import generator_for
+from tokenizer.common.sharing import shares
+from tokenizer.data.clips import DataConfig, build_dataset
+from tokenizer.data.loader import batches
+from tokenizer.train import TokenizerTrainConfig, TokenizerTraining
+
+DEBUG = Path(__file__).parents[1] / "configs" / "debug"
+LENGTHS = (5, 1, 2, 8)  # tokens of the four clips of a step: 6 on one rank, 10 on the other
+
+
+def on_ranks(target: Callable[[], object], number: int = 2) -> None:
+    """Run `target` in so many processes that meet by the variables that torchrun would set."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def start(rank: int) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)  # what the parent of this fork may have begun
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+        target()
+
+    children = [multiprocessing.get_context("fork").Process(target=start, args=(rank,)) for rank in range(number)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(600)
+    assert [child.exitcode for child in children] == [0] * number
+
+
+class Judge:
+    """A discriminator that learns at every second step."""
+
+    def __init__(self, generator: nn.Module) -> None:
+        self.generator, self.module = generator, nn.Linear(3, 1)
+        self.optim = OptimConfig(lr=0.01, warmup_steps=0)
+
+    def loss(self, batch: list[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]] | None:
+        if step % 2:
+            return None
+        fake = torch.stack([self.module(self.generator(clip)).mean() for clip in batch])
+        real = torch.stack([self.module(clip).mean() for clip in batch])
+        return (fake.sigmoid() - real.sigmoid()).mean(), {"judge/gap": (real - fake).mean().detach()}
+
+
+def train(folder: Path, nan_at: tuple[int, int] | None = None, **changes) -> nn.Module:
+    """A toy game on clips of unequal numbers of tokens; `nan_at` = (step, rank) breaks a loss there."""
+    run = RunConfig(dir=str(folder), steps=6, log_every=1, checkpoint_every=2, batch_size=4, device="cpu", **changes)
+    optim = OptimConfig(lr=0.05, warmup_steps=2, clip_norm=0.5)
+    torch.manual_seed(3 + ranks.rank())  # the ranks begin apart: rank 0's weights must be everybody's
+    ranks.join(on_cpu=True)
+    torch.manual_seed(3 + ranks.rank())
+    model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 3))
+    judge = Judge(model)
+    state = TrainState.start(model, run, optim, "toy", adversary=judge, companion=nn.Linear(3, 2))
+
+    def own_batches(start: int) -> Iterator[list[Tensor]]:
+        for step in range(start, run.steps):
+            clips = [torch.randn(n, 3, generator=generator_for(1, step, place)) for place, n in enumerate(LENGTHS)]
+            yield [clips[place] for place in shares(4, ranks.num_ranks())[ranks.rank()]]
+
+    def loss_fn(batch: list[Tensor], step: int) -> tuple[Summed, dict[str, Tensor]]:
+        token_LC = torch.cat(batch)
+        out_LC = state.model(token_LC)
+        error_L = (out_LC - token_LC.flip(1)).square().mean(1) - 0.1 * judge.module(out_LC).squeeze(1)
+        if step > 2:  # a part of the model that takes no part at first
+            assert state.companion is not None
+            error_L = error_L + state.companion(out_LC).square().mean(1)
+        total = error_L.sum() * (math.nan if nan_at == (step, ranks.rank()) else 1)
+        return Summed(total, len(error_L)), {"error": error_L.mean().detach(), "lengths": torch.tensor([len(error_L)])}
+
+    fit(run, optim, {"run": {"dir": str(folder)}}, state, own_batches, loss_fn, lambda step: {"out": 1.0})
+    return model
+
+
+def logged(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "data_wait")
+    return [{k: v for k, v in x.items() if k not in clock and not k.startswith("perf/")} for x in lines]
+
+
+def assert_close(one: Path, two: Path, atol: float) -> None:
+    """Weights, averaged weights and every logged number."""
+    for name in ("model.safetensors", "model.raw.safetensors"):
+        left, right = (read_model(folder / "final" / name).tensors for folder in (one, two))
+        for key, tensor in left.items():
+            torch.testing.assert_close(
+                right[key], tensor, rtol=0, atol=atol, msg=lambda text, key=key: f"{key}: {text}"
+            )
+    for left, right in zip(logged(one), logged(two), strict=True):
+        assert left.keys() == right.keys()
+        for key, value in left.items():
+            assert right[key] == (value if isinstance(value, list) else pytest.approx(value, rel=1e-5, abs=1e-6)), key
+
+
+def test_two_processes_are_one_also_with_unequal_counts(tmp_path: Path) -> None:
+    train(tmp_path / "one")
+    on_ranks(lambda: train(tmp_path / "two"))
+    assert_close(tmp_path / "one", tmp_path / "two", atol=1e-6)
+    one, two = (CheckpointStore(tmp_path / name / "checkpoints").load_latest() for name in ("one", "two"))
+    assert one is not None and two is not None
+    for group in ("adversary", "companion"):
+        for key, tensor in one.groups[group].items():
+            torch.testing.assert_close(two.groups[group][key], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_nan_on_one_process_skips_the_step_on_all(tmp_path: Path) -> None:
+    on_ranks(lambda: train(tmp_path, nan_at=(2, 1), max_skipped=1))
+    lines = logged(tmp_path)
+    assert [line.get("loss", 0) is None for line in lines if "skipped" in line] == [False, False, True] + [False] * 3
+    assert [line["skipped"] for line in lines if "skipped" in line] == [0, 0, 1, 1, 1, 1]
+    assert all(tensor.isfinite().all() for tensor in read_model(tmp_path).tensors.values())
+
+
+def test_two_processes_train_the_tokenizer_that_one_does(tmp_path: Path) -> None:
+    def run(name: str) -> None:
+        overrides = ["run.batch_size=4", "run.steps=2", "run.device=cpu", "loss.entropy=0.1", "optim.lr=1e-4"]
+        config = load_config(TokenizerTrainConfig, DEBUG / "proxy.yaml", [*overrides, f"run.dir={tmp_path / name}"])
+        TokenizerTraining(config).fit()
+
+    run("one")
+    on_ranks(lambda: run("two"))
+    first, other = (
+        {line["step"]: line for line in logged(tmp_path / name) if "loss" in line} for name in ("one", "two")
+    )
+    for step in (1, 2):
+        for name in ("loss", "l1", "perceptual", "codebook", "commitment", "entropy", "tokens_per_clip", "grad_norm"):
+            assert other[step][name] == pytest.approx(first[step][name], rel=2e-5), name
+
+
+@given(st.lists(st.integers(1, 2048), min_size=1, max_size=12), st.integers(1, 4))
+def test_shares_are_equal_in_number_and_balanced(costs: list[int], num_parts: int) -> None:
+    costs = costs * num_parts
+    parts = shares(len(costs), num_parts, costs)
+    assert sorted(place for part in parts for place in part) == list(range(len(costs)))
+    assert {len(part) for part in parts} == {len(costs) // num_parts}
+    sums = [sum(costs[place] for place in part) for part in parts]
+    assert max(sums) - min(sums) <= max(costs)  # the last one given away makes at most its own difference
+
+
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    with pytest.raises(UserError, match=r"run\.batch_size=10 is the global batch: .* = 4; the nearest is 8"):
+        shares(10, 4)
+
+
+def test_the_order_of_clips_depends_on_neither_workers_nor_ranks(tmp_path: Path) -> None:
+    data = DataConfig(sources=["synthetic:train:7"], num_frames=4, size=16, augment=False)
+
+    def names(num_workers: int = 0, start: int = 0, accumulate: int = 1) -> list[list[str]]:
+        source = batches(build_dataset(data), 4, 5, start, num_workers, steps=4 - start, accumulate=accumulate)
+        return [[name for part in batch.split(accumulate) for name in part.names] for batch in source]
+
+    whole = names()
+    assert names(num_workers=2) == names(accumulate=2) == whole and names(start=2) == whole[2:]
+
+    def shared() -> None:
+        ranks.join(on_cpu=True)
+        (tmp_path / f"{ranks.rank()}.json").write_text(json.dumps(names()))
+
+    on_ranks(shared)
+    halves = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [left + right for left, right in zip(*halves, strict=True)] == whole
+
+
+def test_slurm_is_read_where_srun_started_several_tasks() -> None:
+    step = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41007"}
+    step |= {"SLURM_STEP_NODELIST": "gpu[03-04,9],login1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
+    ranks.adopt_slurm(step)
+    found = [
+        step[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    ]
+    assert found == ["9", "16", "1", "8", "gpu03", "21007"]
+    assert ranks.first_node("a1,b2") == "a1" and ranks.first_node("n[007]-ib") == "n007-ib"
+    alone = {"SLURM_NTASKS": "16", "SLURM_PROCID": "0"}  # the batch script itself
+    ranks.adopt_slurm(alone)
+    assert "RANK" not in alone
+
+
+def test_a_killed_rank_is_started_again_and_changes_nothing(tmp_path: Path) -> None:
+    """As a user does it: two gloo processes on a machine without GPU, one of them killed from outside."""
+
+    def undisturbed() -> None:
+        overrides = [f"run.dir={tmp_path / 'whole'}", "run.device=cpu"]
+        TokenizerTraining(load_config(TokenizerTrainConfig, DEBUG / "proxy.yaml", overrides)).fit()
+
+    on_ranks(undisturbed)
+    command = ["bash", "scripts/train/1_proxy_tokenizer.sh", "configs/debug/proxy.yaml", f"run.dir={tmp_path / 'torn'}"]
+    variables = {"GPUS": "2", "MAX_RESTARTS": "1", "PYPATH": sys.executable, "OMP_NUM_THREADS": "1"}
+    log, metrics = tmp_path / "log.txt", tmp_path / "torn" / "metrics.jsonl"
+    with (
+        open(log, "w") as said,
+        subprocess.Popen(
+            [*command, "run.device=cpu"], cwd=DEBUG.parents[1], env=os.environ | variables, stdout=said, stderr=said
+        ) as torchrun,
+    ):
+        while torchrun.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            time.sleep(0.02)
+        workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        assert torchrun.wait(600) == 0, log.read_text()
+    assert len(workers) == 2 and f"resuming {tmp_path / 'torn'}" in log.read_text()
+    assert logged(tmp_path / "torn") == logged(tmp_path / "whole")
+    torn, whole = (read_model(tmp_path / name).tensors for name in ("torn", "whole"))
+    assert all(torch.equal(torn[name], tensor) for name, tensor in whole.items())
