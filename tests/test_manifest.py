@@ -25,7 +25,7 @@ from tokenizer.data.prepare import PrepareRule, prepare_video
 from tokenizer.data.ucf101 import ASCII_ORDER, OFFICIAL_ORDER, class_index
 from tokenizer.data.video_io import probe, write_video
 
-NAME = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=12)
+NAME = st.text(st.characters(exclude_characters="\0\r", exclude_categories=("Cs",)), min_size=1, max_size=12)
 
 
 def video(path: Path, num: int = 20, seed: int = 0) -> Path:

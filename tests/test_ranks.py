@@ -213,7 +213,7 @@ def test_a_killed_rank_is_started_again_and_changes_nothing(tmp_path: Path) -> N
 
     on_ranks(undisturbed)
     command = ["bash", "scripts/train/1_proxy_tokenizer.sh", "configs/debug/proxy.yaml", f"run.dir={tmp_path / 'torn'}"]
-    variables = {"GPUS": "2", "MAX_RESTARTS": "1", "PYPATH": sys.executable, "OMP_NUM_THREADS": "1"}
+    variables = {"GPUS": "2", "MAX_RESTARTS": "3", "PYPATH": sys.executable, "OMP_NUM_THREADS": "1"}
     log, metrics = tmp_path / "log.txt", tmp_path / "torn" / "metrics.jsonl"
     with (
         open(log, "w") as said,

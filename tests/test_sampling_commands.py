@@ -48,6 +48,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     tokenizer = build_tokenizer("VQ_debug")
+    with torch.no_grad():
+        for parameter in tokenizer.parameters():  # an untrained tokenizer hardly tells noise from noise
+            parameter.add_(0.1 * torch.randn_like(parameter))
     config = {"model": to_dict(tokenizer.config)}
     save_model(folder / "tok.safetensors", tokenizer.state_dict(), config, {"kind": "tokenizer"})
     save_random_gpt(folder / "c2v.safetensors", CLASSES, CLASS_NAMES)
