@@ -30,6 +30,7 @@ def check_condition(config: TokenizerConfig, num_frames: int, lengths: Sequence[
         )
 
 
+@torch.no_grad()
 def encode_condition(tokenizer: VideoTokenizer, video_BCTHW: Tensor, num_frames: int, lengths: Sequence[int]) -> Tensor:
     """The first `num_frames` frames of clips in [0, 1], nothing else of them -> codes, int64 [B, sum(lengths)].
 

@@ -17,14 +17,13 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from autoregressive.condition import encode_condition
 from autoregressive.sample_job import REQUIRED, SampleJob, Wanted, add_common_flags, parse, parse_lengths
 from autoregressive.sampler import Request
 from tokenizer.common.arguments import Parser, at_least, positive
@@ -33,7 +32,6 @@ from tokenizer.data.kinetics import find_kinetics
 from tokenizer.data.transforms import resize, resize_center_crop
 from tokenizer.data.video_io import display_name, to_model_range
 from tokenizer.router.clip_source import ClipRule, Skipped, SourceClip, VideoSource, find_sources, stream_clips
-from tokenizer.streaming import Past, encode_block, read_patches
 
 INSTEAD = "give --vid_path DIR for any folder of videos instead"
 
@@ -112,7 +110,6 @@ class Given:
             else None
         )
 
-    @torch.no_grad()
     def read(self, frames_THWC: np.ndarray) -> tuple[np.ndarray, Tensor]:
         """Decoded frames -> frames of the tokenizer's size, and the codes of the given ones, int64 [L] on the CPU.
 
@@ -122,14 +119,8 @@ class Given:
         frames_THWC = (
             resize_center_crop(frames_THWC, side) if self.keep_aspect_ratio else resize(frames_THWC, side, side)
         )
-        seen = np.minimum(np.arange(len(frames_THWC)), self.num_frames - 1)
-        video_1CTHW = to_model_range(frames_THWC[seen])[None].to(self.tokenizer.device)
-        patches, past, codes = read_patches(self.tokenizer, video_1CTHW), Past.empty(self.tokenizer), []
-        for t, length in enumerate(self.lengths):
-            code_1K, encoder = encode_block(self.tokenizer, patches, t, length, past)
-            past = replace(past, encoder=encoder)
-            codes.append(code_1K[0])
-        return frames_THWC, torch.cat(codes).cpu()
+        video_1CTHW = to_model_range(frames_THWC)[None]
+        return frames_THWC, encode_condition(self.tokenizer, video_1CTHW, self.num_frames, self.lengths)[0]
 
 
 def check_prefix(job: SampleJob, args: argparse.Namespace) -> None:
