@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from autoregressive.class_names import names_of, parse_classes
-from autoregressive.sample_job import REQUIRED, SampleJob, Wanted, add_common_flags, parse
+from autoregressive.sample_job import REQUIRED, SampleJob, Wanted, add_common_flags, parse, parse_guidance
 from autoregressive.sampler import Request
 from tokenizer.common.arguments import Parser, at_least, positive
 from tokenizer.common.errors import UserError, run_cli
@@ -73,14 +73,6 @@ def wanted_clips(job: SampleJob, classes: list[Class], fps: float) -> Iterator[W
     for each, i in everything[job.process.rank :: job.process.world]:
         request = Request(("class", each.label, i), each.label, rule=job.rule)
         yield Wanted(each.names[i], request, {"class": each.label, "class_name": each.class_name, "index": i}, fps)
-
-
-def parse_guidance(text: str) -> tuple[float, ...]:
-    """ "2.25" or "3,2,1,1" -> scales. UserError for anything but numbers."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--cfg-scale {text!r}: give a number, or one for each block with commas between") from None
 
 
 if __name__ == "__main__":

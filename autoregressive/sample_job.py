@@ -244,6 +244,14 @@ def parse_lengths(flag: str, text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def parse_guidance(text: str) -> tuple[float, ...]:
+    """ "2.25" or "3,2,1,1" -> scales. UserError for anything but numbers."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--cfg-scale {text!r}: give a number, or one for each block with commas between") from None
+
+
 def _own_device(name: str) -> str:
     """Under a launcher each process takes the GPU of its LOCAL_RANK."""
     local = os.environ.get("LOCAL_RANK")

@@ -13,6 +13,7 @@ import argparse
 from typing import Any
 
 from autoregressive.class_names import names_of
+from autoregressive.sample_job import parse_guidance
 from autoregressive.sampler import Request
 from evaluations.clip_list import ListedClip
 from evaluations.generation import Generator, add_sampling_flags, check_task
@@ -51,14 +52,6 @@ def main() -> None:
 
     generator.request_of = request_of
     evaluation.run(generator)
-
-
-def parse_guidance(text: str) -> tuple[float, ...]:
-    """ "1.75" or "3,2,1,1" -> scales. UserError for anything but numbers."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--cfg-scale {text!r}: give a number, or one for each block with commas between") from None
 
 
 if __name__ == "__main__":
