@@ -19,6 +19,6 @@ cp tokenizer/data/bundled/{bottle,tree}_*.mp4 results/quickstart_clips/
   --tok_config configs/mini/final.yaml --vq_ckpt ckpts/mini/final.safetensors
 bash scripts/test/sample_c2v_visualization.sh --tok-config configs/mini/final.yaml --vq-ckpt ckpts/mini/final.safetensors \
   --gpt-model GPT-mini --gpt-ckpt ckpts/mini/gpt_c2v.safetensors --sample-dir results/quickstart_samples --cfg-scale 1.5 \
-  --qual-num 2 --class-idx "disc still,disc slide fast,square pulse fast,real" --check-special-token-mask
+  --qual-num 2 --class-idx "disc still,disc slide fast,bar pulse fast,real" --check-special-token-mask
 echo "Generated clips: $ROOT/results/quickstart_samples/grids"
 echo "The report: $ROOT/results/quickstart/report.html (open it in a browser)"

@@ -24,14 +24,16 @@ def test_motion_and_speed_are_those_of_the_class() -> None:
         assert min(by_motion[f"{kind} slow"]) > 0 and 2 * mean[f"{kind} slow"] < mean[f"{kind} fast"]
 
 
-def test_a_square_fills_its_corners_and_a_disc_does_not() -> None:
+def test_a_bar_is_upright_and_fills_its_corners_and_a_disc_does_not() -> None:
     for seed, corner_is_shape in ((0, False), (5, True)):
         scene = draw_classed_scene(seed, "train")
         frame_HWC = render_classed_scene(seed, "train", 256)[0][0].astype(float)
         is_shape_HW = np.abs(frame_HWC - np.asarray(scene.colour)).max(axis=2) < 2
         rows, columns = (np.flatnonzero(is_shape_HW.any(axis=axis)) for axis in (1, 0))
         corner_HW = is_shape_HW[rows[0] : rows[0] + 6, columns[0] : columns[0] + 6]
-        assert abs(len(rows) / 256 - 2 * scene.radius) < 0.02
+        height, width = (2.6, 1.0) if corner_is_shape else (2.0, 2.0)  # in radii
+        assert abs(len(rows) / 256 - height * scene.radius) < 0.02
+        assert abs(len(columns) / 256 - width * scene.radius) < 0.02
         assert corner_HW[2:, 2:].any() == corner_is_shape
 
 

@@ -109,6 +109,16 @@ def test_unreadable_files_are_named_once_and_replaced_by_the_next(
     assert set(with_workers.quarantine) == set(dataset.quarantine)
 
 
+def test_a_range_of_numbers_is_a_part_of_the_source() -> None:
+    for kind, count in (("bundled", 96), ("synthetic", 30), ("classed", 30)):
+        whole, part = (
+            build_dataset(DataConfig(sources=[f"{kind}:train:{numbers}"], augment=False, **SMALL))
+            for numbers in (count, f"20-{count}")
+        )
+        assert part.names == whole.names[20:]
+        assert torch.equal(part.get(1).video_CTHW, whole.get(21).video_CTHW)
+
+
 def test_a_set_without_one_readable_clip_says_so(tmp_path: Path) -> None:
     (tmp_path / "bad.mp4").touch()
     dataset = build_dataset(DataConfig(sources=[str(tmp_path)], **SMALL))
@@ -119,8 +129,9 @@ def test_a_set_without_one_readable_clip_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sources": ["bundled:all"]}, "expected bundled:train or bundled:heldout"),
+        ({"sources": ["bundled:all"]}, "expected bundled:train, bundled:heldout or bundled:train:A-B"),
         ({"sources": ["synthetic:train"]}, "expected synthetic:train:N"),
+        ({"sources": ["classed:train:9-9"]}, "number A up to B - 1"),
         ({"sources": ["nowhere/at/all"]}, "no such file or folder"),
         ({"sources": ["nowhere.csv"]}, "no such manifest"),
         ({"sources": []}, "holds no clip"),

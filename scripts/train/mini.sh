@@ -21,6 +21,7 @@ curate() { echo "mini: $1" && WORKERS=2 bash scripts/train/2_curate_router_data.
 
 train 1_proxy_tokenizer.sh proxy
 curate curate_train
+curate curate_select
 curate curate_heldout
 train 3_router.sh router
 train 4_final_tokenizer.sh final

@@ -1,6 +1,6 @@
 """Rendered scenes with a class: one shape, how it moves, how fast. Simple enough for a miniature GPT to learn.
 
-    shape     disc or square, of one colour, over a soft background: a blurred photograph of a bundled clip of the split
+    shape     disc or upright bar, of one colour, over a soft background: a blurred bundled photograph of the split
     motion    still; slide: on a straight way, off the borders; pulse: growing and shrinking on the spot
     speed     slow or fast
 
@@ -18,11 +18,12 @@ from tokenizer.data.bundled_clips import bundled_videos, kept_frames
 from tokenizer.data.transforms import resize, rng_for
 
 MOTIONS = ("still", "slide slow", "slide fast", "pulse slow", "pulse fast")
-CLASS_NAMES = tuple(f"{shape} {motion}" for shape in ("disc", "square") for motion in MOTIONS)
+CLASS_NAMES = tuple(f"{shape} {motion}" for shape in ("disc", "bar") for motion in MOTIONS)
 SLIDE_SPEED = {"slow": (0.008, 0.016), "fast": (0.05, 0.08)}  # sides of the picture per frame
 PULSE_CYCLES = {"slow": (0.3, 0.5), "fast": (1.5, 2.5)}  # in 16 frames
 RADIUS = (0.14, 0.22)  # in sides, at rest
 _SWING = 0.45  # of the radius while it pulses
+_BAR = (1.3, 0.5)  # half height and half width of a bar, in radii
 _BACKGROUND_CELLS = 4  # across the picture: soft
 _CONTRAST = 90.0  # grey levels between shape and background, at least, in one colour
 
@@ -75,17 +76,21 @@ def _frame(scene: ClassedScene, t: int, ground_HWC: np.ndarray) -> np.ndarray:
     slides, pulses = "slide" in scene.label, "pulse" in scene.label
     way = scene.speed * t if slides else 0.0
     radius = scene.radius * (1 + _SWING * np.sin(scene.phase + 2 * np.pi * scene.speed * t / 16) if pulses else 1)
-    margin = scene.radius * (1 + _SWING) if pulses else scene.radius
-    room = 1 - 2 * margin
+    is_disc = scene.label.startswith("disc")
+    half_2 = (1.0, 1.0) if is_disc else _BAR  # rows, columns
+    largest = scene.radius * (1 + _SWING) if pulses else scene.radius
     directions = (np.sin(scene.heading), np.cos(scene.heading))
     y, x = (
-        margin + room * bounce(start + direction * way / room)
-        for start, direction in zip(scene.start, directions, strict=True)
+        largest * half + (room := 1 - 2 * largest * half) * bounce(start + direction * way / room)
+        for start, direction, half in zip(scene.start, directions, half_2, strict=True)
     )
     place = (np.arange(size) + 0.5) / size
     rows_H1, columns_1W = abs(place - y)[:, None], abs(place - x)[None]
-    reach_HW = np.hypot(rows_H1, columns_1W) if scene.label.startswith("disc") else np.maximum(rows_H1, columns_1W)
-    cover_HW1 = np.clip((radius - reach_HW) * size + 0.5, 0, 1)[..., None]
+    if is_disc:
+        inside_HW = radius - np.hypot(rows_H1, columns_1W)
+    else:
+        inside_HW = np.minimum(_BAR[0] * radius - rows_H1, _BAR[1] * radius - columns_1W)
+    cover_HW1 = np.clip(inside_HW * size + 0.5, 0, 1)[..., None]
     return ground_HWC + cover_HW1 * (np.asarray(scene.colour, np.float32) - ground_HWC)
 
 

@@ -1,15 +1,17 @@
 """Clips for training and measuring: a list of sources -> a ClipDataset with stable names and reproducible draws.
 
 A source is a folder, a video file, a manifest .csv (see manifest_table.py), or one of
-    bundled:train  bundled:heldout            the real clips shipped with the package
-    synthetic:train:N  synthetic:heldout:N    N rendered scenes of known complexity
-    classed:train:N    classed:heldout:N      N rendered scenes with a class as label: shape, motion, speed
+    bundled:SPLIT         the real clips shipped with the package; SPLIT is train or heldout
+    synthetic:SPLIT:N     N rendered scenes of known complexity
+    classed:SPLIT:N       N rendered scenes with a class as label: shape, motion, speed
+and each of these three may end in A-B in place of N: number A up to B - 1 alone, as in bundled:train:0-84.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,20 +152,31 @@ def _check(cfg: DataConfig) -> None:
 
 
 def _items_of(source: str, cfg: DataConfig) -> list[_Item]:
-    kind, *rest = source.split(":")
+    kind = source.partition(":")[0]
     if kind == "bundled":
-        if len(rest) != 1 or rest[0] not in SPLITS:
-            raise UserError(f"data source {source!r}: expected bundled:train or bundled:heldout")
-        return [_Item(f"bundled/{v.path.name}", v.label, _bundled(v.path, cfg)) for v in bundled_videos(rest[0])]
+        split, numbers = _part(source)
+        bundled = [video for i, video in enumerate(bundled_videos(split)) if i in numbers]
+        return [_Item(f"bundled/{v.path.name}", v.label, _bundled(v.path, cfg)) for v in bundled]
     if kind in ("synthetic", "classed"):
-        if len(rest) != 2 or rest[0] not in SPLITS or not rest[1].isdecimal():
-            raise UserError(f"data source {source!r}: expected {kind}:train:N or {kind}:heldout:N")
-        return [_rendered(kind, rest[0], i, cfg) for i in range(int(rest[1]))]
+        split, numbers = _part(source)
+        return [_rendered(kind, split, i, cfg) for i in numbers]
     if source.lower().endswith(".csv"):
         return _manifest_items(Path(source), cfg)
     folder = Path(source).absolute().parent  # names begin with the folder or file that was given
     videos = [video.absolute() for video in list_videos(source)]
     return [_Item(display_name(video.relative_to(folder)), None, _file(video, cfg)) for video in videos]
+
+
+def _part(source: str) -> tuple[str, range]:
+    """ "kind:split:N" or "kind:split:A-B" -> the split and the numbers of its clips; bundled clips: all where none."""
+    match = re.fullmatch(rf"(\w+):({'|'.join(SPLITS)})(?::(?:(\d+)-)?(\d+))?", source)
+    if match and (match[4] or match[1] == "bundled"):
+        numbers = range(int(match[3] or 0), int(match[4] or len(bundled_videos(match[2]))))
+        if numbers:
+            return match[2], numbers
+    kind = source.partition(":")[0]
+    plain = "bundled:train, bundled:heldout" if kind == "bundled" else f"{kind}:train:N, {kind}:heldout:N"
+    raise UserError(f"data source {source!r}: expected {plain} or {kind}:train:A-B (number A up to B - 1)")
 
 
 def _manifest_items(manifest: Path, cfg: DataConfig) -> list[_Item]:

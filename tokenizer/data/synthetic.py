@@ -8,7 +8,7 @@ it. The kinds, in the order of what they should cost in tokens:
     slow    the camera drifts by a fraction of a pixel a frame
     shapes  the camera rests; 1 to 4 shapes travel and bounce
     mixed   some temporal blocks stand still to the bit, the others move fast
-    fast    the camera pans, turns and zooms by several pixels a frame
+    fast    the camera pans, turns and zooms by a few pixels a frame
     cuts    one to three abrupt changes of photograph, at block borders or anywhere, calm in between
 
 Lengths are in sides of the picture and times in frames, so a seed gives the same scene at every size.
@@ -32,8 +32,8 @@ from tokenizer.data.transforms import resize, rng_for
 KINDS = ("still", "slow", "shapes", "mixed", "fast", "cuts")
 NUM_BLOCKS = 4
 SLOW_SPEED = (0.002, 0.008)  # sides of the picture per frame: 0.1 .. 0.5 pixels of 64
-FAST_SPEED = (0.03, 0.09)  # 2 .. 6 pixels of 64
-TEXELS_ACROSS = (8.0, 40.0)  # source pixels under the picture: from smooth to detailed, at 64 pixels
+FAST_SPEED = (0.02, 0.05)  # 1.3 .. 3.2 pixels of 64
+TEXELS_ACROSS = (6.0, 24.0)  # source pixels under the picture: from smooth to detailed, at 64 pixels
 _LEAVES_SHARE = 0.5  # of the training photographs that are dead leaves: two films alone teach a model only them
 _FLATTEST = 14.0  # grey levels of deviation below which a crop shows no motion (title cards, fades)
 
@@ -180,7 +180,7 @@ def _draw_photo(rng: np.random.Generator, split: str, texels: float) -> Photo:
 def _draw_shapes(rng: np.random.Generator, split: str) -> tuple[Shape, ...]:
     return tuple(
         Shape(
-            photo=_draw_photo(rng, split, float(rng.uniform(10, 40))),
+            photo=_draw_photo(rng, split, float(rng.uniform(8, 24))),
             round=bool(rng.random() < 0.5),
             radius=float(rng.uniform(0.08, 0.2)),
             start=(float(rng.random()), float(rng.random())),
