@@ -5,6 +5,7 @@
                        and where frames were given: original.mp4  original.npy  side_by_side.mp4
     grids/<title>.mp4  .png      all clips of a class together
     samples.json       the records of all clips and what sums them up
+    report.html        the first clips of every class at play, on one page
 
 A folder under samples/ is written aside and renamed, so it is there entirely or not at all, and each belongs to one
 process. A stopped run goes on from what is there.
@@ -13,6 +14,7 @@ process. A stopped run goes on from what is there.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from autoregressive.sample_page import MOST_FILMS, Card, sample_page
 from autoregressive.sample_pictures import ShownClip, clip_video, contact_sheet, grid_video
 from tokenizer.common.config import differences
 from tokenizer.common.errors import UserError
@@ -105,6 +108,19 @@ class SampleFolder:
             picture = io.BytesIO()
             contact_sheet(clips, self.longest).save(picture, format="PNG")
             _put(self.grids / f"{title}.png", picture.getvalue())
+
+    def write_page(self, summary: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> None:
+        """report.html: of every group the first clips, as many as the page has room for; none where all are broken."""
+        each = max(1, MOST_FILMS // max(1, len(groups)))
+        cards = []
+        for title, names in groups.items():
+            good = ((name, record) for name, record in self._records(names) if _is_good(record))
+            for name, record in itertools.islice(good, each):
+                heading, text = record.get("class_name") or title.replace("_", " "), record.get("file") or name
+                cards.append(Card(heading, text, self._shown(name, record)))
+        if cards:
+            page = sample_page(summary, cards[:MOST_FILMS], self.longest)
+            _put(self.folder / "report.html", page.encode())
 
     def _shown(self, name: str, record: Mapping[str, Any]) -> ShownClip:
         """A finished sample as `add` got it."""

@@ -163,7 +163,7 @@ class SampleJob:
             ) from error
 
     def finish(self, groups: Mapping[str, Sequence[str]], fps: float) -> None:
-        """Write samples.json and, once every clip is there, a grid for each group of them; say the essence in a line.
+        """Write samples.json and, once every clip is there, grids and report.html; say the essence in a line.
 
         groups: title of a grid -> names of its clips. Of several processes the last to end finds all of them.
         """
@@ -172,6 +172,7 @@ class SampleJob:
         if summary["complete"]:
             for title, group in groups.items():
                 self.folder.write_grid(title, group[:MOST_IN_GRID], fps)
+            self.folder.write_page(summary, groups)
         self._say_result(names, summary)
 
     def _say_result(self, names: Sequence[str], summary: dict[str, Any]) -> None:
@@ -188,7 +189,7 @@ class SampleJob:
             tokens = f", {summary['mean_tokens']:.1f} tokens each ({with_lengths:.1f} with length tokens)"
         num_broken, hint = summary["num_broken"], "" if self.config.check_grammar else " (--check-special-token-mask)"
         broken = f"; {num_broken} broke the grammar and have no video{hint}" if num_broken else ""
-        print(f"{summary['num_samples']} samples{tokens}{broken}; in {self.folder.folder}")
+        print(f"{summary['num_samples']} samples{tokens}{broken}; see {self.folder.folder}/report.html")
 
     def _facts(self) -> dict[str, Any]:
         """What a reader of samples.json must know."""

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Set-up, then the main job: 30 real clips that no training run has seen -> router -> tokens -> reconstructions and a report.
-# After it, a few clips of four classes, made by the miniature GPT.
+# After it, the miniature GPTs: a few clips of four classes, and clips that go on from the first frames of real ones.
 #
 #   bash scripts/quickstart.sh
 #
-# Writes results/quickstart/ and results/quickstart_samples/, and says at the end where the report is. About a minute on
-# 2 CPU cores after the installation.
+# Writes results/quickstart/, results/quickstart_samples/ and results/quickstart_frames/, and says at the end where the
+# three reports are. Less than a minute on 2 CPU cores after the installation.
 
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
@@ -20,5 +20,10 @@ cp tokenizer/data/bundled/{bottle,tree}_*.mp4 results/quickstart_clips/
 bash scripts/test/sample_c2v_visualization.sh --tok-config configs/mini/final.yaml --vq-ckpt ckpts/mini/final.safetensors \
   --gpt-model GPT-mini --gpt-ckpt ckpts/mini/gpt_c2v.safetensors --sample-dir results/quickstart_samples --cfg-scale 1.5 \
   --qual-num 2 --class-idx "disc still,disc slide fast,bar pulse fast,real" --check-special-token-mask
-echo "Generated clips: $ROOT/results/quickstart_samples/grids"
-echo "The report: $ROOT/results/quickstart/report.html (open it in a browser)"
+bash scripts/test/frame_pred_visualization.sh --tok-config configs/mini/final.yaml --vq-ckpt ckpts/mini/final.safetensors \
+  --gpt-model GPT-mini --gpt-ckpt ckpts/mini/gpt_fp.safetensors --vid_path results/quickstart_clips --sample-num 8 \
+  --sample-dir results/quickstart_frames --fixed-prefix "128,32" --condition-mode padding --check-special-token-mask
+echo "Reports, to be opened in a browser:"
+echo "  tokens and reconstructions  $ROOT/results/quickstart/report.html"
+echo "  clips of a class            $ROOT/results/quickstart_samples/report.html"
+echo "  continued clips             $ROOT/results/quickstart_frames/report.html"

@@ -144,6 +144,8 @@ def test_class_to_video_as_in_the_readme(models: Path, tmp_path: Path) -> None:
     for title in ("class_001_circle", "class_003_star"):
         assert num_frames(out / "grids" / f"{title}.mp4") == 16
         assert (out / "grids" / f"{title}.png").is_file()
+    page = (out / "report.html").read_text()
+    assert "<h2>circle</h2>" in page and "<h2>star</h2>" in page and page.count("data:image/jpeg;base64,") == 4
 
 
 def interrupted_after(num: int, finish):
@@ -313,6 +315,8 @@ def test_frame_prediction_of_a_folder(frame_prediction, models: Path, videos: Pa
         assert real_THWC.shape == np.load(folder / "frames.npy").shape == (16, 32, 32, 3)
         assert num_frames(folder / "side_by_side.mp4") == num_frames(folder / "original.mp4") == 16
     assert num_frames(out / "grids/frame_prediction.mp4") == 16 and (out / "grids/frame_prediction.png").is_file()
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 3 and "Framed in blue" in page
 
     before = contents(out, "frames.npy")
     assert frame_prediction(out, *flags) == summary

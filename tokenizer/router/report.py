@@ -1,22 +1,25 @@
-"""report.html of the main job: who got how many tokens, and why. Made from a results folder alone.
-
-One file without scripts that opens from disk: style, charts and films are inside, and its content policy lets nothing
-else in. A film is one picture of all frames that the style sheet moves; all films and their token bars share its clock.
-"""
+"""report.html of the main job: who got how many tokens, and why. Made from a results folder alone."""
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.router import report_words as words
+from tokenizer.router.film_page import (
+    PAUSE,
+    PLAYED_FPS,
+    fact_list,
+    figure_row,
+    film_style,
+    films_in,
+    html_page,
+    token_bars,
+)
 from tokenizer.router.report_charts import (
     MOST_DOTS,
     assignment_histogram,
@@ -25,14 +28,10 @@ from tokenizer.router.report_charts import (
     levels_by_block,
     motion_against_tokens,
 )
-from tokenizer.router.report_style import STYLE
 from tokenizer.router.report_words import Record, signed
 
 MOST_FILMS = 60  # 60 films of 128x128 clips are about 8 MB
 NUM_EXTREMES = 4
-PLAYED_FPS = 8  # slow enough to compare; the mp4 files keep the true rate
-_SHOWN_SIDE = 128  # CSS pixels of a film; smaller clips are enlarged by a whole number
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(folder: str | Path) -> Path:
@@ -63,13 +62,7 @@ class Report:
     def html(self) -> str:
         """The whole page."""
         sections = [self.header(), self.overview(), self.extremes(), self.all_clips(), self.left_out(), self.protocol()]
-        return (
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(words.title(self.metrics))}</title><style>{self.films()}{STYLE}</style></head>"
-            f"<body><main>{''.join(sections)}</main></body></html>\n"
-        )
+        return html_page(words.title(self.metrics), self.films(), sections)
 
     def header(self) -> str:
         """Title, budget in words, warnings, mean figures."""
@@ -83,16 +76,12 @@ class Report:
             "motion ~ tokens": ("–" if correlation is None else signed(correlation), "rank correlation"),
             "codebook in use": (f"{100 * book['share_used']:.0f} %", f"of {book['size']}"),
         }
-        cells = "".join(
-            f"<div><dt>{label}</dt><dd>{value} <small>{escape(unit)}</small></dd></div>"
-            for label, (value, unit) in figures.items()
-        )
         stopped = None if m["complete"] else "The run was stopped: these are the clips that it had done."
         notes = "".join(f'<p class="note">{note}</p>' for note in (stopped, words.size_warning(tok)) if note)
         heading, lede, made = (escape(say(m)) for say in (words.title, words.budget_sentence, words.made_with))
         return (
             f'<header><h1>{heading}</h1><p class="lede">{lede}</p><p class="made">{made}</p>{notes}'
-            f'<dl class="figures">{cells}</dl></header>'
+            f"{figure_row(figures)}</header>"
         )
 
     def even_totals(self) -> list[int]:
@@ -142,22 +131,13 @@ class Report:
             "cheapest first" if num == total else f"{num} of {total}, evenly spread from the cheapest to the dearest"
         )
         heading = f"<h2>All clips<small>{which}, played at {PLAYED_FPS} frames a second</small></h2>"
-        pause = '<label class="pause"><input type="checkbox" id="pause">hold still</label>'
         cards = "".join(self.card(record) for record in self.shown)
-        return f'<div class="bar">{heading}{pause}</div><div class="clips">{cards}</div>'
+        return f'<div class="bar">{heading}{PAUSE}</div><div class="clips">{cards}</div>'
 
     def card(self, r: Record, anchored: bool = True) -> str:
         """One clip: original and reconstruction, the tokens of its blocks in step with them, figures, and why."""
         key, longest = self.anchors[r["name"]], self.tokenizer["levels"][-1]
-        films = "".join(
-            f'<figure><figcaption>{label}</figcaption><div class="film {kind}" role="img" aria-label="{label}"></div>'
-            "</figure>"
-            for kind, label in (("real", "original"), ("ours", "reconstruction"))
-        )
-        blocks = "".join(
-            f'<div><i style="height:{100 * length / longest:.1f}%"></i><b>{length}</b></div>'
-            for length in r["assignment"]
-        )
+        films = films_in({"real": "original", "ours": "reconstruction"})
         lpips = "–" if r["lpips"] is None else f"{r['lpips']:.3f}"
         figures = {"tokens": r["tokens"], "PSNR": f"{r['psnr']:.1f}", "LPIPS": lpips, "motion": f"{r['motion']:.1f}"}
         numbers = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in figures.items())
@@ -165,7 +145,7 @@ class Report:
         reason = escape(words.why(r, self.metrics["budget"], self.motions))
         return (
             f'<article class="clip {key}"{f" id={key}" if anchored else ""}><div class="pair">{films}</div>'
-            f'<div class="blocks">{blocks}<span class="head"></span></div><h3 title="{file}">{file}{start}</h3>'
+            f'{token_bars(r["assignment"], longest)}<h3 title="{file}">{file}{start}</h3>'
             f'<dl class="numbers">{numbers}</dl><p class="why">{reason}</p></article>'
         )
 
@@ -178,27 +158,12 @@ class Report:
 
     def protocol(self) -> str:
         """Everything that decides the figures."""
-        rows = words.protocol(self.metrics).items()
-        items = "".join(f"<dt>{heading}</dt><dd>{escape(text)}</dd>" for heading, text in rows)
-        return f'<h2>How it was made</h2><dl class="protocol">{items}</dl>'
+        return f"<h2>How it was made</h2>{fact_list(words.protocol(self.metrics))}"
 
     def films(self) -> str:
-        """The style rules that hold the films, one for each shown clip, and the clock they share."""
-        paths = {key: self.folder / "clips" / name / "frames.jpg" for name, key in self.anchors.items()}
-        with Image.open(next(iter(paths.values()))) as film:
-            side = film.height // 2
-        shown, num_frames = side * max(1, _SHOWN_SIDE // side), self.tokenizer["num_frames"]
-        clock = f"{num_frames / PLAYED_FPS}s steps({num_frames}, jump-none) infinite"
-        half_frame = 50 / num_frames
-        return "".join(
-            f".{key}{{--film:url(data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()})}}\n"
-            for key, path in paths.items()
-        ) + (
-            f".film{{width:{shown}px;height:{shown}px;background-size:{100 * num_frames}% 200%}}\n"
-            f".film{{animation:play {clock}}}\n"
-            f".blocks .head{{animation:run {clock}}}\n"
-            f"@keyframes run{{from{{left:{half_frame:.3f}%}}to{{left:{100 - half_frame:.3f}%}}}}\n"
-        )
+        """The pictures of the shown clips, as style rules."""
+        films = {key: (self.folder / "clips" / name / "frames.jpg").read_bytes() for name, key in self.anchors.items()}
+        return film_style(films, self.tokenizer["num_frames"])
 
 
 def _thirds(num: int) -> tuple[slice, slice, slice]:
