@@ -22,7 +22,7 @@ from tokenizer.data.video_io import to_uint8
 from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
-from tokenizer.router.predict import TrainedRouter, load_router
+from tokenizer.router.predict import load_router
 from tokenizer.router.reward import RewardStats, best_uniform, reward, reward_percentile
 from tokenizer.router.summary import rank_correlation
 from tokenizer.router.table import QualityTable
@@ -41,12 +41,15 @@ def held_out_figures(folder: Path) -> dict[str, Any]:
     video = torch.stack([clips.get(i).video_CTHW for i in range(len(clips))])
     score_BA = torch.cat([router.scores(some) for some in video.split(_BATCH)])
     row_B = router.space.best_row(score_BA)
+    reward_BA = _reward(table)
     return {
         "num_clips": len(clips),
         "perceptual_net": perceptual.name,
         "sha256": {"final": tokenizer.sha256, "router": router.sha256, "proxy": table.meta["tokenizer_sha256"]},
-        "router": _router_figures(score_BA, row_B, table, router),
-        "adaptivity": _adaptivity(clips, video, router.space.tokens_A[row_B]),
+        "router": _router_figures(score_BA, row_B, table, reward_BA),
+        "adaptivity": _adaptivity(clips, video, {
+            "router": router.space.tokens_A[row_B], "best": router.space.tokens_A[reward_BA.argmax(dim=1)],
+        }),
         "final": _final_figures(tokenizer, perceptual, video, row_B),
         "proxy": {
             str(level): {name: getattr(table, f"{name}_BA")[:, table.space.uniform_row(level)].mean().item()
@@ -56,15 +59,20 @@ def held_out_figures(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _router_figures(score_BA: Tensor, row_B: Tensor, table: QualityTable, router: TrainedRouter) -> dict[str, Any]:
-    """How good the chosen assignments are by the proxy's table, for the weight that the router was trained with."""
-    space, meta = router.space, table.meta
-    reward_BA = reward(table.lpips_BA, space.tokens_A, meta["quality_weight"], RewardStats(**meta["reward_stats"]))
+def _reward(table: QualityTable) -> Tensor:
+    """By the table, for the weight that the router was trained with."""
+    stats = RewardStats(**table.meta["reward_stats"])
+    return reward(table.lpips_BA, table.space.tokens_A, table.meta["quality_weight"], stats)
+
+
+def _router_figures(score_BA: Tensor, row_B: Tensor, table: QualityTable, reward_BA: Tensor) -> dict[str, Any]:
+    """How good the chosen assignments are by the proxy's table."""
+    space = table.space
     best_B = reward_BA.argmax(dim=1)
     level, uniform = best_uniform(reward_BA, space)
     constant = int(reward_BA.mean(dim=0).argmax())
     return {
-        "quality_weight": meta["quality_weight"],
+        "quality_weight": table.meta["quality_weight"],
         "top1": (row_B == best_B).double().mean().item(),
         "top5": (score_BA.topk(5).indices == best_B[:, None]).any(dim=1).double().mean().item(),
         "percentile": reward_percentile(reward_BA, row_B),
@@ -77,8 +85,8 @@ def _router_figures(score_BA: Tensor, row_B: Tensor, table: QualityTable, router
     }
 
 
-def _adaptivity(clips: ClipDataset, video: Tensor, tokens_B: Tensor) -> dict[str, Any]:
-    """Who gets how many tokens: rank correlation with motion, and the mean of each kind of clip."""
+def _adaptivity(clips: ClipDataset, video: Tensor, tokens_B: dict[str, Tensor]) -> dict[str, Any]:
+    """Who gets how many tokens, from the "router" and by the table's "best" rows: rank correlation, means by kind."""
     motion_B = [motion(to_uint8(clip)) for clip in video]
     groups = defaultdict[str, list[int]](list)
     for i in range(len(clips)):
@@ -86,8 +94,9 @@ def _adaptivity(clips: ClipDataset, video: Tensor, tokens_B: Tensor) -> dict[str
         groups[f"rendered {sample.kind}" if sample.kind else f"real {sample.label}"].append(i)
     real = [i for name, members in groups.items() if name.startswith("real") for i in members]
 
-    def correlation(members: list[int]) -> float | None:
-        return rank_correlation([motion_B[i] for i in members], tokens_B[members].tolist())
+    def correlation(members: list[int]) -> dict[str, float | None]:
+        motions = [motion_B[i] for i in members]
+        return {who: rank_correlation(motions, tokens[members].tolist()) for who, tokens in tokens_B.items()}
 
     return {
         "rank_correlation_motion_tokens": correlation(list(range(len(clips)))),
@@ -96,7 +105,7 @@ def _adaptivity(clips: ClipDataset, video: Tensor, tokens_B: Tensor) -> dict[str
             name: {
                 "clips": len(members),
                 "motion": sum(motion_B[i] for i in members) / len(members),
-                "tokens": tokens_B[members].double().mean().item(),
+                "tokens": {who: tokens[members].double().mean().item() for who, tokens in tokens_B.items()},
             }
             for name, members in sorted(groups.items())
         },
@@ -151,15 +160,22 @@ def as_markdown(figures: dict[str, Any]) -> str:
         f"| best single assignment {router['best_constant_row']} | {router['best_constant_percentile']:.2%} |",
         f"| top-1 / top-5 | {router['top1']:.2%} / {router['top5']:.2%} |",
         f"| tokens a clip, router / best rows | {router['mean_tokens']:.1f} / {router['best_row_tokens']:.1f} |",
-        f"| rank correlation of motion and tokens, all clips | {adaptivity['rank_correlation_motion_tokens']:.2f} |",
-        f"| the same, real clips only | {adaptivity['rank_correlation_real_clips']:.2f} |",
         "",
-        "| clips | number | motion (grey levels) | tokens from the router |",
-        "|---|---|---|---|",
+        "| tokens and motion | from the router | best rows of the table |",
+        "|---|---|---|",
+        _both("rank correlation of motion and tokens, all clips", adaptivity["rank_correlation_motion_tokens"], ".2f"),
+        _both("the same, real clips only", adaptivity["rank_correlation_real_clips"], ".2f"),
     ]
-    for name, group in sorted(adaptivity["groups"].items(), key=lambda item: item[1]["tokens"]):
-        lines.append(f"| {name} | {group['clips']} | {group['motion']:.2f} | {group['tokens']:.1f} |")
+    for name, group in sorted(adaptivity["groups"].items(), key=lambda item: item[1]["tokens"]["router"]):
+        what = f"tokens: {group['clips']} {name}, motion {group['motion']:.1f} grey levels"
+        lines.append(_both(what, group["tokens"], ".1f"))
     return "\n".join(lines)
+
+
+def _both(what: str, figures: dict[str, float | None], form: str) -> str:
+    """A row of a table: the router's figure and that of the best rows."""
+    shown = ("-" if value is None else format(value, form) for value in (figures["router"], figures["best"]))
+    return f"| {what} | {' | '.join(shown)} |"
 
 
 def main() -> None:
