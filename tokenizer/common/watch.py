@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizer.common.errors import UserError
 
-_WINDOW = 10  # log lines of a discriminator that are judged together: one batch says little
+_WINDOW = 10  # steps of a discriminator that are judged together: one batch says little
 _DRIFT = 0.25  # of the reference's value, in the mean over the last lines
 _DRIFT_LINES = 5
 
