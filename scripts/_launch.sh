@@ -58,6 +58,8 @@ train_stage() {
   [ "$((GPUS * NNODES))" -gt 1 ] || exec "$python" -m "$module" "$@"
 
   local rendezvous=(--standalone)
+  # a store and a port of its own for every restart: torchrun's shared store still holds the addresses of the dead
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   if [ "$NNODES" -gt 1 ]; then
     [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$NNODES needs MASTER_ADDR, the name of the machine with NODE_RANK=0"
     rendezvous=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")

@@ -35,11 +35,15 @@ DEBUG = Path(__file__).parents[1] / "configs" / "debug"
 LENGTHS = (5, 1, 2, 8)  # tokens of the four clips of a step: 6 on one rank, 10 on the other
 
 
-def on_ranks(target: Callable[[], object], number: int = 2) -> None:
-    """Run `target` in so many processes that meet by the variables that torchrun would set."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def on_ranks(target: Callable[[], object], number: int = 2) -> None:
+    """Run `target` in so many processes that meet by the variables that torchrun would set."""
+    port = free_port()
 
     def start(rank: int) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)  # what the parent of this fork may have begun
@@ -204,16 +208,104 @@ def test_slurm_is_read_where_srun_started_several_tasks() -> None:
     assert "RANK" not in alone
 
 
-def test_a_killed_rank_is_started_again_and_changes_nothing(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The debug proxy, trained undisturbed by two processes."""
+    folder = tmp_path_factory.mktemp("ranks") / "whole"
+    on_ranks(lambda: train_tokenizer("proxy.yaml", folder))
+    return folder
+
+
+def train_tokenizer(config: str, folder: Path, *overrides: str) -> TokenizerTraining:
+    settings = [f"run.dir={folder}", "run.device=cpu", *overrides]
+    training = TokenizerTraining(load_config(TokenizerTrainConfig, DEBUG / config, settings))
+    training.fit()
+    return training
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    assert logged(one) == logged(other)
+    left, right = (read_model(folder).tensors for folder in (one, other))
+    assert all(torch.equal(left[name], tensor) for name, tensor in right.items())
+
+
+def checkpoint_of(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of the newest checkpoint, by group."""
+    newest = CheckpointStore(folder / "checkpoints").load_latest()
+    assert newest is not None
+    return {name: dict(group) for name, group in newest.groups.items()}
+
+
+def test_two_processes_play_the_game_that_one_does(tmp_path: Path) -> None:
+    """Patch discriminator with LeCam and noisy labels, alignment, unequal token counts: weights, averages and the
+    optimisers' moments of both players."""
+    pytest.importorskip("transformers")
+
+    def run(name: str) -> None:
+        # a small rate, because Adam makes a whole step of a gradient that is nothing but rounding
+        settings = ["optim.lr=3e-6", "run.batch_size=4", "run.steps=3", "run.validate_every=9"]
+        train_tokenizer("full/proxy.yaml", tmp_path / name, *settings, "optim.min_lr=1e-6")
+
+    run("one")
+    on_ranks(lambda: run("two"))
+    one, two = (checkpoint_of(tmp_path / name) for name in ("one", "two"))
+    assert {"model", "companion", "adversary", "optimizer", "adversary_optimizer"} <= one.keys() == two.keys()
+    for group, tensors in one.items():
+        flat, other = (torch.cat([p[key].flatten().double() for key in tensors]) for p in (tensors, two[group]))
+        gap = flat - other
+        assert float(gap.abs().max()) <= 1e-6 and float(gap.norm() / flat.norm()) <= 1e-6, group
+    first, other = (
+        {line["step"]: line for line in logged(tmp_path / name) if "loss" in line} for name in ("one", "two")
+    )
+    for step, line in first.items():
+        shared = [name for name in line if name not in ("code_usage", "perplexity", "dead_codes")]  # of rank means
+        for name in shared:
+            assert other[step][name] == (
+                line[name] if isinstance(line[name], list) else pytest.approx(line[name], rel=2e-5, abs=1e-6)
+            ), name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_two_processes_in_half_precision(tmp_path: Path, precision: str) -> None:
+    """The whole game: finite, close to fp32 in one process, and with equal weights on both."""
+    pytest.importorskip("transformers")
+    game = ["run.batch_size=4", "run.steps=3", "run.validate_every=9"]
+
+    def run() -> None:
+        training = train_tokenizer("full/proxy.yaml", tmp_path / "two", *game, f"run.precision={precision}")
+        weights = [*training.model.parameters(), *training.state.opponent.module.parameters()]
+        torch.save([weight.detach() for weight in weights], tmp_path / f"{ranks.rank()}.pt")
+
+    on_ranks(run)
+    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert all(torch.equal(left, right) and left.isfinite().all() for left, right in zip(*both, strict=True))
+    train_tokenizer("full/proxy.yaml", tmp_path / "one", *game)
+    steps = 1 if precision == "fp16" else 3  # its scaler begins too high and leaves out the first update
+    for left, right in list(zip(logged(tmp_path / "one"), logged(tmp_path / "two"), strict=True))[:steps]:
+        for name in left.keys() & {"loss", "l1", "perceptual", "align", "gan", "adversary/total"}:
+            assert right[name] == pytest.approx(left[name], rel=0.03, abs=0.01), name
+
+
+def test_accelerate_launch_starts_the_same_run(tmp_path: Path, whole: Path) -> None:
+    """Its --multi_gpu starts the processes, which meet over gloo where there is no GPU; its --cpu starts only one."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", str(free_port()), "-m", "tokenizer.train", "configs/debug/proxy.yaml"]
+    done = subprocess.run(
+        [*launch, f"run.dir={tmp_path / 'run'}", "run.device=cpu"],
+        cwd=DEBUG.parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(tmp_path / "run", whole)
+
+
+def test_a_killed_rank_is_started_again_and_changes_nothing(tmp_path: Path, whole: Path) -> None:
     """As a user does it: two gloo processes on a machine without GPU, one of them killed from outside."""
-
-    def undisturbed() -> None:
-        overrides = [f"run.dir={tmp_path / 'whole'}", "run.device=cpu"]
-        TokenizerTraining(load_config(TokenizerTrainConfig, DEBUG / "proxy.yaml", overrides)).fit()
-
-    on_ranks(undisturbed)
     command = ["bash", "scripts/train/1_proxy_tokenizer.sh", "configs/debug/proxy.yaml", f"run.dir={tmp_path / 'torn'}"]
-    variables = {"GPUS": "2", "MAX_RESTARTS": "3", "PYPATH": sys.executable, "OMP_NUM_THREADS": "1"}
+    variables = {"GPUS": "2", "MAX_RESTARTS": "1", "PYPATH": sys.executable, "OMP_NUM_THREADS": "1"}
     log, metrics = tmp_path / "log.txt", tmp_path / "torn" / "metrics.jsonl"
     with (
         open(log, "w") as said,
@@ -227,6 +319,4 @@ def test_a_killed_rank_is_started_again_and_changes_nothing(tmp_path: Path) -> N
         os.kill(int(workers[-1]), signal.SIGKILL)
         assert torchrun.wait(600) == 0, log.read_text()
     assert len(workers) == 2 and f"resuming {tmp_path / 'torn'}" in log.read_text()
-    assert logged(tmp_path / "torn") == logged(tmp_path / "whole")
-    torn, whole = (read_model(tmp_path / name).tensors for name in ("torn", "whole"))
-    assert all(torch.equal(torn[name], tensor) for name, tensor in whole.items())
+    assert_same_bits(tmp_path / "torn", whole)

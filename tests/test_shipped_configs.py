@@ -20,9 +20,9 @@ from tokenizer.frozen.weights import FrozenConfig
 from tokenizer.losses.adversary import Adversary
 from tokenizer.losses.objective import LossConfig
 from tokenizer.losses.semantic import Alignment
-from tokenizer.model import VideoTokenizer
+from tokenizer.model import TokenizerConfig, VideoTokenizer
 from tokenizer.router.curate import CurateConfig
-from tokenizer.router.model import Router, RouterConfig
+from tokenizer.router.model import Router, RouterConfig, VJEPA2StemConfig
 from tokenizer.router.train import RouterTrainConfig
 from tokenizer.train import TokenizerTrainConfig
 
@@ -105,6 +105,23 @@ def test_router_configs_build(name: str) -> None:
 @pytest.mark.parametrize("name", CURATIONS)
 def test_curation_configs_load(name: str) -> None:
     assert load_config(CurateConfig, ROOT / name).proxy
+
+
+@pytest.mark.parametrize("size", ["debug", "mini"])
+def test_the_full_recipe_is_rehearsed_on_the_same_models(size: str) -> None:
+    """configs/<size>/full: the networks of configs/<size>, both discriminators, alignment, a router on V-JEPA 2."""
+    plain = ROOT / "configs" / size
+    full = {name: load_config(TokenizerTrainConfig, plain / "full" / f"{name}.yaml") for name in ("proxy", "final")}
+    for name, config in full.items():
+        assert config.model == load_section(TokenizerConfig, plain / f"{name}.yaml", "model")
+        assert (config.loss.gan, config.loss.align) == (0.3, 0.7)
+        assert config.alignment.encoder.random_for_tests == "tiny"
+    assert [full[name].adversary.net for name in ("proxy", "final")] == ["patch", "videomae"]
+    router = load_section(RouterConfig, plain / "full" / "router.yaml", "model")
+    assert router.stem == "vjepa2"
+    assert replace(router, stem="raw", vjepa2=VJEPA2StemConfig()) == load_section(
+        RouterConfig, plain / "router.yaml", "model"
+    )
 
 
 def test_the_papers_recipe_is_what_the_final_configs_say() -> None:

@@ -126,6 +126,33 @@ def test_a_killed_game_ends_with_the_same_bits(tmp_path: Path) -> None:
         bare.load(CheckpointStore(tmp_path / "torn" / "checkpoints"))
 
 
+def test_every_line_holds_the_last_turn_of_a_player_that_rests(tmp_path: Path) -> None:
+    """The judge plays the steps 1, 3, .. 9; lines are written after 4, 8 and 9, also by a run that resumed at 3."""
+
+    def game(name: str) -> Game:
+        return Game(run_config(tmp_path / name, log_every=4, checkpoint_every=3))
+
+    def lines(name: str) -> list[dict]:
+        found = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        wanted = ("step", "loss", "judge_gap", "adversary/total", "adversary/lr", "adversary/grad_norm")
+        return [{key: line[key] for key in wanted} for line in found]
+
+    game("whole").fit()
+    assert [line["step"] for line in lines("whole")] == [4, 8, 9]
+    stopped, loss = game("torn"), Game.loss
+
+    def stops(batch: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
+        if step == 3:
+            raise UserError("stopped here")
+        return loss(stopped, batch, step)
+
+    stopped.loss = stops  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="stopped here"):
+        stopped.fit()
+    game("torn").fit()
+    assert lines("torn") == lines("whole")
+
+
 class Ragged(tuple):
     """A batch of tokens that is cut into parts of unequal numbers of them."""
 

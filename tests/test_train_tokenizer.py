@@ -231,6 +231,14 @@ def test_the_other_policies() -> None:
     assert len({tuple(lengths) for lengths in drawn[0]}) > 1  # each clip its own
 
 
+def test_only_a_loss_in_bf16_sees_in_bf16() -> None:
+    loss, judge = train.perceptual_pair("stlpips_alex", "bf16", CPU)
+    assert loss is not None and judge is not None and (loss.dtype, judge.dtype) == (torch.bfloat16, torch.float32)
+    loss, judge = train.perceptual_pair("stlpips_alex", "none", CPU)
+    assert loss is judge and loss is not None and loss.dtype == torch.float32
+    assert train.perceptual_pair("none", "bf16", CPU) == (None, None)
+
+
 def test_policies_that_do_not_fit_are_refused(router_file: Path) -> None:
     model = PRESETS["VQ_debug"]
     refused = {

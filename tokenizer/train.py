@@ -34,7 +34,7 @@ from tokenizer.data.loader import ClipBatch, batches
 from tokenizer.frozen.weights import marked
 from tokenizer.losses.adversary import Adversary, AdversaryConfig
 from tokenizer.losses.objective import LossConfig, tokenizer_loss
-from tokenizer.losses.perceptual import load_perceptual
+from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
 from tokenizer.losses.semantic import Alignment, AlignmentConfig
 from tokenizer.model import TokenizerConfig, TokenizerOutput, VideoTokenizer, parameters_by_part
 from tokenizer.policy import PolicyConfig, build_policy
@@ -84,8 +84,7 @@ class TokenizerTraining:
         self.device = start_run(run)
         self.data = build_dataset(config.data, run.seed)
         self.val_data = build_dataset(config.val_data, run.seed)
-        needs_net = config.loss.perceptual_net != "none"
-        self.perceptual = load_perceptual(config.loss.perceptual_net).to(self.device) if needs_net else None
+        self.perceptual, self.judge = perceptual_pair(config.loss.perceptual_net, run.precision, self.device)
         self.policy = build_policy(config.policy, config.model, self.device)
         self.model = VideoTokenizer(config.model).to(self.device)
         shape = (config.model.num_frames, config.model.size)
@@ -183,8 +182,8 @@ class TokenizerTraining:
             for name, length_BN in assignments.items():
                 ours = self.model(real, length_BN).video_BCTHW.clamp(0, 1)
                 measured[f"psnr_{name}"].append(psnr(ours, real))
-                if self.perceptual is not None:
-                    measured[f"{self.perceptual.name}_{name}"].append(self.perceptual.clip_distance(ours, real))
+                if self.judge is not None:
+                    measured[f"{self.judge.name}_{name}"].append(self.judge.clip_distance(ours, real))
             measured["tokens_policy"].append(length_BN.sum(dim=1).float())
             if start == 0:  # `ours` and `length_BN` are those of the policy, the last assignment above
                 picture, seen = Path(config.run.dir) / "samples" / f"{step:08d}.png", slice(_PICTURED)
@@ -211,6 +210,16 @@ class TokenizerTraining:
         num = min(self.config.val_clips, len(self.val_data))
         indices = torch.arange(num) * len(self.val_data) // num
         return indices[torch.randperm(num, generator=generator_for(0, "validation order"))].tolist()
+
+
+def perceptual_pair(
+    name: str, precision: str, device: torch.device
+) -> tuple[PerceptualDistance | None, PerceptualDistance | None]:
+    """The distance of the loss, in bf16 where the run is, and that of validations, always in fp32."""
+    if name == "none":
+        return None, None
+    judge = load_perceptual(name).to(device)
+    return load_perceptual(name, dtype=torch.bfloat16).to(device) if precision == "bf16" else judge, judge
 
 
 def main() -> None:

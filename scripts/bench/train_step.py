@@ -45,7 +45,7 @@ def main() -> None:
     config = LossConfig(perceptual=0.0, perceptual_net="none")
 
     def loss(batch: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return tokenizer_loss(config, model(batch, length_BN), batch, None, torch.Generator())
+        return tokenizer_loss(config, model(batch, length_BN), batch, None, torch.Generator(), {})
 
     with FlopCount() as count:  # this step also pays for the allocations
         train_step(run, optim, state, video_BCTHW, loss)

@@ -114,7 +114,7 @@ def _train(
             last = state.step == run.steps
 
             # log
-            reporter.step(state.step, values)
+            reporter.step(state.step, values, state.untold)
 
             # validate: on rank 0, while the others wait in their next step
             if validate is not None and ranks.is_main() and (state.step % run.validate_every == 0 or last):

@@ -39,21 +39,25 @@ class Reporter:
         if self.speaks:
             self.log.rewind(start_step)
 
-    def step(self, step: int, values: Mapping[str, Any]) -> None:
-        """After every step; `values` are written at the steps that the config names, and at the last."""
+    def step(self, step: int, values: Mapping[str, Any], untold: dict[str, Any]) -> None:
+        """After every step; `values` are written at the steps that the config names, and at the last.
+
+        `untold`: the last figures of a player that rests at most steps; the next line holds them and empties it.
+        """
         self.progress.advance()
-        if not self.speaks or (step % self.run.log_every and step != self.run.steps):
+        if not self.speaks:
+            return
+        self._warn(step, self.game.look(values))
+        if step % self.run.log_every and step != self.run.steps:
             return
         seconds, data_wait = self.clock.lap()
         perf = self.speed.figures(self.clock.seconds_per_step)
         perf["perf/eta_seconds"] = self.clock.seconds_per_step * (self.run.steps - step)
         perf["perf/checkpoint_stall"], self._stalled = self._stalled / max(seconds, 1e-9), 0.0
-        self._write(step, {**values, "seconds": seconds, "data_wait": data_wait, **perf})
+        self._write(step, {**untold, **values, "seconds": seconds, "data_wait": data_wait, **perf})
+        untold.clear()
         self.progress.report(values["loss"], self.clock.seconds_per_step, data_wait)
-        drift = self.reference.look(step, values["loss"]) if self.reference else None
-        for warning in (self.game.look(values), drift):
-            if warning:
-                self.progress.say(f"warning: step {step}: {warning}")
+        self._warn(step, self.reference.look(step, values["loss"]) if self.reference else None)
 
     def validated(self, step: int, measured: Mapping[str, float]) -> None:
         """After a validation, whose time does not count as training."""
@@ -75,6 +79,10 @@ class Reporter:
         self.progress.close()
         if self.trackers is not None:
             self.trackers.end_training()
+
+    def _warn(self, step: int, warning: str | None) -> None:
+        if warning:
+            self.progress.say(f"warning: step {step}: {warning}")
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         self.log.write(step, values)

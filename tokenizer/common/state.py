@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -127,6 +127,7 @@ class TrainState:
     opponent: Player | None = None  # trains adversary.module
     skipped: int = 0  # steps without an update because a number was not finite
     skipped_in_a_row: int = 0
+    untold: dict[str, Any] = field(default_factory=dict)  # the adversary's last figures, until a log line holds them
 
     @classmethod
     def start(
@@ -176,7 +177,7 @@ class TrainState:
             "optimizer": optimizer_tensors(self.learner.optimizer, self.learner.module),
         }
         state: dict[str, Any] = {"scaler": self.learner.scaler.state_dict(), "card": {"kind": self.kind}}
-        state |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        state |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "untold": dict(self.untold)}
         if self.companion is not None:
             groups["companion"] = self.companion.state_dict()
         if self.opponent is not None:
@@ -207,4 +208,5 @@ class TrainState:
         self.step = saved.step
         self.skipped = saved.state.get("skipped", 0)  # checkpoints from before steps could be skipped have none
         self.skipped_in_a_row = saved.state.get("skipped_in_a_row", 0)
+        self.untold = saved.state.get("untold", {})
         return True

@@ -78,8 +78,9 @@ def train_step(run: RunConfig, optim: OptimConfig, state: TrainState, batch: Any
         state.ema.update(state.model, state.step)
         state.skipped_in_a_row = 0
         values = found[0]
-        for theirs in found[1:]:
-            values |= {_ADVERSARYS.get(name, name): value for name, value in theirs.items()}
+        theirs = {_ADVERSARYS.get(name, name): value for turn in found[1:] for name, value in turn.items()}
+        state.untold = theirs or state.untold
+        values |= theirs
     except NotFinite as problem:
         values = {"loss": math.nan}
         _skip(run, state, problem)

@@ -66,7 +66,17 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def note_unreadable(folder: Path, batch: Any) -> None:
-    """Append the damaged files that were met in this batch to `quarantine.jsonl`, one object a line."""
-    for name, reason in getattr(batch, "unreadable", {}).items():
-        with open(folder / "quarantine.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"file": name, "reason": reason}) + "\n")
+    """Enter the damaged files that were met in this batch into `quarantine.jsonl`, one object a line, each once.
+
+    Other workers, other processes and an earlier start of the run may have met the same file.
+    """
+    met: Mapping[str, str] = getattr(batch, "unreadable", {})
+    if not met:
+        return
+    with open(folder / "quarantine.jsonl", "a+", encoding="utf-8") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # until the file is closed
+        file.seek(0)
+        known = {json.loads(line)["file"] for line in file if line.endswith("}\n")}
+        for name, reason in met.items():
+            if name not in known:
+                file.write(json.dumps({"file": name, "reason": reason}) + "\n")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizer.common.errors import UserError
 
-_SMOOTHING = 0.9  # one batch of a discriminator says little
+_WINDOW = 10  # steps of a discriminator that are judged together: one batch says little
 _DRIFT = 0.25  # of the reference's value, in the mean over the last lines
 _DRIFT_LINES = 5
 
@@ -41,21 +42,23 @@ def game_warning(accuracy: float, logit_gap: float) -> str | None:
 
 
 class GameWatch:
-    """Smooths the discriminator's figures and says a warning once, until it has been healthy again."""
+    """Judges the mean of the discriminator's last figures, and says a warning once, until it has been healthy again.
+
+    No verdict before the window is full, so none from a single batch; a figure that is not finite is told at once.
+    """
 
     def __init__(self) -> None:
-        self._smooth: tuple[float, float] | None = None
+        self._last: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
         self._said: str | None = None
 
     def look(self, values: Mapping[str, Any]) -> str | None:
         """A new warning, or None."""
         if "adversary/accuracy" not in values or "adversary/logit_gap" not in values:
             return None
-        accuracy, gap = float(values["adversary/accuracy"]), float(values["adversary/logit_gap"])
-        old_accuracy, old_gap = self._smooth or (accuracy, gap)
-        accuracy = _SMOOTHING * old_accuracy + (1 - _SMOOTHING) * accuracy
-        gap = _SMOOTHING * old_gap + (1 - _SMOOTHING) * gap
-        self._smooth = accuracy, gap
+        self._last.append((float(values["adversary/accuracy"]), float(values["adversary/logit_gap"])))
+        accuracy, gap = (sum(figures) / len(figures) for figures in zip(*self._last, strict=True))
+        if len(self._last) < _WINDOW and math.isfinite(accuracy + gap):
+            return None
         warning = game_warning(accuracy, gap)
         kind = warning.partition("(")[0] if warning else None
         new, self._said = kind != self._said, kind

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,7 +24,10 @@ from tokenizer.data.transforms import rng_for
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """B clips, float32 [B, C, T, H, W] in [0, 1], with name, label and kind of each (None where unknown)."""
+    """B clips, float32 [B, C, T, H, W] in [0, 1], with name, label and kind of each (None where unknown).
+
+    `unreadable` names the damaged files (with reasons) that were met for this batch, or before the first one.
+    """
 
     video_BCTHW: torch.Tensor
     names: list[str]
@@ -88,9 +91,11 @@ def batches(
         worker_init_fn=_begin_worker,
         generator=torch.Generator().manual_seed(seed),  # or each pass would draw from, and so shift, the global one
     )
+    before = dict(dataset.quarantine)
     for batch in loader:
         dataset.put_aside(batch.unreadable)
-        yield batch
+        yield replace(batch, unreadable=before | batch.unreadable) if before else batch
+        before = {}
 
 
 def epoch_order(num_clips: int, seed: int, epoch: int) -> list[int]:
