@@ -87,7 +87,7 @@ def pick_shown(
     clip's feature lies from the mean of the real ones.
     """
     good = [record for record in records if "skipped" not in record]
-    if protocol.task != "class_to_video":
+    if protocol.paired:
         key = protocol.perceptual if protocol.perceptual != "none" else "mse"
         ranked = sorted(good, key=lambda record: (record[key], record["index"]))
         order = [record["index"] for record in ranked]
