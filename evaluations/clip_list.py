@@ -22,6 +22,7 @@ from tqdm import tqdm
 from evaluations.protocols import Protocol
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
+from tokenizer.common.units import lock
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.kinetics import find_kinetics
 from tokenizer.data.manifest_table import read_rows
@@ -100,6 +101,11 @@ def list_clips(
         clips = _windows(protocol, videos, cache, workers, notes)
     else:
         clips = [_one_of(protocol, video) for video in videos[: protocol.count]]
+    if not clips:
+        raise UserError(
+            f"protocol {protocol.name}: not one of {len(videos)} videos can be read and has {protocol.num_frames} "
+            "frames; python -m tokenizer.data.manifest check says what is wrong with each"
+        )
     if protocol.count is not None and len(clips) < protocol.count:
         notes.append(f"the protocol asks for {protocol.count} clips, there are {len(clips)}")
     numbered = [ListedClip(i, clip.name, clip.label, clip.start, clip.read) for i, clip in enumerate(clips)]
@@ -166,6 +172,8 @@ def _windows(
     frames = _frame_counts(protocol, videos, cache, workers)
     if unreadable := sum(count == 0 for count in frames):
         notes.append(f"{unreadable} videos cannot be read and have no window")
+    if short := sum(0 < count < protocol.num_frames for count in frames):
+        notes.append(f"{short} videos have fewer than {protocol.num_frames} frames and no window")
     every = [(v, k) for v, count in enumerate(frames) for k in range(count // protocol.num_frames)]
     if protocol.count is not None and protocol.count < len(every):
         drawn = rng_for(protocol.seed, "windows", len(every)).choice(len(every), protocol.count, replace=False)
@@ -185,12 +193,19 @@ def _read_at(protocol: Protocol, video: _Video, position: float) -> np.ndarray:
 
 
 def _frame_counts(protocol: Protocol, videos: Sequence[_Video], cache: Path | None, workers: int) -> list[int]:
-    """Frames of each video at the protocol's rate, 0 for an unreadable one; read once and kept in `cache`."""
+    """Frames of each video at the protocol's rate, 0 for an unreadable one; counted once and kept in `cache`."""
+    if cache is None:
+        return _count_frames(protocol, videos, workers)
     key = json.dumps([[str(video.path), video.path.stat().st_size] for video in videos] + [protocol.fps])
-    file = cache and cache / f"frames-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    if file and file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
+    file = cache / f"frames-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    cache.mkdir(parents=True, exist_ok=True)
+    with lock(file.with_suffix(".lock")):  # one process counts, the others wait for it
+        if not file.is_file():
+            atomic_write(file, json.dumps(_count_frames(protocol, videos, workers)).encode())
+    return json.loads(file.read_text(encoding="utf-8"))
 
+
+def _count_frames(protocol: Protocol, videos: Sequence[_Video], workers: int) -> list[int]:
     def count(video: _Video) -> int:
         try:
             last = decode_clip_at(video.path, 1 - 1e-9, protocol.num_frames, _PROBE_SIDE, protocol.fps)
@@ -198,12 +213,9 @@ def _frame_counts(protocol: Protocol, videos: Sequence[_Video], cache: Path | No
             return 0
         return last.start + protocol.num_frames - last.num_padded
 
-    bar = tqdm(map_ahead(count, videos, workers), desc="counting frames", total=len(videos), unit="video", disable=None)
-    frames = list(bar)
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, json.dumps(frames).encode())
-    return frames
+    return list(
+        tqdm(map_ahead(count, videos, workers), desc="counting frames", total=len(videos), unit="video", disable=None)
+    )
 
 
 # The miniature's own clips
