@@ -90,13 +90,17 @@ def list_clips(
             raise UserError(f"protocol {protocol.name} brings its own clips; leave --data out, or use folder-recon")
         return _miniature(protocol)
     videos, num_listed = _find_videos(protocol, data)
+    num_missing = num_listed - len(videos)
     if not videos:
         raise UserError(f"protocol {protocol.name}: none of the {num_listed} listed videos is there; check the root")
-    notes = []
+    notes: list[str] = []
+    if data is not None and protocol.dataset in ("ucf101", "k600"):
+        notes.append(f"the list is --data {display_name(Path(data).name)}, not looked up in the data set's own")
+    videos = _each_once(videos, notes)
     if protocol.listed not in (None, num_listed):
         notes.append(f"the list has {num_listed} videos, the official one {protocol.listed}")
-    if num_listed > len(videos):
-        notes.append(f"{num_listed - len(videos)} of {num_listed} listed videos are missing")
+    if num_missing:
+        notes.append(f"{num_missing} of {num_listed} listed videos are missing")
     if protocol.clip_rule == "windows":
         clips = _windows(protocol, videos, cache, workers, notes)
     else:
@@ -109,7 +113,7 @@ def list_clips(
     if protocol.count is not None and len(clips) < protocol.count:
         notes.append(f"the protocol asks for {protocol.count} clips, there are {len(clips)}")
     numbered = [ListedClip(i, clip.name, clip.label, clip.start, clip.read) for i, clip in enumerate(clips)]
-    return ClipList(numbered, num_listed, num_listed - len(videos), notes)
+    return ClipList(numbered, num_listed, num_missing, notes)
 
 
 # Videos of the data sets
@@ -139,6 +143,16 @@ def _given_videos(data: Path) -> tuple[list[_Video], int]:
     root = data if data.is_dir() else data.parent
     videos = [_Video(display_name(path.relative_to(root)), path, path.parent.name) for path in list_videos(data)]
     return videos, len(videos)
+
+
+def _each_once(videos: Sequence[_Video], notes: list[str]) -> list[_Video]:
+    """Clips are told apart by name, so a video that the list repeats counts once."""
+    by_name: dict[str, _Video] = {}
+    for video in videos:
+        by_name.setdefault(video.name, video)
+    if repeated := len(videos) - len(by_name):
+        notes.append(f"{repeated} rows of the list repeat a video, which is taken once")
+    return list(by_name.values())
 
 
 def _from_environment(name: str, protocol: Protocol) -> Path:
@@ -225,7 +239,13 @@ def _miniature(protocol: Protocol) -> ClipList:
     config = DataConfig(list(protocol.sources), protocol.num_frames, protocol.size, protocol.fps, augment=False)
     dataset = build_dataset(config, protocol.seed)
 
+    def read(i: int) -> np.ndarray:
+        sample, name = dataset.get(i), dataset.names[i]
+        if sample.name != name:  # the data set gives the next clip for a bad one
+            raise VideoError(name, dataset.quarantine[name])
+        return to_uint8(sample.video_CTHW)
+
     def clip(i: int) -> ListedClip:
-        return ListedClip(i, dataset.names[i], dataset.labels[i] or "", 0, lambda: to_uint8(dataset.get(i).video_CTHW))
+        return ListedClip(i, dataset.names[i], dataset.labels[i] or "", 0, lambda: read(i))
 
     return ClipList([clip(i) for i in range(len(dataset))][: protocol.count], len(dataset), 0)

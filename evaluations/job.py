@@ -142,10 +142,21 @@ class Evaluation:
                 bar.close()
                 print(f"no shard is free; others are at work in {self.folder.folder}, the last writes the results")
 
+    def run_ours(self) -> bool:
+        """Score the clips of --ours, where that is given. UserError where a model is given too."""
+        if self.args.ours is None:
+            return False
+        for name in ("vq_ckpt", "tok_config", "router_ckpt", "router_config", "gpt_ckpt", "gpt_model"):
+            if vars(self.args).get(name) is not None:
+                flag = name.replace("_", "-")
+                raise UserError(f"--ours scores clips that are there already; leave --{flag} out, or --ours")
+        self.run(FolderMaker(self.args.ours, len(self.clips.clips), self.protocol.num_frames, self.args.force))
+        return True
+
     def _trained_as(self) -> dict[str, Any]:
         """Which training runs made the weights, as the weights themselves say; nothing where clips were given."""
         given = {"tokenizer": self.args.vq_ckpt, "gpt": vars(self.args).get("gpt_ckpt")}
-        return {name: trained_as(path) for name, path in given.items() if path and self.args.ours is None}
+        return {name: trained_as(path) for name, path in given.items() if path}
 
     def _score(
         self, members: range, maker: Maker, known: dict[int, Tensor], bar: tqdm[Any]

@@ -212,6 +212,8 @@ def pick_measure(
     args: argparse.Namespace, protocol: Protocol | None, tokenizer: VideoTokenizer, num_clips: int
 ) -> Measure:
     """The metrics, and the GPT where the tokens are to be entropy-coded."""
+    if args.gpt_model and not args.gpt_ckpt:
+        raise UserError("--gpt-model is only checked against weights; give --gpt-ckpt too")
     gpt = load_gpt(args.gpt_ckpt, tokenizer.device, args.gpt_model) if args.gpt_ckpt else None
     if gpt:
         check_tokenizer_fits(gpt, tokenizer)

@@ -34,9 +34,11 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def markdown(self) -> str:
+        """For a README."""
         return f"**{self.title}.** {self.note}\n\n{markdown_table(self.header, self.rows)}"
 
     def html(self) -> str:
+        """For the page: a panel that scrolls sideways."""
         head = "".join(f"<th>{escape(cell)}</th>" for cell in self.header)
         rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows)
         return (
@@ -55,10 +57,12 @@ class Run:
 
     @property
     def is_curve(self) -> bool:
+        """Whether it is of a quality-cost job."""
         return self.data.get("kind") == CURVE_KIND
 
     @property
     def protocol(self) -> Mapping[str, Any]:
+        """The fields of an evaluation's protocol; a curve may have none."""
         return self.data["card"]["protocol"]
 
     @property
@@ -79,6 +83,7 @@ class Run:
 
     @property
     def label(self) -> str:
+        """What its rows are called."""
         return f"{self.folder.name} ({MINIATURE})" if self.miniature else self.folder.name
 
 
@@ -128,11 +133,12 @@ def paper_tables(runs: Sequence[Run]) -> list[Table]:
 def answers(run: Run, protocol: str, wanted: Mapping[str, Any]) -> bool:
     """Whether a run may stand beside a row of the paper: same protocol, unchanged, and all that the row asks for.
 
-    Every clip must have been scored: with videos missing it is another test set.
+    Exactly the clips that the protocol counts must have been scored: fewer or more are another test set.
     """
     if run.is_curve or run.miniature or not wanted or run.protocol["changed"] or run.protocol["name"] != protocol:
         return False
-    if run.data["num_clips"] < (run.protocol.get("count") or run.protocol.get("listed") or 0):
+    expected = run.protocol.get("count") or run.protocol.get("listed")
+    if expected and run.data["num_clips"] != expected:
         return False
     return all(run.identity.get(key) == value for key, value in wanted.items())
 

@@ -20,6 +20,7 @@ from autoregressive.model import GPT
 from autoregressive.presets import PRESETS
 from evaluations import job, protocols
 from evaluations.protocols import PROTOCOLS
+from evaluations.summary import summarise
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
 from tokenizer.common.units import lock
@@ -152,6 +153,11 @@ def test_too_few_clips_and_a_changed_protocol_are_said(run: Run, tmp_path: Path)
     assert "fewer than 256" in result["notes"][1]
     assert result["metrics"]["tokens"]["value"] == 32
 
+    record = {"index": 0, "name": "a", "mse": 0.1, "psnr": 10.0, "ssim": 0.5}
+    side = torch.zeros(1, dtype=torch.long), torch.zeros(1, 4)
+    single = summarise(PROTOCOLS["mini-recon"].change(perceptual="none"), [record], side, side, force=True)
+    assert "fcd_effnet" not in single["metrics"] and "at least 2 clips" in single["notes"][0]
+
 
 def test_a_second_system_on_the_same_clips(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few, many, other = (tmp_path / name for name in ("few", "many", "other"))
@@ -245,6 +251,9 @@ def test_mistakes_are_one_line(run: Run, models: Path, tmp_path: Path, capsys: p
         ("reconstruction", of_mini("--budget", "uniform:16", "--extractor", "none"), "--overwrite"),
         ("reconstruction", of_mini("--budget", "router"), "--router-ckpt"),
         ("reconstruction", ["--protocol", "mini-recon"], "--vq-ckpt missing"),
+        ("reconstruction", of_mini("--ours", tmp_path), "leave --vq-ckpt out"),
+        ("reconstruction", of_mini("--router-config", "R.yaml"), "--router-ckpt"),
+        ("reconstruction", of_mini("--extractor-weights", "i3d.pt"), "leave --extractor-weights"),
         ("reconstruction", [], "missing: --protocol"),
         ("reconstruction", ["--protocol", "mini-c2v"], "is for class_to_video"),
         ("reconstruction", of_mini("--extractor", "i3d", "--budget", "uniform:8"), "--extractor-weights"),
