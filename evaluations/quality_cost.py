@@ -217,10 +217,10 @@ def pick_measure(
     gpt = load_gpt(args.gpt_ckpt, tokenizer.device, args.gpt_model) if args.gpt_ckpt else None
     if gpt:
         check_tokenizer_fits(gpt, tokenizer)
-    if args.extractor != "none" and num_clips < MIN_CLIPS and not args.force:
+    if args.extractor != "none" and num_clips < (2 if args.force else MIN_CLIPS):
         raise UserError(
             f"a Frechet distance of {num_clips} clips says little (at least {MIN_CLIPS}): --force computes it "
-            "all the same and the results say so, --extractor none leaves it out"
+            "from 2 on and the results say so, --extractor none leaves it out"
         )
     if protocol is not None:
         return Measure(tokenizer, load_scorer(protocol, args, tokenizer.device), gpt, args.batch_size)
