@@ -1,0 +1,27 @@
+"""The names with which clips are scored in Python; each is imported when it is first used, torch with it."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evaluations.metrics.extractors import load_extractor
+    from evaluations.metrics.frechet import frechet_of_features
+    from evaluations.metrics.image_quality import score_clip
+    from evaluations.protocols import find_protocol
+    from evaluations.results import read_result
+
+__all__ = ["find_protocol", "frechet_of_features", "load_extractor", "read_result", "score_clip"]
+
+_HOMES = {
+    "find_protocol": "evaluations.protocols",
+    "frechet_of_features": "evaluations.metrics.frechet",
+    "load_extractor": "evaluations.metrics.extractors",
+    "read_result": "evaluations.results",
+    "score_clip": "evaluations.metrics.image_quality",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'evaluations' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -98,9 +98,10 @@ def bootstrap(
 ) -> list[Interval]:
     """Intervals of all of `statistics(index_S)` when the clips are drawn anew with replacement, for all alike.
 
-    The same clips go into every curve of a draw, so what clips have in common cancels. percentile: quantiles of the
-    redrawn values; otherwise the value plus and minus their spread, as for a normal distribution, for distances between
-    distributions: a redrawn set repeats clips, which shifts them all.
+    Unlike those of metrics/bootstrap.py, these statistics are redrawn together and may have no answer. The same clips
+    go into every curve of a draw, so what clips have in common cancels. percentile: quantiles of the redrawn values;
+    otherwise the value plus and minus their spread, as for a normal distribution, for distances between distributions:
+    a redrawn set repeats clips, which shifts them all.
     """
     index_DS = torch.randint(num_clips, (draws, num_clips), generator=generator).numpy()
     columns = zip(*(statistics(index_S) for index_S in index_DS), strict=True)

@@ -17,7 +17,7 @@ from autoregressive.sample_job import parse_guidance
 from autoregressive.sampler import Request
 from evaluations.clip_list import ListedClip
 from evaluations.generation import Generator, add_sampling_flags, check_task
-from evaluations.job import Evaluation, FolderMaker, add_common_flags, check_tokenizer, parse
+from evaluations.job import Evaluation, add_common_flags, check_tokenizer, parse
 from tokenizer.common.arguments import Parser
 from tokenizer.common.errors import UserError, run_cli
 
@@ -34,16 +34,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     evaluation = Evaluation(args, "class_to_video")
-    protocol, clips = evaluation.protocol, evaluation.clips
-    if args.ours is not None:
-        evaluation.run(FolderMaker(args.ours, len(clips.clips), protocol.num_frames, args.force))
+    if evaluation.run_ours():
         return
     generator = Generator(evaluation, parse_guidance(args.cfg_scale))
     check_task(generator, frame_prediction=False)
-    check_tokenizer(protocol, generator.tokenizer)
+    check_tokenizer(evaluation.protocol, generator.tokenizer)
     names = names_of(generator.gpt.class_names, generator.layout.num_classes)
     label_of = {name.lower(): number for number, name in enumerate(names)}
-    if strange := sorted({clip.label for clip in clips.clips if clip.label.lower() not in label_of}):
+    if strange := sorted({clip.label for clip in evaluation.clips.clips if clip.label.lower() not in label_of}):
         raise UserError(f"the list has the class {strange[0]!r}, which {args.gpt_ckpt} does not; it has {names[0]} ..")
 
     def request_of(clip: ListedClip) -> tuple[Request, dict[str, Any]]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from evaluations.protocols import Protocol
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
+from tokenizer.common.units import lock
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.kinetics import find_kinetics
 from tokenizer.data.manifest_table import read_rows
@@ -89,21 +90,30 @@ def list_clips(
             raise UserError(f"protocol {protocol.name} brings its own clips; leave --data out, or use folder-recon")
         return _miniature(protocol)
     videos, num_listed = _find_videos(protocol, data)
+    num_missing = num_listed - len(videos)
     if not videos:
         raise UserError(f"protocol {protocol.name}: none of the {num_listed} listed videos is there; check the root")
-    notes = []
+    notes: list[str] = []
+    if data is not None and protocol.dataset in ("ucf101", "k600"):
+        notes.append(f"the list is --data {display_name(Path(data).name)}, not looked up in the data set's own")
+    videos = _each_once(videos, notes)
     if protocol.listed not in (None, num_listed):
         notes.append(f"the list has {num_listed} videos, the official one {protocol.listed}")
-    if num_listed > len(videos):
-        notes.append(f"{num_listed - len(videos)} of {num_listed} listed videos are missing")
+    if num_missing:
+        notes.append(f"{num_missing} of {num_listed} listed videos are missing")
     if protocol.clip_rule == "windows":
         clips = _windows(protocol, videos, cache, workers, notes)
     else:
         clips = [_one_of(protocol, video) for video in videos[: protocol.count]]
+    if not clips:
+        raise UserError(
+            f"protocol {protocol.name}: not one of {len(videos)} videos can be read and has {protocol.num_frames} "
+            "frames; python -m tokenizer.data.manifest check says what is wrong with each"
+        )
     if protocol.count is not None and len(clips) < protocol.count:
         notes.append(f"the protocol asks for {protocol.count} clips, there are {len(clips)}")
     numbered = [ListedClip(i, clip.name, clip.label, clip.start, clip.read) for i, clip in enumerate(clips)]
-    return ClipList(numbered, num_listed, num_listed - len(videos), notes)
+    return ClipList(numbered, num_listed, num_missing, notes)
 
 
 # Videos of the data sets
@@ -133,6 +143,16 @@ def _given_videos(data: Path) -> tuple[list[_Video], int]:
     root = data if data.is_dir() else data.parent
     videos = [_Video(display_name(path.relative_to(root)), path, path.parent.name) for path in list_videos(data)]
     return videos, len(videos)
+
+
+def _each_once(videos: Sequence[_Video], notes: list[str]) -> list[_Video]:
+    """Clips are told apart by name, so a video that the list repeats counts once."""
+    by_name: dict[str, _Video] = {}
+    for video in videos:
+        by_name.setdefault(video.name, video)
+    if repeated := len(videos) - len(by_name):
+        notes.append(f"{repeated} rows of the list repeat a video, which is taken once")
+    return list(by_name.values())
 
 
 def _from_environment(name: str, protocol: Protocol) -> Path:
@@ -166,6 +186,8 @@ def _windows(
     frames = _frame_counts(protocol, videos, cache, workers)
     if unreadable := sum(count == 0 for count in frames):
         notes.append(f"{unreadable} videos cannot be read and have no window")
+    if short := sum(0 < count < protocol.num_frames for count in frames):
+        notes.append(f"{short} videos have fewer than {protocol.num_frames} frames and no window")
     every = [(v, k) for v, count in enumerate(frames) for k in range(count // protocol.num_frames)]
     if protocol.count is not None and protocol.count < len(every):
         drawn = rng_for(protocol.seed, "windows", len(every)).choice(len(every), protocol.count, replace=False)
@@ -185,12 +207,19 @@ def _read_at(protocol: Protocol, video: _Video, position: float) -> np.ndarray:
 
 
 def _frame_counts(protocol: Protocol, videos: Sequence[_Video], cache: Path | None, workers: int) -> list[int]:
-    """Frames of each video at the protocol's rate, 0 for an unreadable one; read once and kept in `cache`."""
+    """Frames of each video at the protocol's rate, 0 for an unreadable one; counted once and kept in `cache`."""
+    if cache is None:
+        return _count_frames(protocol, videos, workers)
     key = json.dumps([[str(video.path), video.path.stat().st_size] for video in videos] + [protocol.fps])
-    file = cache and cache / f"frames-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    if file and file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
+    file = cache / f"frames-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    cache.mkdir(parents=True, exist_ok=True)
+    with lock(file.with_suffix(".lock")):  # one process counts, the others wait for it
+        if not file.is_file():
+            atomic_write(file, json.dumps(_count_frames(protocol, videos, workers)).encode())
+    return json.loads(file.read_text(encoding="utf-8"))
 
+
+def _count_frames(protocol: Protocol, videos: Sequence[_Video], workers: int) -> list[int]:
     def count(video: _Video) -> int:
         try:
             last = decode_clip_at(video.path, 1 - 1e-9, protocol.num_frames, _PROBE_SIDE, protocol.fps)
@@ -198,12 +227,9 @@ def _frame_counts(protocol: Protocol, videos: Sequence[_Video], cache: Path | No
             return 0
         return last.start + protocol.num_frames - last.num_padded
 
-    bar = tqdm(map_ahead(count, videos, workers), desc="counting frames", total=len(videos), unit="video", disable=None)
-    frames = list(bar)
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, json.dumps(frames).encode())
-    return frames
+    return list(
+        tqdm(map_ahead(count, videos, workers), desc="counting frames", total=len(videos), unit="video", disable=None)
+    )
 
 
 # The miniature's own clips
@@ -213,7 +239,13 @@ def _miniature(protocol: Protocol) -> ClipList:
     config = DataConfig(list(protocol.sources), protocol.num_frames, protocol.size, protocol.fps, augment=False)
     dataset = build_dataset(config, protocol.seed)
 
+    def read(i: int) -> np.ndarray:
+        sample, name = dataset.get(i), dataset.names[i]
+        if sample.name != name:  # the data set gives the next clip for a bad one
+            raise VideoError(name, dataset.quarantine[name])
+        return to_uint8(sample.video_CTHW)
+
     def clip(i: int) -> ListedClip:
-        return ListedClip(i, dataset.names[i], dataset.labels[i] or "", 0, lambda: to_uint8(dataset.get(i).video_CTHW))
+        return ListedClip(i, dataset.names[i], dataset.labels[i] or "", 0, lambda: read(i))
 
     return ClipList([clip(i) for i in range(len(dataset))][: protocol.count], len(dataset), 0)

@@ -42,6 +42,8 @@ def compare(first: Result, second: Result, seed: int = 0, draws: int = 1000) -> 
     for metric in (column for column in columns if column not in _NOT_METRICS):
         ours, theirs = (np.array([float(r.clips[name][metric]) for name in names]) for r in (first, second))
         found[metric] = compare_paired(ours, theirs, lower_is_better(metric), seed, draws)
+    if not found:
+        raise UserError(f"{first.folder} and {second.folder} have no metric of clips in common, only distances of sets")
     return found
 
 
@@ -57,6 +59,7 @@ def differences_table(first: Result, second: Result, metrics: list[str]) -> str:
 
 
 def as_json(found: dict[str, PairedComparison]) -> dict[str, Any]:
+    """The same for machines; `decided`: the interval does not hold 0."""
     return {name: dataclasses.asdict(pair) | {"decided": pair.decided} for name, pair in found.items()}
 
 

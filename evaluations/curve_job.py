@@ -3,6 +3,7 @@
     points.csv     a row for each setting: means over the clips
     clips.csv      a row for each clip in each setting, with the assignment
     metrics.json   both of the above's essence, the savings with their intervals, and everything that made them
+    card.json card.txt   the protocol card, under --protocol
     *.svg          quality over tokens, quality over bytes
 
 Letters: S clips of the set, A assignments (rows).
@@ -23,7 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluations.curve_charts import charts
+from evaluations.curve_clips import CurveClips
 from evaluations.curve_points import CurvePoint
+from evaluations.protocols import card_text
 from evaluations.strategies import (
     BUDGET_STRATEGIES,
     QUALITY_WEIGHTS,
@@ -36,13 +39,10 @@ from evaluations.strategies import (
     threshold_points,
     uniform_points,
 )
-from evaluations.sweep import Figures, made_once, read
+from evaluations.sweep import Figures, Measure, made_once
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
-from tokenizer.data.clips import ClipDataset
-from tokenizer.losses.perceptual import PerceptualDistance
-from tokenizer.model import VideoTokenizer
 from tokenizer.router.predict import TrainedRouter
 from tokenizer.router.reward import RewardStats, stats_of
 from tokenizer.router.score_assignments import Scorer
@@ -54,7 +54,7 @@ class StrategyInputs:
     """What the strategies may use. A strategy whose input is absent is left out, or refused when asked for by name."""
 
     space: AssignmentSpace
-    clips: ClipDataset
+    clips: CurveClips
     table: QualityTable | None
     routers: Sequence[TrainedRouter]
     folder: Path  # keeps the routers' scores
@@ -117,7 +117,7 @@ class StrategyInputs:
 
         def ask() -> Tensor:
             indices = tqdm(range(len(self.clips)), desc="asking the router", unit="clip")
-            return torch.cat([router.scores(read(self.clips, i)[None]) for i in indices])
+            return torch.cat([router.scores(self.clips.read(i)[None]) for i in indices])
 
         return made_once(self.folder / "scores" / f"{router.sha256[:16]}.safetensors", ask)
 
@@ -145,15 +145,16 @@ def rows_of_table(table: QualityTable, names: Sequence[str], space: AssignmentSp
     return QualityTable(lpips_SA, psnr_SA, mse_SA, list(names), table.levels, table.num_blocks, table.meta)
 
 
-def fresh_table(
-    tokenizer: VideoTokenizer, perceptual: PerceptualDistance, clips: ClipDataset, folder: Path
-) -> QualityTable:
+def fresh_table(measure: Measure, clips: CurveClips, folder: Path) -> QualityTable:
     """A table of these clips by this very tokenizer, kept in the folder: strategies then choose by its own quality."""
+    tokenizer, perceptual = measure.tokenizer, measure.scorer.perceptual
+    if perceptual is None:
+        raise UserError("--table fresh rates by a perceptual distance: leave --perceptual none out")
     scorer = Scorer(tokenizer, perceptual)
 
     def score() -> Tensor:
         indices = tqdm(range(len(clips)), desc="every assignment of every clip", unit="clip")
-        scores = [scorer.tree(read(clips, i)[None].to(tokenizer.device)) for i in indices]
+        scores = [scorer.tree(clips.read(i)[None].to(tokenizer.device)) for i in indices]
         return torch.stack([torch.cat(column) for column in zip(*scores, strict=True)])
 
     lpips_SA, psnr_SA, mse_SA = made_once(folder / "table.safetensors", score)
@@ -173,7 +174,10 @@ def write_results(
     space: AssignmentSpace,
     metrics: Mapping[str, Any],
 ) -> None:
-    """points.csv, clips.csv, metrics.json and the charts. Equal measurements give equal bytes."""
+    """points.csv, clips.csv, metrics.json, the charts, and the protocol card. Equal measurements give equal bytes."""
+    if card := metrics["card"]:
+        atomic_write(folder / "card.json", json.dumps(card, indent=1).encode())
+        atomic_write(folder / "card.txt", (card_text(card) + "\n").encode())
     summaries = metrics["points"]
     columns = list(dict.fromkeys(key for each in summaries for key in each))
     atomic_write(folder / "points.csv", as_csv(columns, summaries))

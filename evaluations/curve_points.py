@@ -82,15 +82,18 @@ def mean_over_clips(rows: Sequence[Sequence[Figures]], name: str) -> Statistic:
     return lambda index_S: value_PS[:, index_S].mean(axis=1)
 
 
-def frechet_over_clips(points: Sequence[CurvePoint], measured: Measured, names: Sequence[str]) -> Statistic:
+def frechet_over_clips(
+    points: Sequence[CurvePoint], measured: Measured, names: Sequence[str], covariance: str = "n"
+) -> Statistic:
     """The Frechet distance of the reconstructions of some clips to these clips."""
     real_SF = torch.stack([measured.features[name][REAL] for name in names])
     ours_PSF = [torch.stack([measured.features[n][key] for n, key in zip(names, p.keys, strict=True)]) for p in points]
 
     def distances(index_S: np.ndarray) -> np.ndarray:
         chosen = torch.from_numpy(index_S)
-        real = fit_gaussian([real_SF[chosen]])
-        return np.array([frechet_distance(fit_gaussian([ours_SF[chosen]]), real) for ours_SF in ours_PSF])
+        real = fit_gaussian([real_SF[chosen]], covariance)
+        ours_P = (fit_gaussian([ours_SF[chosen]], covariance) for ours_SF in ours_PSF)
+        return np.array([frechet_distance(ours, real) for ours in ours_P])
 
     return distances
 

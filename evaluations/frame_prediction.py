@@ -18,7 +18,7 @@ from autoregressive.condition import encode_condition
 from autoregressive.sampler import Request
 from evaluations.clip_list import ListedClip
 from evaluations.generation import Generator, add_sampling_flags, check_task
-from evaluations.job import Evaluation, FolderMaker, add_common_flags, check_tokenizer, parse
+from evaluations.job import Evaluation, add_common_flags, check_tokenizer, parse
 from tokenizer.common.arguments import Parser
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.video_io import to_model_range
@@ -35,18 +35,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     evaluation = Evaluation(args, "frame_prediction")
-    protocol, clips = evaluation.protocol, evaluation.clips
-    if args.ours is not None:
-        evaluation.run(FolderMaker(args.ours, len(clips.clips), protocol.num_frames, args.force))
+    if evaluation.run_ours():
         return
     generator = Generator(evaluation)
     check_task(generator, frame_prediction=True)
+    protocol = evaluation.protocol
     check_tokenizer(protocol, generator.tokenizer)
-    prefix, given, block = (
-        generator.layout.condition_lengths,
-        protocol.condition_frames,
-        generator.tokenizer.config.patch_frames,
-    )
+    prefix, given = generator.layout.condition_lengths, protocol.condition_frames
+    block = generator.tokenizer.config.patch_frames
     if not (len(prefix) - 1) * block < given <= len(prefix) * block:
         raise UserError(f"protocol {protocol.name} gives {given} frames, the model {len(prefix)} block(s) of {block}")
 

@@ -64,6 +64,7 @@ class Generator:
 
     @property
     def layout(self) -> SequenceLayout:
+        """How the GPT's sequences are laid out."""
         return self.gpt.model.layout
 
     def facts(self) -> dict[str, Any]:

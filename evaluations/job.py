@@ -30,7 +30,7 @@ from evaluations.lossless import find_frames, read_frames
 from evaluations.metrics.names import NAMES
 from evaluations.protocols import Protocol, card_of, card_text, find_protocol
 from evaluations.scoring import Scorer, load_scorer, trained_as
-from evaluations.shards import SHARD, RealCache, Record, ShardFolder, Share
+from evaluations.shards import SHARD, Features, RealCache, Record, ShardFolder
 from evaluations.summary import per_clip_table, pick_shown, result_lines, summarise
 from tokenizer.common.arguments import Parser, at_least
 from tokenizer.common.errors import UserError
@@ -103,8 +103,7 @@ class Evaluation:
         fields = {name: getattr(args, name) for name in ("extractor", "perceptual", "count", "draws")}
         self.protocol: Protocol = find_protocol(args.protocol, task).change(**fields)
         self.args, self.device = args, pick_device(own_device(args.device))
-        self.share = Share.from_environment()
-        if args.overwrite and self.share.world > 1:
+        if args.overwrite and any(os.environ.get(name, "1") != "1" for name in ("WORKERS", "WORLD_SIZE")):
             raise UserError("--overwrite with several processes: remove the folder yourself, then start them")
         self.cache = Path(args.cache)
         self.clips: ClipList = list_clips(self.protocol, args.data, self.cache, args.num_workers)
@@ -112,7 +111,7 @@ class Evaluation:
         self.folder = ShardFolder(args.out, len(self.clips.clips), SHARD)
 
     def run(self, maker: Maker) -> None:
-        """Score the share of this process; write the results once every shard is there."""
+        """Score clips until no shard is free; the process that finds all there writes the results."""
         facts = {"protocol_hash": self.protocol.hash, "list_sha256": self.clips.sha256, **self.scorer.facts()}
         self.folder.start({**facts, "system": maker.facts()}, self.args.overwrite)
         card = card_of(
@@ -124,48 +123,64 @@ class Evaluation:
             device=str(self.device),
             code=code_version(),
         )
-        self.folder.put("card.json", json.dumps(card, indent=1).encode())
-        self.folder.put("card.txt", (card_text(card) + "\n").encode())
         print(card_text(card), flush=True)
         kept = self._real_cache()
-        self._score(maker, kept.load())
-        if not self.folder.complete:
-            print(f"this process is done; shards of others are to come in {self.folder.folder}")
-            return
-        self._finish(maker, card, kept)
+        known = kept.load()
+        calm = 1 if sys.stderr.isatty() else 30  # seconds between two states of the bar; a log file needs few
+        done, total = self.folder.num_scored(), len(self.clips.clips)
+        with tqdm(desc="scoring", initial=done, total=total, unit="clip", mininterval=calm) as bar:
+
+            def score(members: range) -> tuple[list[Record], Features]:
+                bar.update(max(0, self.folder.num_scored() - bar.n))  # what other processes have done counts too
+                return self._score(members, maker, known, bar)
+
+            def finish() -> None:
+                bar.close()
+                self._finish(maker, card, kept)
+
+            if not self.folder.work(score, finish):
+                bar.close()
+                print(f"no shard is free; others are at work in {self.folder.folder}, the last writes the results")
+
+    def run_ours(self) -> bool:
+        """Score the clips of --ours, where that is given. UserError where a model is given too."""
+        if self.args.ours is None:
+            return False
+        for name in ("vq_ckpt", "tok_config", "router_ckpt", "router_config", "gpt_ckpt", "gpt_model"):
+            if vars(self.args).get(name) is not None:
+                flag = name.replace("_", "-")
+                raise UserError(f"--ours scores clips that are there already; leave --{flag} out, or --ours")
+        self.run(FolderMaker(self.args.ours, len(self.clips.clips), self.protocol.num_frames, self.args.force))
+        return True
 
     def _trained_as(self) -> dict[str, Any]:
         """Which training runs made the weights, as the weights themselves say; nothing where clips were given."""
         given = {"tokenizer": self.args.vq_ckpt, "gpt": vars(self.args).get("gpt_ckpt")}
-        return {name: trained_as(path) for name, path in given.items() if path and self.args.ours is None}
+        return {name: trained_as(path) for name, path in given.items() if path}
 
-    def _score(self, maker: Maker, known: dict[int, Tensor]) -> None:
-        shards = self.folder.to_do(self.share)
-        calm = 1 if sys.stderr.isatty() else 30  # seconds between two states of the bar; a log file needs few
-        total = sum(map(len, shards))
-        with tqdm(desc="scoring", total=total, unit="clip", mininterval=calm) as bar:
-            for unit in shards:
-                records: list[Record] = []
-                features: dict[str, dict[int, Tensor]] = {"ours": {}, "real": {}}
-                for made in maker.make([self.clips.clips[i] for i in unit]):
-                    records.append(self._record(made, known, features))
-                    bar.update()
-                self.folder.add(unit, records, features)
+    def _score(
+        self, members: range, maker: Maker, known: dict[int, Tensor], bar: tqdm[Any]
+    ) -> tuple[list[Record], Features]:
+        records: list[Record] = []
+        features: Features = {"ours": {}, "real": {}}
+        for made in maker.make([self.clips.clips[i] for i in members]):
+            records.append(self._record(made, known, features))
+            bar.update()
+        return records, features
 
-    def _record(self, made: Made, known: dict[int, Tensor], features: dict[str, dict[int, Tensor]]) -> Record:
+    def _record(self, made: Made, known: dict[int, Tensor], features: Features) -> Record:
         """Score one clip: its record; its features are entered into `features`."""
         clip, real_THWC = made.clip, made.real_THWC
         record: Record = {"index": clip.index, "name": clip.name, "label": clip.label, "start": clip.start}
-        paired = self.protocol.task != "class_to_video"
         if made.ours_THWC is None:
             return {**record, "skipped": made.skipped or "nothing was made"}
         try:
-            if real_THWC is None and (paired or clip.index not in known):
+            if real_THWC is None and (self.protocol.paired or clip.index not in known):
                 real_THWC = clip.read()
         except VideoError as error:
             return {**record, "skipped": error.reason}
         record |= made.figures
-        if paired and real_THWC is not None:
+        if self.protocol.paired and real_THWC is not None:
             record |= self.scorer.quality(real_THWC, made.ours_THWC)
         if self.scorer.extractor:
             features["ours"][clip.index] = self.scorer.feature(made.ours_THWC)
@@ -181,10 +196,9 @@ class Evaluation:
         if all("skipped" in record for record in records):
             raise UserError(f"none of the {len(records)} clips could be scored; {records[0]['skipped']}")
         summary = summarise(self.protocol, records, ours, real, self.args.force)
-        summary["notes"] = [*self.clips.notes, *summary["notes"]]
-        if self.protocol.changed:
-            changed = ", ".join(self.protocol.changed)
-            summary["notes"].insert(0, f"not the protocol {self.protocol.name}: {changed} changed")
+        summary["notes"] = [*self.protocol.notes, *self.clips.notes, *summary["notes"]]
+        self.folder.put("card.json", json.dumps(card, indent=1).encode())
+        self.folder.put("card.txt", (card_text(card) + "\n").encode())
         self.folder.put("metrics.json", json.dumps({"card": card, **summary}, indent=1, allow_nan=False).encode())
         self.folder.put("per_clip.csv", per_clip_table(records).encode("utf-8", "surrogateescape"))
         if len(real[0]):

@@ -79,6 +79,11 @@ class Protocol:
             raise UserError(f"protocol {self.name}: count = {self.count} must be at least 1")
 
     @property
+    def paired(self) -> bool:
+        """Whether each clip has an original to be compared with; a sample of a class has none."""
+        return self.task != "class_to_video"
+
+    @property
     def hash(self) -> str:
         """Of every field that decides a number; a longer `about` is the same protocol."""
         fields = dataclasses.asdict(self) | {"about": ""}
@@ -98,6 +103,11 @@ class Protocol:
             raise UserError(f"protocol {self.name}: {sorted(strange)[0]} is fixed; choose another protocol")
         marked = tuple(sorted({*self.changed, *wanted}))
         return dataclasses.replace(self, **wanted, changed=marked) if wanted else self
+
+    @property
+    def notes(self) -> list[str]:
+        """What must stand beside its numbers: that it is not what its name says, where that is so."""
+        return [f"not the protocol {self.name}: {', '.join(self.changed)} changed"] if self.changed else []
 
     def clip_words(self) -> str:
         """The clip rule in words."""
@@ -222,8 +232,7 @@ def card_text(card: dict[str, Any]) -> str:
         ("given frames", given),
         ("scored", "uint8, as a lossless file holds them"),
         ("distance", f"{NAMES.get(protocol['extractor'], 'none')}, covariance over {protocol['covariance']}"),
-        ("perceptual", f"{protocol['perceptual']}, per frame, mean"),
-        ("psnr", "mean over clips of the clip's dB; psnr_of_mean_mse is the dB of the mean error"),
+        *_quality_lines(protocol),
         ("tokens", "counted without and with the length tokens, one a temporal block"),
     ]
     if protocol["miniature"]:
@@ -232,6 +241,15 @@ def card_text(card: dict[str, Any]) -> str:
     lines += [(name.replace("_", " "), _plain(value)) for name, value in card.items() if name not in shown]
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in lines)
+
+
+def _quality_lines(protocol: dict[str, Any]) -> list[tuple[str, str]]:
+    if protocol["task"] == "class_to_video":
+        return [("image quality", "none: a sample of a class has no original")]
+    return [
+        ("perceptual", f"{protocol['perceptual']}, per frame, mean"),
+        ("psnr", "mean over clips of the clip's dB; psnr_of_mean_mse is the dB of the mean error"),
+    ]
 
 
 def _plain(value: Any) -> str:

@@ -20,7 +20,6 @@ import torch
 from evaluations.clip_list import ClipList, ListedClip
 from evaluations.job import (
     Evaluation,
-    FolderMaker,
     Made,
     add_common_flags,
     check_tokenizer,
@@ -50,18 +49,18 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     evaluation = Evaluation(args, "reconstruction")
-    protocol, clips = evaluation.protocol, evaluation.clips
-    if args.ours is not None:
-        evaluation.run(FolderMaker(args.ours, len(clips.clips), protocol.num_frames, args.force))
+    if evaluation.run_ours():
         return
     require(args, "vq_ckpt")
     tokenizer = load_tokenizer(args.vq_ckpt, evaluation.device, args.tok_config)
-    check_tokenizer(protocol, tokenizer)
+    check_tokenizer(evaluation.protocol, tokenizer)
+    if args.router_config is not None and args.router_ckpt is None:
+        raise UserError("--router-config is only checked against weights; give --router-ckpt too")
     router = None
     if args.router_ckpt is not None:
         router = load_router(args.router_ckpt, evaluation.device, args.router_config)
         check_router_fits(router, tokenizer.config)
-    evaluation.run(Reconstruction(tokenizer, router, args.budget, clips))
+    evaluation.run(Reconstruction(tokenizer, router, args.budget, evaluation.clips))
 
 
 class Reconstruction:

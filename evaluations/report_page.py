@@ -121,5 +121,8 @@ def _cards(runs: Sequence[Run]) -> str:
 
 
 def _curve_card(run: Run) -> str:
-    skip = ("points", "savings", "kind")
-    return "\n".join(f"{name.replace('_', ' '):<16}{value}" for name, value in run.data.items() if name not in skip)
+    """Everything that made a curve; under a protocol its card first."""
+    skip = ("points", "savings", "kind", "card")
+    lines = [f"{name.replace('_', ' '):<16}{value}" for name, value in run.data.items() if name not in skip]
+    card = run.data.get("card")
+    return "\n".join([card_text(card), "", *lines] if card else lines)

@@ -34,9 +34,11 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def markdown(self) -> str:
+        """For a README."""
         return f"**{self.title}.** {self.note}\n\n{markdown_table(self.header, self.rows)}"
 
     def html(self) -> str:
+        """For the page: a panel that scrolls sideways."""
         head = "".join(f"<th>{escape(cell)}</th>" for cell in self.header)
         rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows)
         return (
@@ -55,10 +57,12 @@ class Run:
 
     @property
     def is_curve(self) -> bool:
+        """Whether it is of a quality-cost job."""
         return self.data.get("kind") == CURVE_KIND
 
     @property
     def protocol(self) -> Mapping[str, Any]:
+        """The fields of an evaluation's protocol; a curve may have none."""
         return self.data["card"]["protocol"]
 
     @property
@@ -73,12 +77,13 @@ class Run:
     @property
     def miniature(self) -> bool:
         """Whether nothing of it may be compared with the paper."""
-        if self.is_curve:
-            return not self.data["tokenizer"]["paper_size"]
-        return bool(self.protocol["miniature"])
+        card = self.data.get("card")
+        small = self.is_curve and not self.data["tokenizer"]["paper_size"]
+        return small or bool(card and card["protocol"]["miniature"])
 
     @property
     def label(self) -> str:
+        """What its rows are called."""
         return f"{self.folder.name} ({MINIATURE})" if self.miniature else self.folder.name
 
 
@@ -94,7 +99,7 @@ def find_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
                 data = json.loads(path.read_text(encoding="utf-8"))
             except (ValueError, OSError) as error:
                 raise UserError(f"{path}: cannot be read as json ({error})") from error
-            if isinstance(data, dict) and (data.get("kind") == CURVE_KIND or "protocol" in data.get("card", {})):
+            if isinstance(data, dict) and (data.get("kind") == CURVE_KIND or "protocol" in (data.get("card") or {})):
                 runs.append(Run(path.absolute().parent, data))
             else:
                 foreign.append(str(path))
@@ -126,8 +131,14 @@ def paper_tables(runs: Sequence[Run]) -> list[Table]:
 
 
 def answers(run: Run, protocol: str, wanted: Mapping[str, Any]) -> bool:
-    """Whether a run may stand beside a row of the paper: same protocol, unchanged, and all that the row asks for."""
+    """Whether a run may stand beside a row of the paper: same protocol, unchanged, and all that the row asks for.
+
+    Exactly the clips that the protocol counts must have been scored: fewer or more are another test set.
+    """
     if run.is_curve or run.miniature or not wanted or run.protocol["changed"] or run.protocol["name"] != protocol:
+        return False
+    expected = run.protocol.get("count") or run.protocol.get("listed")
+    if expected and run.data["num_clips"] != expected:
         return False
     return all(run.identity.get(key) == value for key, value in wanted.items())
 
@@ -155,6 +166,14 @@ def own_tables(runs: Sequence[Run]) -> list[Table]:
     return tables
 
 
+def under_protocol(run: Run) -> str:
+    """Which protocol a curve's figures were measured under, and what must be said of it, in one line."""
+    card, notes = run.data.get("card"), "".join(f" {note}." for note in run.data.get("notes", ()))
+    if not card:
+        return f"Under no named protocol.{notes}"
+    return f"Protocol {card['protocol']['name']} ({card['protocol_hash']}).{notes}"
+
+
 def savings_table(run: Run) -> Table:
     """What each strategy or codec costs at the quality of the reference, by every metric."""
     data = run.data
@@ -166,9 +185,9 @@ def savings_table(run: Run) -> Table:
         rows.append((strategy, cost, *(_saving(found[strategy, metric]) for metric in metrics)))
     level = data["savings"][0]["interval"]["level"] if data["savings"] else 0.95
     note = (
-        "Relative cost at equal quality against uniform (BD-rate): negative saves. In brackets the "
-        f"{level:.0%} interval over redrawn clips, of {data['num_clips']}. A dash: the curves share no quality; [-]: "
-        f"fewer than {LEAST_DEFINED:.0%} of the draws do."
+        f"{under_protocol(run)} Relative cost at equal quality against uniform (BD-rate): negative saves. In brackets "
+        f"the {level:.0%} interval over redrawn clips, of {data['num_clips']}. A dash: the curves share no quality; "
+        f"[-]: fewer than {LEAST_DEFINED:.0%} of the draws do."
     )
     if data["few_clips"] and data["frechet"]:
         note += f" {data['frechet'][0]} was FORCED on too few clips."
@@ -191,7 +210,10 @@ def points_table(run: Run) -> Table:
         for point in data["points"]
     ]
     header = ("strategy", "setting", "tokens", "bytes", "kept to", *metrics)
-    note = f"Means over {data['num_clips']} clips. Kept to: share of the clips that a codec could code so small."
+    note = (
+        f"{under_protocol(run)} Means over {data['num_clips']} clips. Kept to: share of the clips that a codec could "
+        "code so small."
+    )
     return Table(f"Points: {run.label}", note, header, tuple(rows))
 
 

@@ -21,6 +21,7 @@ class Result:
 
     @property
     def card(self) -> dict[str, Any]:
+        """Its protocol card."""
         return self.summary["card"]
 
 

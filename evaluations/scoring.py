@@ -25,16 +25,20 @@ from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
 
 @dataclass(frozen=True)
 class Scorer:
-    """The networks that judge, as the protocol names them; None where it names none."""
+    """The networks that judge, None where nothing is asked of them.
 
-    protocol: Protocol
+    size: both sides are resized to it first. first_frame: of those whose quality counts; given frames may be left out.
+    """
+
     perceptual: PerceptualDistance | None
     extractor: Extractor | None
+    size: int | None = None
+    first_frame: int = 0
 
     def quality(self, real_THWC: np.ndarray, ours_THWC: np.ndarray) -> dict[str, float]:
-        """mse, psnr, ssim and the perceptual distance under its own name; frames that were given may be left out."""
-        first = 0 if self.protocol.condition_scored else self.protocol.condition_frames
-        return score_clip(self._sized(real_THWC)[first:], self._sized(ours_THWC)[first:], self.perceptual)
+        """mse, psnr, ssim and the perceptual distance under its own name."""
+        real_THWC, ours_THWC = (self._sized(frames_THWC)[self.first_frame :] for frames_THWC in (real_THWC, ours_THWC))
+        return score_clip(real_THWC, ours_THWC, self.perceptual)
 
     def feature(self, frames_THWC: np.ndarray) -> Tensor:
         """float32 [F]; empty without an extractor."""
@@ -51,17 +55,18 @@ class Scorer:
         }
 
     def _sized(self, frames_THWC: np.ndarray) -> np.ndarray:
-        size = self.protocol.score_size
-        return frames_THWC if size is None else resize(frames_THWC, size, size)
+        return frames_THWC if self.size is None else resize(frames_THWC, self.size, self.size)
 
 
 def load_scorer(protocol: Protocol, args: argparse.Namespace, device: torch.device) -> Scorer:
-    """Raises UserError at the start, before any work, where weights are not at hand."""
-    perceptual = None if protocol.perceptual == "none" else load_perceptual(protocol.perceptual).to(device)
+    """Only what judges something. Raises UserError at the start, before any work, where weights are not at hand."""
+    judged = protocol.paired and protocol.perceptual != "none"
+    perceptual = load_perceptual(protocol.perceptual).to(device) if judged else None
     extractor = None
     if protocol.extractor != "none":
         extractor = load_extractor(protocol.extractor, args.extractor_weights, args.extractor_sha256, device)
-    return Scorer(protocol, perceptual, extractor)
+    first = 0 if protocol.condition_scored else protocol.condition_frames
+    return Scorer(perceptual, extractor, protocol.score_size, first)
 
 
 def trained_as(weights: str) -> dict[str, Any]:

@@ -47,15 +47,15 @@ def summarise(
     notes = [] if len(good) == len(records) else [f"{len(records) - len(good)} clips were skipped, see per_clip.csv"]
     metrics = _means(good, protocol)
     if protocol.extractor != "none":
-        too_few = min(len(ours[0]), len(real[0])) < MIN_CLIPS
-        distance = NAMES[protocol.extractor]
-        if too_few and not force:
-            notes.append(
-                f"{distance} not computed: {len(ours[0])} clips are fewer than {MIN_CLIPS}; --force computes it"
-            )
+        num_clips, distance = min(len(ours[0]), len(real[0])), NAMES[protocol.extractor]
+        too_few = num_clips < MIN_CLIPS
+        if num_clips < 2:
+            notes.append(f"{distance} not computed: it needs at least 2 clips a side, there is {num_clips}")
+        elif too_few and not force:
+            notes.append(f"{distance} not computed: {num_clips} clips are fewer than {MIN_CLIPS}; --force computes it")
         else:
             if too_few:
-                notes.append(f"{distance} FORCED on {len(ours[0])} clips, fewer than {MIN_CLIPS}: not to be compared")
+                notes.append(f"{distance} FORCED on {num_clips} clips, fewer than {MIN_CLIPS}: not to be compared")
             metrics |= _distances(protocol, ours[1], real[1])
     counted = "tokens: codes; tokens_with_length_tokens: one more for each temporal block"
     return {
@@ -87,7 +87,7 @@ def pick_shown(
     clip's feature lies from the mean of the real ones.
     """
     good = [record for record in records if "skipped" not in record]
-    if protocol.task != "class_to_video":
+    if protocol.paired:
         key = protocol.perceptual if protocol.perceptual != "none" else "mse"
         ranked = sorted(good, key=lambda record: (record[key], record["index"]))
         order = [record["index"] for record in ranked]

@@ -26,17 +26,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from autoregressive.presets import TrainedGPT
-from evaluations.metrics.extractors import Extractor
-from evaluations.metrics.image_quality import score_clip
+from evaluations.curve_clips import CurveClips
+from evaluations.scoring import Scorer
 from evaluations.token_bits import gpt_bits, plain_bits
 from evaluations.video_codecs import CODECS, RateSearch, decode
 from tokenizer.common.checkpoint import atomic_write
-from tokenizer.common.config import to_dict
-from tokenizer.common.errors import UserError
 from tokenizer.common.units import WorkUnits, claim_folder, lock
-from tokenizer.data.clips import ClipDataset
-from tokenizer.data.video_io import to_model_range, to_uint8
-from tokenizer.losses.perceptual import PerceptualDistance
+from tokenizer.data.video_io import to_uint8
 from tokenizer.model import VideoTokenizer
 
 Figures = dict[str, float]
@@ -65,22 +61,21 @@ class Measure:
     """One clip under many keys. Frames are scored as uint8, one clip at a time, like everywhere in evaluations."""
 
     tokenizer: VideoTokenizer
-    perceptual: PerceptualDistance
-    extractor: Extractor | None = None
+    scorer: Scorer
     gpt: TrainedGPT | None = None
     batch_size: int = 8
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """Figures of a clip that measure quality."""
-        return ("psnr", "ssim", self.perceptual.name)
+        perceptual = self.scorer.perceptual
+        return ("psnr", "ssim", *([perceptual.name] if perceptual else ()))
 
     def facts(self) -> dict[str, Any]:
         """What decides a measurement, beside the clip and the key."""
         return {
             "tokenizer_sha256": self.tokenizer.sha256,
-            "perceptual": self.perceptual.name,
-            "extractor": self.extractor and {"name": self.extractor.name, "sha256": self.extractor.sha256},
+            **self.scorer.facts(),
             "gpt_sha256": self.gpt and self.gpt.sha256,
         }
 
@@ -93,14 +88,14 @@ class Measure:
         rows = [int(key.removeprefix("row:")) for key in keys if key.startswith("row:")]
         made = itertools.chain(self._by_rows(video_CTHW, rows), self._by_codecs(real_THWC, keys))
         for key, ours_THWC, sizes in made:
-            scores = score_clip(real_THWC, ours_THWC, self.perceptual)
+            scores = self.scorer.quality(real_THWC, ours_THWC)
             figures[key] = {name: scores[name] for name in self.metrics} | sizes
-            if self.extractor:
-                features[key] = self._features(ours_THWC)
+            if self.scorer.extractor:
+                features[key] = self.scorer.feature(ours_THWC)
         if REAL in keys:
             figures[REAL] = {}
-            if self.extractor:
-                features[REAL] = self._features(real_THWC)
+            if self.scorer.extractor:
+                features[REAL] = self.scorer.feature(real_THWC)
         return figures, features
 
     def _by_rows(self, video_CTHW: Tensor, rows: Sequence[int]) -> Iterator[tuple[str, np.ndarray, Figures]]:
@@ -129,10 +124,6 @@ class Measure:
                 coded, reached = search.at_most(int(num_bytes))
                 yield key, decode(coded), {"bytes": coded.num_bytes, "crf": coded.quality, "reached": float(reached)}
 
-    def _features(self, frames_THWC: np.ndarray) -> Tensor:
-        assert self.extractor is not None
-        return self.extractor(to_model_range(frames_THWC)[None])[0]
-
 
 @dataclass
 class Measured:
@@ -142,11 +133,11 @@ class Measured:
     features: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def claim(folder: Path, clips: ClipDataset, measure: Measure) -> None:
+def claim(folder: Path, clips: CurveClips, measure: Measure) -> None:
     """Measurements of other clips, weights or metrics must not end up in one folder: UserError."""
     names = "\0".join(clips.names).encode("utf-8", "surrogateescape")
-    facts = measure.facts() | {"data": to_dict(clips.cfg), "num_clips": len(clips)}
-    claim_folder(folder, facts | {"clips_sha256": hashlib.sha256(names).hexdigest()})
+    facts = measure.facts() | clips.facts | {"num_clips": len(clips), "clips_sha256": hashlib.sha256(names).hexdigest()}
+    claim_folder(folder, facts, "give another --out")
 
 
 def made_once(path: Path, make: Callable[[], Tensor]) -> Tensor:
@@ -162,7 +153,7 @@ class Sweep:
     """What some strategies and codecs ask for, in units of a few clips."""
 
     def __init__(
-        self, folder: Path, clips: ClipDataset, keys: Mapping[str, Sequence[str]], measure: Measure, unit_size: int = 4
+        self, folder: Path, clips: CurveClips, keys: Mapping[str, Sequence[str]], measure: Measure, unit_size: int = 4
     ) -> None:
         """keys: for each clip by name, what to measure."""
         self.folder, self.clips, self.keys, self.measure = folder, clips, keys, measure
@@ -199,21 +190,13 @@ class Sweep:
             name = self.clips.names[index]
             before = known.get(name, {})
             missing = [key for key in self.keys[name] if key not in before]
-            found, new = self.measure(read(self.clips, index), missing) if missing else ({}, {})
+            found, new = self.measure(self.clips.read(index), missing) if missing else ({}, {})
             figures[name] = {key: found[key] if key in found else before[key] for key in self.keys[name]}
             vectors |= {f"{name} {key}": vector for key, vector in new.items()}
         wanted = (f"{name} {key}" for name, found in figures.items() for key in found)
         features = {place: vectors[place].contiguous() for place in wanted if place in vectors}
         header = {_KIND: json.dumps(figures, sort_keys=True)}
         atomic_write(self.units.path(unit), save(features, metadata=header))
-
-
-def read(clips: ClipDataset, index: int) -> Tensor:
-    """video_CTHW of this very clip. UserError where it cannot be read: a curve compares equal clips."""
-    sample, name = clips.get(index), clips.names[index]
-    if sample.name != name:  # the data set gives the next clip for a bad one
-        raise UserError(f"{name}: cannot be read ({clips.quarantine[name]}); leave it out of the clips")
-    return sample.video_CTHW
 
 
 def _read_unit(path: Path) -> tuple[dict[str, dict[str, Figures]], dict[str, Tensor]]:

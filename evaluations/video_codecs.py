@@ -113,6 +113,7 @@ class Coded:
 
     @property
     def num_bytes(self) -> int:
+        """Of the elementary stream, parameter sets included."""
         return sum(map(len, self.packets))
 
 

@@ -77,6 +77,13 @@ def test_windows_do_not_overlap_and_carry_the_label(ucf: Path, tmp_path: Path) -
     assert [first_frame(clip.read()) for clip in clips.clips] == [0, 16, 32, 0]
     assert clips.notes[0].startswith("1 videos cannot be read") and "asks for 10000" in clips.notes[1]
 
+    video(ucf / "Punch/v_Punch_g09_c01.avi", 15)
+    assert "1 videos have fewer than 16 frames and no window" in list_clips(small("ucf101-c2v-10k")).notes
+    video(ucf / "HandstandPushups/v_HandStandPushups_g08_c02.avi", 3)
+    with pytest.raises(UserError, match="not one of 3 videos"):
+        list_clips(small("ucf101-c2v-10k"))
+    video(ucf / "HandstandPushups/v_HandStandPushups_g08_c02.avi", 50)
+
     drawn = [list_clips(small("ucf101-c2v-10k", count=2), cache=tmp_path / "cache") for _ in "ab"]
     assert len({clip.name for clip in drawn[0].clips}) == 2 and drawn[0].sha256 == drawn[1].sha256 != clips.sha256
 
@@ -105,13 +112,16 @@ def test_folders_and_manifests(tmp_path: Path) -> None:
     protocol = small("folder-recon")
     assert [clip.label for clip in list_clips(protocol, tmp_path / "in").clips] == ["class 0", "class 1", "class 2"]
     manifest = tmp_path / "m.csv"
-    manifest.write_text("path,label\nin/class 1/a.mp4,x\ngone.mp4,y\n")
+    manifest.write_text("path,label\nin/class 1/a.mp4,x\ngone.mp4,y\nin/class 1/a.mp4,z\n")
     clips = list_clips(protocol, manifest)
+    assert clips.notes[0] == "1 rows of the list repeat a video, which is taken once"
     assert [(clip.name, clip.label) for clip in clips.clips] == [("in/class 1/a.mp4", "x")] and clips.num_missing == 1
     assert len(list_clips(replace(protocol, count=2), tmp_path / "in").clips) == 2
     (tmp_path / "in/class 0/a.mp4").write_bytes(b"")
     with pytest.raises(VideoError):
         list_clips(protocol, tmp_path / "in").clips[0].read()
+    given = list_clips(small("ucf101-recon-train"), tmp_path / "in")
+    assert given.notes == ["the list is --data in, not looked up in the data set's own"]
     with pytest.raises(UserError, match="--data"):
         list_clips(protocol)
     with pytest.raises(UserError, match="brings its own clips"):

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import evaluations
 from evaluations.protocols import PROTOCOLS, card_of, card_text, find_protocol
 from tokenizer.common.errors import UserError
 
@@ -75,6 +76,12 @@ def test_wrong_names_are_one_line() -> None:
     for field in ("task", "dataset", "clip_rule", "extractor", "covariance"):
         with pytest.raises(UserError, match=field):
             dataclasses.replace(PROTOCOLS["mini-recon"], **{field: "other"})
+
+
+def test_the_face_of_the_package_hands_on_its_names() -> None:
+    assert all(callable(getattr(evaluations, name)) for name in evaluations.__all__)
+    with pytest.raises(AttributeError, match="'evaluations' has no attribute 'score'"):
+        evaluations.score  # noqa: B018
 
 
 def test_the_list_can_be_printed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from autoregressive.presets import PRESETS
 from evaluations import quality_cost, report, sweep
 from evaluations.bd_rate import Curve, bd_rate
 from evaluations.curve_charts import Series, curve_chart
+from evaluations.protocols import PROTOCOLS, card_of, card_text, find_protocol
 from evaluations.report_tables import PAPER, Run, find_runs, own_tables, paper_tables
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
@@ -50,6 +52,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     gpt = GPT(PRESETS["GPT-debug"])
     tokens = {"tokenizer_sha256": "", "class_names": []}
     save_model(folder / "gpt.safetensors", gpt.state_dict(), {"model": to_dict(gpt.config), "tokens": tokens}, {})
+    (folder / "router.yaml").write_text(json.dumps({"model": to_dict(router.config)}))
     models = [f"--{name}-ckpt={folder / file}.safetensors" for name, file in (("vq", "tok"), ("router", "router"))]
     data = DataConfig(["synthetic:heldout:5"], size=32, augment=False)
     names, lpips_SA = build_dataset(data).names, torch.rand(5, tokenizer.space.num_rows)
@@ -148,6 +151,27 @@ def test_more_strategies_measure_only_what_is_new(
         run(out, "--max-clips", "3", *more)
 
 
+def test_a_protocol_decides_about_clips_and_networks(
+    run: Callable[..., Path], flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = dataclasses.replace(PROTOCOLS["mini-recon"], sources=("synthetic:heldout:5",), size=32)
+    monkeypatch.setitem(PROTOCOLS, "mini-recon", small)
+    few = ("--force", "--codecs", "none", "--strategies", "uniform,router")
+    yaml = str(Path(flags[0].partition("=")[2]).with_name("router.yaml"))
+    out = run(tmp_path / "named", "--protocol", "mini-recon", "--count", "3", "--router-config", yaml, *few)
+    metrics = read(out)
+    assert metrics["notes"] == ["not the protocol mini-recon: count, draws changed"]
+    card = metrics["card"]
+    assert (card["protocol"]["name"], card["list"]["clips"], metrics["num_clips"]) == ("mini-recon", 3, 3)
+    assert card == json.loads((out / "card.json").read_text()) and len(card["system"]["router_sha256"]) == 1
+    assert (out / "card.txt").read_text() == card_text(card) + "\n"
+    assert f"Protocol mini-recon ({card['protocol_hash']})" in (out / "report.html").read_text()
+
+    free = read(run(tmp_path / "free", "--sources", "synthetic:heldout:5", "--max-clips", "3", *few))
+    assert free["card"] is None and free["points"] == metrics["points"], "the same clips and networks"
+    assert "Under no named protocol" in (tmp_path / "free/report.html").read_text()
+
+
 def test_a_table_made_on_the_spot(run: Callable[..., Path], tmp_path: Path) -> None:
     more = ("--table", "fresh", "--sources", "synthetic:heldout:1", "--strategies", "threshold", "--thresholds", "0")
     metrics = read(run(tmp_path, *more, "--extractor", "none", "--codecs", "none"))
@@ -164,6 +188,9 @@ def test_a_table_made_on_the_spot(run: Callable[..., Path], tmp_path: Path) -> N
         (("--extractor", "none", "--codecs", "h266"), "h266"),
         (("--extractor", "none", "--strategies", "price"), "--budgets price:N"),
         (("--sources", "nowhere"), "nowhere"),
+        (("--protocol", "mini-recon"), "--max-clips: protocol mini-recon has decided"),
+        (("--data", "somewhere"), "--data goes with --protocol"),
+        (("--router-config", "a", "--router-config", "b"), "2 --router-config for 1 --router-ckpt"),
         (("--sources", "synthetic:train:2", "--extractor", "none"), "the table lacks 2 of 2"),
     ],
 )
@@ -203,14 +230,13 @@ def test_ours_stands_beside_the_papers_only_under_its_protocol() -> None:
     assert ours(result(24.5, miniature=True)) == nothing, "a miniature number is never in a row of the paper"
     assert ours(result(24.5, changed=["count"])) == nothing
     assert ours(result(24.5, name="mini-recon")) == nothing
+    assert ours(result(24.5, listed=9538)) == nothing, "a video of the list is missing"
     other = result(24.5)
     other["card"]["trained_as"] = {"tokenizer": {"run": "VQ_SB_uniform_256", "step": 1000}}
     assert ours(other) == nothing, "trained for fewer steps"
 
 
 def test_the_papers_figures_name_protocols_that_exist() -> None:
-    from evaluations.protocols import PROTOCOLS
-
     paper = json.loads(PAPER.read_text())
     for table in paper["tables"]:
         assert table["protocol"] in PROTOCOLS
@@ -251,8 +277,6 @@ def test_report_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def protocol_fields(name: str) -> dict[str, Any]:
-    from evaluations.protocols import card_of, find_protocol
-
     return card_of(find_protocol(name))["protocol"]
 
 

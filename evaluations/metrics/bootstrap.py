@@ -42,6 +42,7 @@ class PairedComparison:
 
     @property
     def decided(self) -> bool:
+        """Whether the two systems differ by more than other clips would change."""
         return not self.interval.low <= 0 <= self.interval.high
 
 

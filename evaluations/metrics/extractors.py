@@ -71,6 +71,8 @@ def load_extractor(
     device = torch.device(device)
     match name:
         case "effnet":
+            if weights is not None:
+                raise UserError(f"extractor effnet brings its weights; leave --extractor-weights {weights} out")
             return _effnet(device)
         case "i3d":
             return _i3d(_weights_file(name, weights, sha256), device)

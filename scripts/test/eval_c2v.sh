@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # gFVD of class-to-video under a named protocol: one sample for each real clip, with that clip's class.
 #
-#   bash scripts/test/eval_c2v.sh --protocol NAME --tok-config T.yaml --vq-ckpt T --gpt-model GPT-L --gpt-ckpt G \
-#       --cfg-scale 1.75 --check-special-token-mask --out DIR [more flags]
+#   [WORKERS=n] bash scripts/test/eval_c2v.sh --protocol NAME --tok-config T.yaml --vq-ckpt T --gpt-model GPT-L \
+#       --gpt-ckpt G --cfg-scale 1.75 --check-special-token-mask --out DIR [more flags]
 #   bash scripts/test/eval_c2v.sh --protocol NAME --ours DIR_OF_SAMPLES --out DIR
 #
 # Prints and writes the protocol card; writes DIR/metrics.json, per_clip.csv and pictures. Stopped, it goes on from there;
-# RANK and WORLD_SIZE share the work. All flags: python -m evaluations.class_to_video --help. PRECISION=none|bf16|fp16.
+# WORKERS=n shares the work among n processes, and more may be started elsewhere. All flags:
+# python -m evaluations.class_to_video --help. PRECISION=none|bf16|fp16.
 
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_launch.sh"
-python=$(project_python)
-exec "$python" -m evaluations.class_to_video "$@"
+run_workers evaluations.class_to_video "$@"

@@ -5,6 +5,7 @@
 #
 # Without options: the shipped miniature on its held-out clips, into results/quality_cost_mini. Writes points.csv, clips.csv, metrics.json,
 # the charts and report.html. WORKERS=n shares the work among n processes; more may be started elsewhere, killed and started again.
+# --protocol NAME takes clips and networks from a named protocol of reconstruction, whose card then stands beside the result.
 # Example: bash scripts/test/quality_cost_curve.sh --vq-ckpt T --router-ckpt R --table TABLE --extractor effnet --out DIR
 
 set -euo pipefail

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.config import differences
 from tokenizer.common.errors import UserError
 
 
@@ -39,15 +40,16 @@ class WorkUnits:
         """Units that some worker has finished."""
         return sum(path.exists() for path in self.paths)
 
-    def work(self, do: Callable[[int], None], merge: Callable[[], None], title: str) -> bool:
+    def work(self, do: Callable[[int], None], merge: Callable[[], None], title: str | None) -> bool:
         """Call `do(unit)` for every unit that is free; it must put the result at `path(unit)` in one step.
 
         Whoever finds all units done calls `merge()`, one at a time, and gets True; False where others are still at
-        work on some.
+        work on some. title: of the bar of units; None for a caller that shows its own.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         mine = os.getpid() % self.num_units  # start at different places, so that workers seldom meet
-        for unit in tqdm([(mine + i) % self.num_units for i in range(self.num_units)], desc=title, unit="unit"):
+        order = [(mine + i) % self.num_units for i in range(self.num_units)]
+        for unit in tqdm(order, desc=title, unit="unit", disable=title is None):
             if self.path(unit).exists():
                 continue
             with lock(self.folder / f"{unit:06d}.lock", fcntl.LOCK_NB) as free:
@@ -60,16 +62,22 @@ class WorkUnits:
         return True
 
 
-def claim_folder(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write down what the units of `folder` are made from; UserError where they were begun from something else."""
+def claim_folder(folder: Path, facts: Mapping[str, Any], way_out: str = "choose another dir=") -> None:
+    """Write down what the units of `folder` are made from.
+
+    UserError, ending with `way_out`, where they were begun from something else.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "made_from.json"
+    path, facts = folder / "made_from.json", json.loads(json.dumps(facts))  # tuples come back as lists
     with lock(folder / ".made_from.lock"):  # workers start together
         if not path.exists():
             atomic_write(path, json.dumps(facts, indent=1).encode())
     before = json.loads(path.read_text(encoding="utf-8"))
     if changed := sorted(key for key in facts if before.get(key) != facts[key]):
-        raise UserError(f"{folder} holds work made from another {', '.join(changed)}; choose another dir=")
+        details = differences(*({key: side.get(key) for key in changed} for side in (before, facts)))
+        raise UserError(
+            f"{folder} holds work made from another {', '.join(changed)} (there / now: {'; '.join(details)}); {way_out}"
+        )
 
 
 @contextmanager
