@@ -213,6 +213,7 @@ class SampleJob:
         print(
             f"{self._args.gpt_model} ({weights / 1e6:.1f}M) on {model.device}, {num_clips} clips to sample; keys and "
             f"values: {config.slots} slots x {config.streams} streams x {places} places = {size / 2**20:.1f} MiB"
+            + ("; the first steps wait until they are compiled" if config.compile else "")
         )
         return Sampler(model, config, places)
 
