@@ -9,6 +9,8 @@ from functools import partial
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from autoregressive import sampler as sampler_module
@@ -59,14 +61,21 @@ def test_compiled_clips_are_those_of_the_plain_step(
 ) -> None:
     plain = Sampler(gpt, CONFIG)
     wanted = clips(plain)
-    record = make_record()
+    record, written = make_record(), []
+
+    def lowered(graph: torch.fx.GraphModule, inputs: object) -> Callable:
+        written.extend(node.args[0].op for node in graph.graph.nodes if node.target is torch.ops.aten.index_put.default)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=lowered, keep_inference_input_mutations=True)
     monkeypatch.setattr(sampler_module, "_LONGEST_STEP", 8)
-    monkeypatch.setattr(sampler_module, "CompiledStep", partial(CompiledStep, backend="aot_eager", record=record))
+    monkeypatch.setattr(sampler_module, "CompiledStep", partial(CompiledStep, backend=backend, record=record))
     torch._dynamo.reset()
     counters.clear()
     sampler = Sampler(gpt, replace(CONFIG, compile=True))
     assert clips(sampler) == wanted
     assert 1 <= counters["stats"]["unique_graphs"] <= 2, "one for a constant number of keys, one for any other"
+    assert set(written) == {"placeholder"}, "the cache itself is written, not a part of it: else it is copied whole"
     with torch.compiler.set_stance("fail_on_recompile"):
         assert clips(sampler) == wanted
     assert sampler.counts.synchronisations == 2 * plain.counts.synchronisations, "compiled steps wait for nothing"
