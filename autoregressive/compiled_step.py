@@ -8,8 +8,9 @@ of it, and replaying one is the whole step: a launch, without any look at the de
     record    on a GPU, one graph for each number of keys, when it first occurs; they share their memory, because no two
               run at once and none leaves anything there for another
 
-The compiled code rounds differently from the plain one, which in half precision can tip a draw; on a CPU in fp32 the
-tests find the same clips. Recording was tested with a stand-in: no GPU was at hand where this was written.
+Generated kernels round differently from the plain step, which can tip a draw, above all in half precision. The tests
+run the step as torch.compile traces and lowers it, but operation by operation, and record it with a stand-in; the
+generated kernels and the CUDA graphs were not run where this was written.
 """
 
 from __future__ import annotations
