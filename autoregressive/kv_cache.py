@@ -1,6 +1,6 @@
-"""Keys and values of the clips that are being sampled: one fixed allocation, written in place, read where it lives.
+"""Keys and values of the clips that are being sampled: allocated once, written in place, read where they live.
 
-Letters: Y layers, S slots, G streams of a slot (2 with guidance: with and without the class), h heads, Q places,
+Letters: S slots, G streams of a slot (2 with guidance: with and without the class), h heads, Q places,
 e width of a head, R = S * G rows of one step.
 """
 
@@ -20,34 +20,37 @@ _MEMINFO = Path("/proc/meminfo")  # Linux; elsewhere all memory counts as free
 
 
 class KVCache:
-    """Keys and values, [Y, S, G, h, Q, e] each. A slot's old contents need no erasing: nobody reads past `live`."""
+    """Keys and values of each layer, [S, G, h, Q, e]. A slot's old contents need no erasing: nobody reads past `live`.
+
+    Each layer has tensors of its own: torch.compile turns writes into parts of one large tensor into copies of it.
+    """
 
     def __init__(
         self, layers: int, heads: int, head_width: int, slots: int, streams: int, places: int,
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
-        shape = (layers, slots, streams, heads, places, head_width)
-        self.k_YSGhQe = torch.zeros(shape, dtype=dtype, device=device)
-        self.v_YSGhQe = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (slots, streams, heads, places, head_width)
+        self.k_SGhQe = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.v_SGhQe = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.slot_S = torch.arange(slots, device=device)
 
     @property
     def num_bytes(self) -> int:
-        return 2 * self.k_YSGhQe.numel() * self.k_YSGhQe.element_size()
+        return sum(x_SGhQe.nbytes for x_SGhQe in (*self.k_SGhQe, *self.v_SGhQe))
 
     def step(self, layer: int, q_Rhe: Tensor, k_Rhe: Tensor, v_Rhe: Tensor, position_S: Tensor, live: Live) -> Tensor:
         """Write one new token a row at its slot's position, then attend to all that lives -> [R, h, e]."""
-        slots_streams = self.k_YSGhQe.shape[1:3]
-        q_SGhe, k_SGhe, v_SGhe = (x.unflatten(0, slots_streams) for x in (q_Rhe, k_Rhe, v_Rhe))
-        self.k_YSGhQe[layer][self.slot_S, :, :, position_S] = k_SGhe
-        self.v_YSGhQe[layer][self.slot_S, :, :, position_S] = v_SGhe
-        return attend_cached(q_SGhe, self.k_YSGhQe[layer], self.v_YSGhQe[layer], position_S, live).flatten(0, 1)
+        k_SGhQe, v_SGhQe = self.k_SGhQe[layer], self.v_SGhQe[layer]
+        q_SGhe, k_SGhe, v_SGhe = (x.unflatten(0, k_SGhQe.shape[:2]) for x in (q_Rhe, k_Rhe, v_Rhe))
+        k_SGhQe[self.slot_S, :, :, position_S] = k_SGhe
+        v_SGhQe[self.slot_S, :, :, position_S] = v_SGhe
+        return attend_cached(q_SGhe, k_SGhQe, v_SGhQe, position_S, live).flatten(0, 1)
 
     def fill(self, layer: int, slot: int, k_Qhe: Tensor, v_Qhe: Tensor) -> None:
         """Write the first places of a slot at once, in all its streams."""
         num = len(k_Qhe)
-        self.k_YSGhQe[layer, slot, :, :, :num] = rearrange(k_Qhe, "Q h e -> h Q e")
-        self.v_YSGhQe[layer, slot, :, :, :num] = rearrange(v_Qhe, "Q h e -> h Q e")
+        self.k_SGhQe[layer][slot, :, :, :num] = rearrange(k_Qhe, "Q h e -> h Q e")
+        self.v_SGhQe[layer][slot, :, :, :num] = rearrange(v_Qhe, "Q h e -> h Q e")
 
 
 def bytes_per_slot(layers: int, width: int, streams: int, places: int, dtype: torch.dtype) -> int:

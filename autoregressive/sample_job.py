@@ -85,6 +85,7 @@ def add_common_flags(parser: Parser) -> None:
     precision = os.environ.get("PRECISION", "none")
     add("--precision", default=precision, help=f"of the GPT: {' | '.join(PRECISIONS)} (default: PRECISION, else none)")
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    add("--compile", action="store_true", help="compile the step, and on a GPU replay CUDA graphs: for many clips")
     add("--overwrite", action="store_true", help="remove the earlier samples in --sample-dir and start again")
 
 
@@ -113,7 +114,7 @@ class SampleJob:
         self.rule = self._rule(args)
         self.config = SamplingConfig(
             args.per_proc_batch_size, args.seed, guidance, args.temperature, args.top_k, args.top_p,
-            args.check_special_token_mask,
+            args.check_special_token_mask, args.compile,
         )  # fmt: skip
         self.folder = SampleFolder(args.sample_dir, self.layout.levels[-1])
         self._args = args
@@ -213,6 +214,7 @@ class SampleJob:
         print(
             f"{self._args.gpt_model} ({weights / 1e6:.1f}M) on {model.device}, {num_clips} clips to sample; keys and "
             f"values: {config.slots} slots x {config.streams} streams x {places} places = {size / 2**20:.1f} MiB"
+            + ("; the first steps wait until they are compiled" if config.compile else "")
         )
         return Sampler(model, config, places)
 

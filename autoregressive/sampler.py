@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autoregressive.compiled_step import CompiledStep
 from autoregressive.kv_cache import check_memory
 from autoregressive.model import GPT
 from autoregressive.noise import gumbel, id_words, key_words
@@ -31,7 +32,7 @@ from autoregressive.sequence import ClipCodes, Grammar, LengthRule, SequenceLayo
 from tokenizer.common.errors import UserError
 
 _NO_CODES = torch.empty(0, dtype=torch.long)
-_LONGEST_STEP = 128  # keys; on a GPU the longest slot is rounded up to this, so that few shapes occur
+_LONGEST_STEP = 128  # keys; with static shapes the longest slot is rounded up to this, so that few of them occur
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class SamplingConfig:
     guidance: s of u + s (c - u), one number, or one for each temporal block. Where all are 1, the half without class is
     not run; with any other number it is run in all blocks.
     check_grammar: only ids that the grammar allows are drawn; else sequences that break it are found and marked.
+    compile: compile the step, and on a GPU replay it as CUDA graphs. It takes a while before the first clip.
     """
 
     slots: int = 8
@@ -84,6 +86,7 @@ class SamplingConfig:
     top_k: int = 0
     top_p: float = 1.0
     check_grammar: bool = True
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.top_k < 0:
@@ -144,7 +147,8 @@ def longest_sequence(layout: SequenceLayout, rule: LengthRule) -> int:
 class Sampler:
     """Samples clips of one model. `places`: ids of the longest sequence that will be asked for (default: any).
 
-    Raises UserError where guidance does not fit the model, or the keys and values do not fit into memory.
+    Raises UserError where guidance does not fit the model, the keys and values do not fit into memory, or the step
+    cannot be compiled here though `config` asks for it.
     """
 
     def __init__(self, model: GPT, config: SamplingConfig, places: int | None = None) -> None:
@@ -173,6 +177,8 @@ class Sampler:
         self._word_V = id_words(layout.num_ids, device)
         self._bias_rows: dict[tuple[bool, ...], Tensor] = {}
         self._bias_of: list[tuple[bool, ...] | None] = [None] * slots
+        moving = (self._input_SG, self._position_S)
+        self._compiled = CompiledStep(self._advance, moving, device) if config.compile else None
 
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Samples in the order in which they end. Stopping early frees all slots."""
@@ -252,7 +258,10 @@ class Sampler:
     def _step(self) -> None:
         """Every slot reads its id and draws the next. Nothing here waits for the device."""
         live = [slot.position + 1 if slot else 0 for slot in self._slots]
-        self._advance(live if self.model.device.type == "cpu" else self._rounded(max(live)))
+        if self._compiled:
+            self._compiled(self._rounded(max(live)))
+        else:
+            self._advance(live if self.model.device.type == "cpu" else self._rounded(max(live)))
         for slot in self._slots:
             if slot:
                 slot.position += 1

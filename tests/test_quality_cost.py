@@ -236,11 +236,15 @@ def test_ours_stands_beside_the_papers_only_under_its_protocol() -> None:
     assert ours(other) == nothing, "trained for fewer steps"
 
 
-def test_the_papers_figures_name_protocols_that_exist() -> None:
+def test_the_papers_figures_name_protocols_and_configs_that_exist() -> None:
     paper = json.loads(PAPER.read_text())
     for table in paper["tables"]:
         assert table["protocol"] in PROTOCOLS
-        assert all(set(row["paper"]) <= set(table["metrics"]) for row in table["rows"])
+        for row in table["rows"]:
+            assert set(row["paper"]) <= set(table["metrics"])
+            for kind, folder in (("tokenizer", "vq"), ("gpt", "ar")):
+                if name := row["run"].get(kind):
+                    assert (ROOT / f"configs/{folder}/{name}.yaml").is_file(), name
 
 
 def test_miniature_runs_are_marked() -> None:

@@ -237,6 +237,12 @@ def test_lengths_without_the_mask_are_refused(c2v, tmp_path: Path) -> None:
         c2v(tmp_path / "out", "--max-tokens", "20", mask=False)
 
 
+def test_compiling_without_a_compiler_is_refused(c2v, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="--compile for cpu needs a C.. compiler, and there is no 'no-such-compiler'"):
+        c2v(tmp_path / "out", "--class-idx", "0", "--compile")
+
+
 def test_missing_flags_and_wrong_models(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["sample_c2v", "--gpt-model", "GPT-B"])
     with pytest.raises(UserError, match="missing: --tok-config, --vq-ckpt, --gpt-ckpt, --sample-dir"):
@@ -277,7 +283,7 @@ def test_out_of_memory_says_how_to_go_on(c2v, tmp_path: Path, monkeypatch: pytes
 def test_every_promised_flag_is_explained(command, flags: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     shared = (
         "--tok-config --vq-ckpt --gpt-model --gpt-ckpt --sample-dir --per-proc-batch-size --check-special-token-mask "
-        "--seed --temperature --top-k --top-p --precision --device --tokens-per-block"
+        "--seed --temperature --top-k --top-p --precision --device --tokens-per-block --compile"
     )
     monkeypatch.setattr(sys, "argv", ["command", "--help"])
     with pytest.raises(SystemExit, match="0"):
