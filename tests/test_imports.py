@@ -36,8 +36,8 @@ LAYER_OF = {room: height for height, rooms in enumerate(LAYERS) for room in room
 # The same for the files of `autoregressive`.
 GPT_LAYERS = (
     {"sequence", "attention", "noise", "pick", "condition", "sample_pictures", "class_names", "compiled_step"},
-    {"kv_cache", "sample_folder", "token_archive"},
-    {"model", "batches"},
+    {"kv_cache", "sample_page", "token_archive"},
+    {"model", "batches", "sample_folder"},
     {"presets", "sampler"},
     {"sample_grid"},
     {"sample_job", "extract_codes", "train"},

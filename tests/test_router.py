@@ -54,9 +54,9 @@ def motion_table(data: DataConfig) -> QualityTable:
     return QualityTable(lpips_BA, 1 - lpips_BA, lpips_BA**2, clips.names, tuple(TINY.levels), TINY.num_blocks)
 
 
-def toy_config(folder: Path, labels: str = "soft", steps: int = 100) -> RouterTrainConfig:
+def toy_config(folder: Path, labels: str = "soft", steps: int = 150) -> RouterTrainConfig:
     """A config whose two tables are written into `folder`."""
-    sources = {"table": "synthetic:train:64", "val_table": "synthetic:heldout:16"}
+    sources = {"table": "classed:train:60", "val_table": "classed:heldout:20"}
     data = {name: DataConfig([source], 8, 16, augment=False) for name, source in sources.items()}
     for name, each in data.items():
         if not (folder / name).exists():
@@ -125,7 +125,9 @@ def test_it_learns_visible_motion_better_than_any_uniform(tmp_path: Path) -> Non
     assert val["val/percentile"] > max(0.9, val["val/best_uniform"])
     assert val["val/top1"] <= val["val/top5"] <= 1
     router = load_router(tmp_path / "soft")
-    score_SA = torch.cat([router.scores(training.val_clips.get(i).video_CTHW[None]) for i in range(16)])
+    score_SA = torch.cat(
+        [router.scores(training.val_clips.get(i).video_CTHW[None]) for i in range(len(training.val_clips))]
+    )
     again = measure(score_SA, training.val_reward_SA, router.space)
     assert again["percentile"] == pytest.approx(val["val/percentile"], abs=1e-3)
 
@@ -228,8 +230,8 @@ def test_hard_labels_train_and_the_config_survives_yaml(tmp_path: Path) -> None:
 def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     config = toy_config(tmp_path)
     table = QualityTable.load(config.table)
-    with pytest.raises(UserError, match="52 of its 64 clips"):
-        TableClips(DataConfig(["synthetic:train:12"], 8, 16), 0, table, config.table)
+    with pytest.raises(UserError, match="48 of its 60 clips"):
+        TableClips(DataConfig(["classed:train:12"], 8, 16), 0, table, config.table)
     config.model = RouterConfig(num_frames=8, size=16, levels=[2, 4], layers=1, width=32, heads=2)
     with pytest.raises(UserError, match=r"\[2, 4, 8\].*\[2, 4\]"):
         RouterTraining(config)
