@@ -1,7 +1,7 @@
 """A small classifier of the miniature's classes: trained on true clips, asked about generated ones.
 
 It answers one question: does a clip that was generated for a class show that class? It is trained on freshly rendered
-scenes and real clips of the training split alone, in a minute or two, from a fixed seed; no weights are kept.
+scenes and real clips of the training split alone, in some minutes, from a fixed seed; no weights are kept.
 
 Letters: B clips, C T H W, A classes.
 """
@@ -24,7 +24,7 @@ from tokenizer.data.loader import batches
 REAL = "real"  # the class of every clip that no one rendered
 NAMES = (*CLASS_NAMES, REAL)
 _SIDE = 32  # pixels that the classifier looks at
-_STEPS, _BATCH, _RATE = 500, 32, 2e-3
+_STEPS, _BATCH, _RATE = 900, 32, 2e-3
 
 
 class SceneClassifier(nn.Module):

@@ -18,7 +18,7 @@ cp tokenizer/data/bundled/{bottle,tree}_*.mp4 results/quickstart_clips/
   --router_config configs/mini/router.yaml --router_ckpt ckpts/mini/router.safetensors \
   --tok_config configs/mini/final.yaml --vq_ckpt ckpts/mini/final.safetensors
 bash scripts/test/sample_c2v_visualization.sh --tok-config configs/mini/final.yaml --vq-ckpt ckpts/mini/final.safetensors \
-  --gpt-model GPT-mini --gpt-ckpt ckpts/mini/gpt_c2v.safetensors --sample-dir results/quickstart_samples --cfg-scale 1.5 \
+  --gpt-model GPT-mini --gpt-ckpt ckpts/mini/gpt_c2v.safetensors --sample-dir results/quickstart_samples --cfg-scale 2.25 \
   --qual-num 2 --class-idx "disc still,disc slide fast,bar pulse fast,real" --check-special-token-mask
 bash scripts/test/frame_pred_visualization.sh --tok-config configs/mini/final.yaml --vq-ckpt ckpts/mini/final.safetensors \
   --gpt-model GPT-mini --gpt-ckpt ckpts/mini/gpt_fp.safetensors --vid_path results/quickstart_clips --sample-num 8 \
