@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from tokenizer.common.config import load_config, load_section
+from tokenizer.common.watch import read_curve
 from tokenizer.frozen.videomae import FrozenVideoMAE
 from tokenizer.frozen.vjepa2 import FrozenVJEPA2
 from tokenizer.frozen.weights import FrozenConfig
@@ -41,6 +43,17 @@ META = torch.device("meta")
 def test_no_config_of_stages_1_to_4_is_left_out() -> None:
     others = [name for name in CONFIGS if Path(name).name.lower().startswith(("gpt", "extract"))]
     assert sorted(ROUTERS + CURATIONS + TOKENIZERS) == [name for name in CONFIGS if name not in others]
+
+
+def test_reference_curves_are_those_that_configs_name() -> None:
+    """Each has a loss for every line that the run logs."""
+    named = {}
+    for name in CONFIGS:
+        run = yaml.safe_load((ROOT / name).read_text()).get("run", {})
+        if "reference" in run:
+            named[run["reference"]] = list(range(run["log_every"], run["steps"] + 1, run["log_every"]))
+    there = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "configs").rglob("*.jsonl")}
+    assert {name: [step for step, _ in read_curve(path, "loss")] for name, path in there.items()} == named
 
 
 def unpublished(config: FrozenConfig) -> FrozenConfig:
