@@ -24,7 +24,7 @@ from tokenizer.data.loader import batches
 REAL = "real"  # the class of every clip that no one rendered
 NAMES = (*CLASS_NAMES, REAL)
 _SIDE = 32  # pixels that the classifier looks at
-_STEPS, _BATCH, _RATE = 900, 32, 2e-3
+_STEPS, _BATCH, _RATE = 700, 32, 2e-3
 
 
 class SceneClassifier(nn.Module):
