@@ -37,7 +37,7 @@ from tokenizer.router.predict import TrainedRouter, load_router
 from tokenizer.router.summary import rank_correlation
 
 PER_CLASS = 20  # generated clips of each class
-GUIDANCE = 2.25  # the default of the command; of the figures with a class; the figure of valid sequences is taken without guidance
+GUIDANCE = 2.25  # with a class: the default of the command; valid sequences are counted without guidance
 GIVEN_FRAMES = 5
 _SLOTS = 16
 _BATCH = 16
