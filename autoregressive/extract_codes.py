@@ -11,7 +11,6 @@ Work is shared and resumed as in stage 2: each shard of the archive is a unit (t
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import hashlib
 import json
@@ -29,7 +28,8 @@ from autoregressive.token_archive import ArchivedClip, ArchiveFacts, TokenArchiv
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.budget import Budget, parse_budget
 from tokenizer.common.checkpoint import atomic_write
-from tokenizer.common.config import load_config, to_dict
+from tokenizer.common.config import to_dict
+from tokenizer.common.entry import parse_work_arguments
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.runtime import pick_device
 from tokenizer.common.units import WorkUnits, claim_folder
@@ -257,17 +257,10 @@ def choose_lengths(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tokenize a set of clips into an archive that a GPT trains on.")
-    parser.add_argument("config", type=Path, help="YAML of this stage, e.g. configs/mini/extract_c2v.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the YAML")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="load everything, say how much work is left, write nothing"
-    )
-    args = parser.parse_intermixed_args()
-    config = load_config(ExtractConfig, args.config, args.overrides)
-    config.dir = config.dir or f"results/extract/{args.config.name.removesuffix('.yaml')}"
+    description = "Stage 5a: tokenize a set of clips into an archive that a GPT trains on."
+    config, dry_run = parse_work_arguments(ExtractConfig, "extract", description)
     extraction = Extraction(config)
-    if args.dry_run:
+    if dry_run:
         done, units = extraction.units.num_done(), extraction.units.num_units
         print(f"{len(extraction.draws)} clips in {units} shards, {done} done, into {config.dir}")
     elif not extraction.run():

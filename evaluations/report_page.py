@@ -12,9 +12,8 @@ from evaluations.curve_charts import CURVE_STYLE, charts
 from evaluations.protocols import card_text
 from evaluations.report_tables import Run, Table, own_tables, paper_tables, points_table, savings_table
 from tokenizer.common.checkpoint import atomic_write
-from tokenizer.router.report_style import STYLE
+from tokenizer.router.film_page import html_page
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _STYLE = """
 .scroll { overflow-x: auto; }
 table.results { border-collapse: collapse; font-size: 13px; white-space: nowrap; }
@@ -38,13 +37,7 @@ def write_report(folder: Path, metrics: Mapping[str, Any]) -> Path:
 def page(runs: Sequence[Run]) -> str:
     """The whole page."""
     sections = [_header(runs), _curves(runs), _own(runs), _paper(runs), _cards(runs)]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Evaluation</title><style>{STYLE}{CURVE_STYLE}{_STYLE}</style></head>"
-        f"<body><main>{''.join(sections)}</main></body></html>\n"
-    )
+    return html_page("Evaluation", CURVE_STYLE + _STYLE, sections)
 
 
 def markdown(runs: Sequence[Run]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What every training entry shares: its command line, the default results folder, and the rehearsal (`--dry-run`)."""
+"""What the entries of the stages share: command line, default results folder, and the rehearsal of a training."""
 
 from __future__ import annotations
 
@@ -25,12 +25,7 @@ def parse_training_arguments(schema: type[T], stage: str, description: str) -> t
 
     The default results folder is results/<stage>/<file name of the config without .yaml>.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("config", type=Path, help="YAML of this stage, see configs/README.md")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the YAML")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="build all, run two steps, say what the run would cost and what it lacks"
-    )
+    parser = _parser(description, "build all, run two steps, say what the run would cost and what it lacks")
     parser.add_argument(
         "--global-batch-size", type=int, metavar="N", help="clips of one update over all processes: run.batch_size=N"
     )
@@ -50,6 +45,22 @@ def parse_training_arguments(schema: type[T], stage: str, description: str) -> t
     if args.overfit_one_batch:
         config.run.dir = f"{config.run.dir.rstrip('/')}-overfit"
     return config, args.dry_run
+
+
+def parse_work_arguments(schema: type[T], stage: str, description: str) -> tuple[T, bool]:
+    """The same for a stage whose work any number of processes share (2 and 5a): the config with `dir` filled in."""
+    args = _parser(description, "load everything, say how much work is left, write nothing").parse_intermixed_args()
+    config: Any = load_config(schema, args.config, args.overrides)
+    config.dir = config.dir or f"results/{stage}/{args.config.name.removesuffix('.yaml')}"
+    return config, args.dry_run
+
+
+def _parser(description: str, dry_run: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("config", type=Path, help="YAML of this stage, see configs/README.md")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the YAML")
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
+    return parser
 
 
 def rehearse(

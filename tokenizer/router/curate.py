@@ -9,7 +9,6 @@ all units done merges them into `table.safetensors`. The table has the same byte
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -20,7 +19,8 @@ import torch
 
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.checkpoint import atomic_write
-from tokenizer.common.config import load_config, to_dict
+from tokenizer.common.config import to_dict
+from tokenizer.common.entry import parse_work_arguments
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.runtime import pick_device
 from tokenizer.common.units import WorkUnits, claim_folder
@@ -127,17 +127,10 @@ class Curation:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Stage 2: quality of every clip under every assignment, by the proxy.")
-    parser.add_argument("config", type=Path, help="YAML of this stage, e.g. configs/mini/curate_train.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the YAML")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="load everything, say how much work is left, write nothing"
-    )
-    args = parser.parse_args()
-    config = load_config(CurateConfig, args.config, args.overrides)
-    config.dir = config.dir or f"results/curate/{args.config.name.removesuffix('.yaml')}"
+    description = "Stage 2: quality of every clip under every assignment, by the proxy."
+    config, dry_run = parse_work_arguments(CurateConfig, "curate", description)
     curation = Curation(config)
-    if args.dry_run:
+    if dry_run:
         done, units = curation.units.num_done(), curation.units.num_units
         print(f"{len(curation.dataset)} clips in {units} units, {done} done, into {curation.table_path}")
         return

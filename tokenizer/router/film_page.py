@@ -27,7 +27,7 @@ def html_page(title: str, style: str, sections: Iterable[str]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{style}{STYLE}</style></head>"
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head>"
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
 
@@ -51,6 +51,7 @@ def film_style(films: Mapping[str, bytes], num_frames: int, rows: int = 2) -> st
         f".film{{animation:play {clock}}}\n"
         f".blocks .head{{animation:run {clock}}}\n"
         f"@keyframes run{{from{{left:{half_frame:.3f}%}}to{{left:{100 - half_frame:.3f}%}}}}\n"
+        "@media (prefers-reduced-motion: reduce){.film,.blocks .head{animation:none}}\n"
     )
 
 

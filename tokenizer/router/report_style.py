@@ -88,7 +88,6 @@ table.levels { width: 100%; border-collapse: separate; border-spacing: 3px; font
 .pause { font-size: 13px; color: var(--soft); cursor: pointer; }
 .pause input { margin: 0 5px 0 0; vertical-align: -1px; }
 body:has(#pause:checked) :is(.film, .head) { animation-play-state: paused; }
-@media (prefers-reduced-motion: reduce) { .film, .blocks .head { animation: none; } }
 
 dl.protocol { display: grid; grid-template-columns: minmax(110px, 190px) minmax(0, 1fr); gap: 5px 16px; margin: 0;
   font-size: 14px; }
