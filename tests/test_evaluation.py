@@ -31,6 +31,7 @@ from tokenizer.presets import build_tokenizer
 MINI = Path(__file__).parents[1] / "ckpts" / "mini"
 CLIPS = ("bundled:heldout",)
 CLASSES = ("bottle", "tree", *(f"class {i}" for i in range(9)))
+AS_PUBLISHED = dict(PROTOCOLS)
 Run = Callable[..., dict[str, Any]]
 
 
@@ -142,6 +143,22 @@ def test_reconstruction_with_the_shipped_weights(run: Run, tmp_path: Path, capsy
         shared = run_shared(run, parts, "reconstruction", tmp_path / name, *of_mini(), "--force")
         assert shared["metrics"] == metrics
         assert (tmp_path / name / "per_clip.csv").read_bytes() == (out / "per_clip.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("module", "protocol", "gpt"), [("class_to_video", "mini-c2v", "c2v"), ("frame_prediction", "mini-fp", "fp")]
+)
+def test_generation_with_the_shipped_weights(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, protocol: str, gpt: str
+) -> None:
+    monkeypatch.setitem(protocols.PROTOCOLS, protocol, replace(AS_PUBLISHED[protocol], count=4, draws=20))
+    weights = ["--vq-ckpt", MINI / "final.safetensors", "--gpt-ckpt", MINI / f"gpt_{gpt}.safetensors"]
+    flags = ["--gpt-model", "GPT-mini", "--check-special-token-mask", "--force"]
+    result = run(module, tmp_path / "out", "--protocol", protocol, *weights, *flags)
+    assert result["num_clips"] == 4 and result["num_skipped"] == 0
+    assert result["metrics"]["fcd_effnet"]["value"] > 0 and result["metrics"]["tokens"]["value"] >= 32
+    assert ("stlpips_alex" in result["metrics"]) == (gpt == "fp"), "a sample of a class has no original"
+    assert protocol in (tmp_path / "out/card.txt").read_text()
 
 
 def test_too_few_clips_and_a_changed_protocol_are_said(run: Run, tmp_path: Path) -> None:

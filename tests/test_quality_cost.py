@@ -108,6 +108,20 @@ def test_from_clips_to_curves(run: Callable[..., Path], flags: list[str], tmp_pa
     check_report(one, metrics)
 
 
+def test_the_curve_of_the_shipped_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mini = ROOT / "ckpts/mini"
+    models = [f"--vq-ckpt={mini / 'final.safetensors'}", f"--router-ckpt={mini / 'router.safetensors'}"]
+    clips = [f"--table={mini / 'heldout_table.safetensors'}", "--max-clips=3", "--extractor=effnet", "--force"]
+    points = ["--weights=1.4", "--thresholds=0.3", "--budgets", "tokens:128", "--codecs=h264", "--draws=20"]
+    monkeypatch.setattr(sys, "argv", ["quality_cost", *models, *clips, *points, "--out", str(tmp_path)])
+    quality_cost.main()
+    found = {(point["strategy"], point["setting"]): point for point in read(tmp_path)["points"]}
+    levels = [found["uniform", str(level)] for level in (8, 16, 32, 64, 128)]
+    assert [point["tokens"] for point in levels] == [32, 64, 128, 256, 512]
+    assert levels[0]["stlpips_alex"] > levels[4]["stlpips_alex"] and levels[0]["psnr"] < levels[4]["psnr"]
+    assert (tmp_path / "report.html").is_file()
+
+
 def check_savings(metrics: dict[str, Any]) -> None:
     """The stored numbers are the BD-rates of the stored points."""
 
