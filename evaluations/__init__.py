@@ -1,7 +1,8 @@
 """The names with which clips are scored in Python; each is imported when it is first used, torch with it."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tokenizer.common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from evaluations.metrics.extractors import load_extractor
@@ -12,16 +13,13 @@ if TYPE_CHECKING:
 
 __all__ = ["find_protocol", "frechet_of_features", "load_extractor", "read_result", "score_clip"]
 
-_HOMES = {
-    "find_protocol": "evaluations.protocols",
-    "frechet_of_features": "evaluations.metrics.frechet",
-    "load_extractor": "evaluations.metrics.extractors",
-    "read_result": "evaluations.results",
-    "score_clip": "evaluations.metrics.image_quality",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'evaluations' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "find_protocol": "evaluations.protocols",
+        "frechet_of_features": "evaluations.metrics.frechet",
+        "load_extractor": "evaluations.metrics.extractors",
+        "read_result": "evaluations.results",
+        "score_clip": "evaluations.metrics.image_quality",
+    },
+)

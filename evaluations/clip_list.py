@@ -239,13 +239,8 @@ def _miniature(protocol: Protocol) -> ClipList:
     config = DataConfig(list(protocol.sources), protocol.num_frames, protocol.size, protocol.fps, augment=False)
     dataset = build_dataset(config, protocol.seed)
 
-    def read(i: int) -> np.ndarray:
-        sample, name = dataset.get(i), dataset.names[i]
-        if sample.name != name:  # the data set gives the next clip for a bad one
-            raise VideoError(name, dataset.quarantine[name])
-        return to_uint8(sample.video_CTHW)
-
     def clip(i: int) -> ListedClip:
-        return ListedClip(i, dataset.names[i], dataset.labels[i] or "", 0, lambda: read(i))
+        name, label = dataset.names[i], dataset.labels[i] or ""
+        return ListedClip(i, name, label, 0, lambda: to_uint8(dataset.get_this(i).video_CTHW))
 
     return ClipList([clip(i) for i in range(len(dataset))][: protocol.count], len(dataset), 0)

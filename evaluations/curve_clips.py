@@ -16,7 +16,7 @@ from evaluations.clip_list import list_clips
 from evaluations.protocols import Protocol, find_protocol
 from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError
-from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
+from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.video_io import VideoError, to_model_range
 from tokenizer.model import TokenizerConfig
 from tokenizer.router.table import QualityTable
@@ -70,14 +70,10 @@ def clips_of_protocol(protocol: Protocol, data: str | None) -> CurveClips:
     """Those that the evaluation of reconstruction scores, in its order."""
     listed = list_clips(protocol, data)
 
-    def read(index: int) -> Tensor:
-        try:
-            return to_model_range(listed.clips[index].read())
-        except VideoError as error:
-            raise _unreadable(listed.clips[index].name, error.reason) from error
-
     facts = {"protocol_hash": protocol.hash, "list": listed.facts()}
-    return CurveClips([clip.name for clip in listed.clips], read, facts, [*protocol.notes, *listed.notes])
+    names = [clip.name for clip in listed.clips]
+    read = _or_stop(names, lambda index: to_model_range(listed.clips[index].read()))
+    return CurveClips(names, read, facts, [*protocol.notes, *listed.notes])
 
 
 def clips_of_flags(args: argparse.Namespace, config: TokenizerConfig, stored: QualityTable | None) -> CurveClips:
@@ -95,15 +91,18 @@ def clips_of_flags(args: argparse.Namespace, config: TokenizerConfig, stored: Qu
         )
     dataset = build_dataset(data)
     dataset = dataset if args.max_clips is None else dataset.first(args.max_clips)
-    return CurveClips(dataset.names, lambda index: _read(dataset, index), {"data": to_dict(dataset.cfg)})
+    read = _or_stop(dataset.names, lambda index: dataset.get_this(index).video_CTHW)
+    return CurveClips(dataset.names, read, {"data": to_dict(dataset.cfg)})
 
 
-def _read(dataset: ClipDataset, index: int) -> Tensor:
-    sample, name = dataset.get(index), dataset.names[index]
-    if sample.name != name:  # the data set gives the next clip for a bad one
-        raise _unreadable(name, dataset.quarantine[name])
-    return sample.video_CTHW
+def _or_stop(names: list[str], read: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+    """A curve compares equal clips, so one that cannot be read ends it."""
 
+    def checked(index: int) -> Tensor:
+        try:
+            return read(index)
+        except VideoError as error:
+            way_out = "a curve compares equal clips, so leave it out of them"
+            raise UserError(f"{names[index]}: cannot be read ({error.reason}); {way_out}") from error
 
-def _unreadable(name: str, reason: str) -> UserError:
-    return UserError(f"{name}: cannot be read ({reason}); a curve compares equal clips, so leave it out of them")
+    return checked

@@ -14,6 +14,7 @@ from tokenizer.blocks.attention import attend_by_clip, attend_varlen, block_caus
 from tokenizer.blocks.patchify import patchify, unpatchify
 from tokenizer.blocks.positions import sincos_3d
 from tokenizer.blocks.query_init import level_cells, most_queries, packed_queries, pooling_pyramid
+from tokenizer.common.runtime import pick_device
 
 UNEQUAL = pack(torch.tensor([[3, 1, 2], [1, 4, 1], [2, 2, 2]]))
 EQUAL = pack(torch.tensor([[3, 1, 2]] * 3))
@@ -91,8 +92,8 @@ def test_torchs_kernel_is_called_as_it_wants() -> None:
 
     names = list(inspect.signature(varlen_attn).parameters)
     assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
-    if torch.cuda.is_available():
-        q, k, v = (x.detach().cuda().bfloat16() for x in tensors(UNEQUAL, PATCHES, width=32))
+    if (device := pick_device("auto")).type == "cuda":
+        q, k, v = (x.detach().to(device, torch.bfloat16) for x in tensors(UNEQUAL, PATCHES, width=32))
         ours, wanted = (attend(q, k, v, UNEQUAL, PATCHES) for attend in (block_causal_attention, attend_by_clip))
         torch.testing.assert_close(ours, wanted, rtol=2e-2, atol=2e-2)
 

@@ -63,7 +63,13 @@ def _timed_steps(folder: Path, manifest: Path, num_steps: int) -> list[dict[str,
     """A run of so many steps; its log, one line a step, without the validation at its end."""
     settings = [f"data.sources=[{manifest}]", "data.repeat=[]", f"run.num_workers={WORKERS}", "run.num_threads=1"]
     settings += ["val_data.sources=[bundled:heldout]", "val_clips=1", f"run.dir={folder}", f"run.steps={num_steps}"]
-    settings += ["run.device=cpu", "run.log_every=1", "run.validate_every=100000", "run.checkpoint_every=100000"]
+    settings += [
+        "run.device=cpu",
+        "run.reference=",
+        "run.log_every=1",
+        "run.validate_every=100000",
+        "run.checkpoint_every=100000",
+    ]
     TokenizerTraining(load_config(TokenizerTrainConfig, CONFIG, settings)).fit()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if "data_wait" in line]

@@ -116,6 +116,13 @@ class ClipDataset:
         name, reason = next(iter(self.quarantine.items()))
         raise UserError(f"{', '.join(self.cfg.sources)}: not one of {len(self)} clips can be read ({name}: {reason})")
 
+    def get_this(self, index: int) -> ClipSample:
+        """Clip `index` itself, for work in which no other may stand in its place; VideoError where it is unreadable."""
+        sample, name = self.get(index), self.names[index]
+        if sample.name != name:
+            raise VideoError(name, self.quarantine[name])
+        return sample
+
     def first(self, num_clips: int) -> ClipDataset:
         """The first clips of the list, at most `num_clips`, as a set of their own."""
         return ClipDataset(self.cfg, self._seed, self._items[:num_clips])
