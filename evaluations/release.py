@@ -87,7 +87,8 @@ def card(folder: Path) -> str:
         for weights, trained in some["trained"].items():
             file = folder / f"{weights}.safetensors"
             shown = f"{file.name} | {file.stat().st_size}" if file.is_file() else f"(the {weights}, not shipped) | -"
-            lines.append(f"| {shown} | {trained['steps']} | {trained['seconds']:.0f} |")
+            seconds = "not known" if trained["seconds"] is None else f"{trained['seconds']:.0f}"
+            lines.append(f"| {shown} | {trained['steps']} | {seconds} |")
     for name, some in figures.items():
         lines += ["", f"## {name.capitalize()}", "", PARTS[name].show(some)]
     return "\n".join([*lines, ""])
@@ -120,11 +121,13 @@ def _figures_path(folder: Path, name: str) -> Path:
     return folder / f"figures_{name}.json"
 
 
-def _training_of(run: Path) -> dict[str, float]:
-    """Steps, and the wall time of all logged ones: validations and start-up are not counted."""
-    with open(run / "metrics.jsonl", encoding="utf-8") as file:
-        seconds = sum(json.loads(line).get("seconds", 0.0) for line in file)
-    return {"steps": int(read_model(run).card["step"]), "seconds": seconds}
+def _training_of(run: Path) -> dict[str, float | None]:
+    """Steps, and the wall time of all logged ones (None without a log): validations and start-up are not counted."""
+    log, steps = run / "metrics.jsonl", int(read_model(run).card["step"])
+    if not log.is_file():
+        return {"steps": steps, "seconds": None}
+    with open(log, encoding="utf-8") as file:
+        return {"steps": steps, "seconds": sum(json.loads(line).get("seconds", 0.0) for line in file)}
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
 """A small classifier of the miniature's classes: trained on true clips, asked about generated ones.
 
 It answers one question: does a clip that was generated for a class show that class? It is trained on freshly rendered
-scenes and real clips of the training split alone, in some minutes, from a fixed seed; no weights are kept.
+scenes and real clips of the training split alone, in some minutes, from a fixed seed; no weights are kept. So that it
+judges shape and motion and not how sharp a codec is, it looks at small pictures, and noise of low frequency, another in
+each temporal block, lies over every clip that it learns from.
 
 Letters: B clips, C T H W, A classes.
 """
@@ -23,7 +25,8 @@ from tokenizer.data.loader import batches
 
 REAL = "real"  # the class of every clip that no one rendered
 NAMES = (*CLASS_NAMES, REAL)
-_SIDE = 32  # pixels that the classifier looks at
+_SIDE = 16  # pixels that the classifier looks at
+_NOISE = 0.06  # standard deviation, at most, of what lies over a training clip: 4x4 spots, 4 in a clip's time
 _STEPS, _BATCH, _RATE = 700, 32, 2e-3
 
 
@@ -58,12 +61,20 @@ def train_scene_classifier(size: int = 64, num_frames: int = 16, steps: int = _S
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
     for batch in tqdm(batches(clips, _BATCH, seed, steps=steps), "classifier", steps, unit="step"):
         class_B = torch.tensor([NAMES.index(label if label in CLASS_NAMES else REAL) for label in batch.labels])
-        loss = F.cross_entropy(model(batch.video_BCTHW), class_B)
+        loss = F.cross_entropy(model(_disturbed(batch.video_BCTHW)), class_B)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     return model.eval()
+
+
+def _disturbed(video_BCTHW: Tensor) -> Tensor:
+    """Clips under soft spots that change from block to block, each clip's of another strength."""
+    num_clips = len(video_BCTHW)
+    strength = _NOISE * torch.rand(num_clips, 1, 1, 1, 1)
+    spots = F.interpolate(torch.randn(num_clips, 3, 4, 4, 4), (4, *video_BCTHW.shape[3:]), mode="trilinear")
+    return video_BCTHW + strength * spots.repeat_interleave(video_BCTHW.shape[2] // 4, dim=2)
 
 
 @torch.no_grad()

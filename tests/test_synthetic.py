@@ -36,6 +36,16 @@ def test_a_seed_is_a_scene_and_splits_share_nothing() -> None:
     assert sum(len(bundled_videos(split)) for split in ("train", "heldout")) == len(list(FOLDER.glob("*.mp4"))) == 126
 
 
+def test_one_photograph_is_shown_by_all_kinds_and_all_have_one_contrast() -> None:
+    for number in range(4):
+        scenes = [draw_scene(len(KINDS) * number + turn, "train") for turn in range(len(KINDS))]
+        assert len({scene.photos[0] for scene in scenes}) == 1
+        first = [render(scene, 64)[0] for scene in scenes if not scene.shapes]
+        assert all(np.array_equal(first[0], frame) for frame in first)
+    contrast = [render(draw_scene(seed, "train"), 64)[0].astype(float).std(axis=(0, 1)).mean() for seed in SEEDS[::6]]
+    assert np.median(contrast) > 25
+
+
 def test_kinds_are_balanced(change_by_kind: dict[str, list[np.ndarray]]) -> None:
     assert {len(changes) for changes in change_by_kind.values()} == {len(SEEDS) // len(KINDS)}
 
@@ -45,7 +55,7 @@ def test_still_does_not_change_at_all_and_motion_rises_with_the_kind(
 ) -> None:
     motion = {kind: float(np.median([c.mean() for c in changes])) for kind, changes in change_by_kind.items()}
     assert max(c.max() for c in change_by_kind["still"]) == 0
-    assert 0 < 3 * motion["slow"] < min(motion[kind] for kind in ("shapes", "mixed", "fast", "cuts"))
+    assert 0 < 2 * motion["slow"] < min(motion[kind] for kind in ("shapes", "mixed", "fast", "cuts"))
 
 
 def test_blocks_that_stand_still_do_so_to_the_bit() -> None:
@@ -76,7 +86,7 @@ def test_speed_and_detail_are_what_the_scene_says() -> None:
     texels = np.array([scene.texels_across for scene in scenes])
     steps = [np.abs(np.diff(render(s, 64)[0].astype(float), axis=1)).mean() for s in scenes]
     order = np.argsort(texels)
-    assert np.mean([steps[i] for i in order[-20:]]) > 1.5 * np.mean([steps[i] for i in order[:20]])
+    assert np.mean([steps[i] for i in order[-20:]]) > 1.25 * np.mean([steps[i] for i in order[:20]])
 
 
 def test_the_same_scene_at_every_size() -> None:

@@ -1,7 +1,7 @@
 """Rendered scenes with a class: one shape, how it moves, how fast. Simple enough for a miniature GPT to learn.
 
     shape     disc or upright bar, of one colour, over a soft background: a blurred bundled photograph of the split
-    motion    still; slide: on a straight way, off the borders; pulse: growing and shrinking on the spot
+    motion    still; slide: to the left or right, off the borders; pulse: growing and shrinking on the spot
     speed     slow or fast
 
 Lengths are in sides of the picture and times in frames, so a seed gives the same scene at every size.
@@ -19,13 +19,13 @@ from tokenizer.data.transforms import resize, rng_for
 
 MOTIONS = ("still", "slide slow", "slide fast", "pulse slow", "pulse fast")
 CLASS_NAMES = tuple(f"{shape} {motion}" for shape in ("disc", "bar") for motion in MOTIONS)
-SLIDE_SPEED = {"slow": (0.008, 0.016), "fast": (0.05, 0.08)}  # sides of the picture per frame
-PULSE_CYCLES = {"slow": (0.3, 0.5), "fast": (1.5, 2.5)}  # in 16 frames
-RADIUS = (0.14, 0.22)  # in sides, at rest
+SLIDE_SPEED = {"slow": (0.012, 0.018), "fast": (0.05, 0.08)}  # sides of the picture per frame
+PULSE_CYCLES = {"slow": (0.5, 0.7), "fast": (1.5, 2.5)}  # in 16 frames
+RADIUS = (0.15, 0.22)  # in sides, at rest
 _SWING = 0.45  # of the radius while it pulses
 _BAR = (1.3, 0.5)  # half height and half width of a bar, in radii
-_BACKGROUND_CELLS = 4  # across the picture: soft
-_CONTRAST = 90.0  # grey levels between shape and background, at least, in one colour
+_BACKGROUND_CELLS = 2  # across the picture: hardly more than a slope of colour
+_CONTRAST = 110.0  # grey levels between shape and background, at least, in one colour
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def draw_classed_scene(seed: int, split: str) -> ClassedScene:
         colour=_contrasting_colour(background_HWC, rng),
         radius=float(rng.uniform(*RADIUS)),
         start=(float(rng.random()), float(rng.random())),
-        heading=float(rng.uniform(0, 2 * np.pi)),
+        heading=float(rng.choice([0.0, np.pi])),
         speed=float(rng.uniform(*spans[motion][speed[0]])) if speed else 0.0,
         phase=float(rng.uniform(0, 2 * np.pi)),
     )

@@ -18,7 +18,7 @@ RADIUS = (0.04, 0.35)  # in sides of the picture
 _GRAIN = 5.0  # grey levels of deviation of a leaf's own texture, at most
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)  # 48 KB each
 def dead_leaves(seed: int, side: int = 128) -> np.ndarray:
     """Picture number `seed`: uint8 [side, side, 3]."""
     rng = rng_for(seed, "dead leaves")

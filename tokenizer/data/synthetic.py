@@ -1,12 +1,13 @@
 """Rendered scenes whose complexity is known: what moves, how fast, in which block, over how detailed a texture.
 
-A scene is one camera pose per frame over a still photograph (a crop of a bundled clip of the same split, continued
-by reflection; in the training split every other time a picture of dead leaves), with textured shapes gliding over
-it. The kinds, in the order of what they should cost in tokens:
+A scene is one camera pose per frame over a still photograph (a small, soft copy of a crop of a bundled clip of the same
+split, stretched to the same contrast and continued by reflection; in the training split every other time a picture of
+dead leaves), with textured shapes gliding over it. Six consecutive scenes show the same photograph, one of each kind,
+so what differs between kinds is the motion and not the texture. In the order of what they should cost in tokens:
 
     still   nothing changes, to the bit
     slow    the camera drifts by a fraction of a pixel a frame
-    shapes  the camera rests; 1 to 4 shapes travel and bounce
+    shapes  the camera rests; one or two shapes travel and bounce
     mixed   some temporal blocks stand still to the bit, the others move fast
     fast    the camera pans, turns and zooms by a few pixels a frame
     cuts    one to three abrupt changes of photograph, at block borders or anywhere, calm in between
@@ -32,8 +33,12 @@ from tokenizer.data.transforms import resize, rng_for
 KINDS = ("still", "slow", "shapes", "mixed", "fast", "cuts")
 NUM_BLOCKS = 4
 SLOW_SPEED = (0.002, 0.008)  # sides of the picture per frame: 0.1 .. 0.5 pixels of 64
-FAST_SPEED = (0.02, 0.05)  # 1.3 .. 3.2 pixels of 64
-TEXELS_ACROSS = (6.0, 24.0)  # source pixels under the picture: from smooth to detailed, at 64 pixels
+FAST_SPEED = (0.025, 0.05)  # 1.6 .. 3.2 pixels of 64
+TEXELS_ACROSS = (5.0, 10.0)  # points of the soft copy under the picture: about one to a patch, at 64 pixels
+_CROP = (48, KEPT_SIDE)  # side of the crop, in source pixels
+CONTRAST = 45.0  # grey levels of deviation that every photograph is stretched to
+_MOST_GAIN = 3.0  # noise of flat crops is not stretched further
+_LEAVES_PICTURES = 1024  # different ones: painting one costs more than all else in a scene, so they are kept
 _LEAVES_SHARE = 0.5  # of the training photographs that are dead leaves: two films alone teach a model only them
 _FLATTEST = 14.0  # grey levels of deviation below which a crop shows no motion (title cards, fades)
 
@@ -42,6 +47,7 @@ _FLATTEST = 14.0  # grey levels of deviation below which a crop shows no motion 
 class Photo:
     """A place in the bundled clips: the clip, one of its kept frames, the crop's corner and side in source pixels.
 
+    `points`: along a side of the soft copy that is shown of it; twice as many as the picture is wide, room to move in.
     `leaves`: number of the dead-leaves picture that is shown in place of the clip, or None.
     """
 
@@ -52,6 +58,7 @@ class Photo:
     left: int
     side: int
     mirrored: bool
+    points: int
 
 
 @dataclass(frozen=True)
@@ -90,22 +97,23 @@ def render_scene(seed: int, split: str, size: int = 64, num_frames: int = 16) ->
 
 def draw_scene(seed: int, split: str, num_frames: int = 16) -> Scene:
     """The factors of scene number `seed`; kinds take turns, so any run of consecutive seeds is balanced."""
-    rng = rng_for(seed, "scene", split)
-    kind = KINDS[seed % len(KINDS)]
+    number, turn = divmod(seed, len(KINDS))
+    kind, rng, own_rng = KINDS[turn], rng_for(number, "scene", split), rng_for(seed, "scene of a kind", split)
     texels = float(np.exp(rng.uniform(*np.log(TEXELS_ACROSS))))
-    cuts = _draw_cuts(rng, num_frames) if kind == "cuts" else ()
+    photo = _draw_photo(rng, split, texels)
+    cuts = _draw_cuts(own_rng, num_frames) if kind == "cuts" else ()
     return Scene(
         split=split,
         num_frames=num_frames,
         kind=kind,
         texels_across=texels,
-        photos=tuple(_draw_photo(rng, split, texels) for _ in range(len(cuts) + 1)),
+        photos=(photo, *(_draw_photo(own_rng, split, texels) for _ in cuts)),
         cut_frames=cuts,
-        speed_N=_SPEEDS[kind](rng),
+        speed_N=_SPEEDS[kind](own_rng),
         heading=float(rng.uniform(0, 2 * np.pi)),
         turn=float(rng.uniform(-0.6, 0.6)),
         zoom=float(rng.uniform(-0.6, 0.6)),
-        shapes=_draw_shapes(rng, split) if kind == "shapes" or (kind == "mixed" and rng.random() < 0.5) else (),
+        shapes=_draw_shapes(own_rng, split) if kind == "shapes" or (kind == "mixed" and own_rng.random() < 0.5) else (),
     )
 
 
@@ -163,16 +171,17 @@ def _draw_cuts(rng: np.random.Generator, num_frames: int) -> tuple[int, ...]:
 
 
 def _draw_photo(rng: np.random.Generator, split: str, texels: float) -> Photo:
-    """A crop with room to move in; the most structured of a few draws when the first ones are flat."""
-    side = int(min(KEPT_SIDE, 2 * texels))
-    edge = side // 4  # the middle is what the camera sees first
+    """The soft copy of a crop; the most structured of a few draws when the first ones are flat."""
+    points = round(2 * texels)
+    edge = points // 4  # the middle is what the camera sees first
     tries: list[tuple[float, Photo]] = []
     while not tries or (tries[-1][0] < _FLATTEST and len(tries) < 6):
+        side = int(rng.integers(_CROP[0], _CROP[1] + 1))
         top, left = (int(v) for v in rng.integers(KEPT_SIDE - side + 1, size=2))
         clip, frame = int(rng.integers(len(bundled_videos(split)))), int(rng.integers(2))
-        leaves = int(rng.integers(2**31)) if split == "train" and rng.random() < _LEAVES_SHARE else None
-        photo = Photo(clip, frame, leaves, top, left, side, bool(rng.random() < 0.5))
-        middle_HW = _crop(photo, split)[edge : side - edge, edge : side - edge, 1]
+        leaves = int(rng.integers(_LEAVES_PICTURES)) if split == "train" and rng.random() < _LEAVES_SHARE else None
+        photo = Photo(clip, frame, leaves, top, left, side, bool(rng.random() < 0.5), points)
+        middle_HW = _soft_copy(photo, split)[edge : points - edge, edge : points - edge, 1]
         tries.append((float(middle_HW.std()), photo))
     return max(tries, key=lambda scored: scored[0])[1]
 
@@ -180,26 +189,35 @@ def _draw_photo(rng: np.random.Generator, split: str, texels: float) -> Photo:
 def _draw_shapes(rng: np.random.Generator, split: str) -> tuple[Shape, ...]:
     return tuple(
         Shape(
-            photo=_draw_photo(rng, split, float(rng.uniform(8, 24))),
+            photo=_draw_photo(rng, split, float(rng.uniform(*TEXELS_ACROSS)) / 2),
             round=bool(rng.random() < 0.5),
-            radius=float(rng.uniform(0.08, 0.2)),
+            radius=float(rng.uniform(0.12, 0.2)),
             start=(float(rng.random()), float(rng.random())),
             velocity=(float(np.sin(angle)), float(np.cos(angle))),
         )
-        for angle in rng.uniform(0, 2 * np.pi, rng.integers(1, 5))
+        for angle in rng.uniform(0, 2 * np.pi, rng.integers(1, 3))
     )
 
 
 # From factors to pixels
 
 
-def _crop(photo: Photo, split: str) -> np.ndarray:
+def _soft_copy(photo: Photo, split: str) -> np.ndarray:
+    """The crop at its few points, uint8 [points, points, 3]."""
     if photo.leaves is None:
         image_HWC = kept_frames(split, photo.clip)[photo.frame]
     else:
         image_HWC = dead_leaves(photo.leaves, KEPT_SIDE)
     crop_HWC = image_HWC[photo.top : photo.top + photo.side, photo.left : photo.left + photo.side]
-    return crop_HWC[:, ::-1] if photo.mirrored else crop_HWC
+    copy_HWC = resize(np.ascontiguousarray(crop_HWC)[None], photo.points, photo.points)[0]
+    return copy_HWC[:, ::-1] if photo.mirrored else copy_HWC
+
+
+def _stretched(copy_HWC: np.ndarray) -> np.ndarray:
+    """A picture brought to the contrast that all have, around its mean colour drawn half way to grey; uint8."""
+    mean_C = copy_HWC.mean(axis=(0, 1))
+    gain = min(_MOST_GAIN, CONTRAST / max(float(copy_HWC[..., 1].std()), 1.0))
+    return np.clip((copy_HWC - mean_C) * gain + (mean_C + 128) / 2 + 0.5, 0, 255).astype(np.uint8)
 
 
 def _travel(speed_N: tuple[float, ...], num_frames: int) -> np.ndarray:
@@ -219,8 +237,8 @@ def _poses(scene: Scene, travel_T: np.ndarray) -> np.ndarray:
 
 def _photograph(photo: Photo, split: str, pose_T4: np.ndarray, texels_across: float, size: int) -> np.ndarray:
     """The photo seen from every pose: float32 [T, size, size, 3] in grey levels."""
-    side = max(2, round(photo.side / texels_across * size))
-    canvas_HWC = resize(np.ascontiguousarray(_crop(photo, split))[None], side, side)[0]
+    side = max(2, round(photo.points / texels_across * size))
+    canvas_HWC = resize(_stretched(_soft_copy(photo, split))[None], side, side)[0]
     distinct_K4, which_T = np.unique(pose_T4, axis=0, return_inverse=True)
     x_K, y_K, zoom_K, angle_K = distinct_K4.T
     scale_K = np.exp(zoom_K) * size / side  # the canvas is [-1, 1] wide, the picture a part of it
@@ -238,7 +256,7 @@ def _paint(frames_THWC: np.ndarray, shape: Shape, split: str, travel_T: np.ndarr
     """Lay a shape over the frames at its place in each; it bounces off the borders and carries its texture along."""
     size = frames_THWC.shape[1]
     half = max(2, round(shape.radius * size)) + 1
-    texture_HWC = resize(np.ascontiguousarray(_crop(shape.photo, split))[None], 2 * half, 2 * half)[0]
+    texture_HWC = resize(_stretched(_soft_copy(shape.photo, split))[None], 2 * half, 2 * half)[0]
     for frame_HWC, travel in zip(frames_THWC, travel_T, strict=True):
         y, x = (bounce(s + v * travel) * (size - 2 * half) for s, v in zip(shape.start, shape.velocity, strict=True))
         top, left = int(y), int(x)

@@ -5,7 +5,7 @@ A pre-LayerNorm vision transformer over raw spatio-temporal patches, or over fea
 Scores of one clip can be compared, those of two clips only in their differences: the softmax of the training loss
 leaves a constant free for each clip.
 
-Letters: B clips, C T H W, M patches or V-JEPA 2 places, P numbers in one of them, D width, A assignments (rows).
+Letters: B clips, C T H W, M patches or V-JEPA 2 places, K of them, P numbers in one, D width, A assignments (rows).
 """
 
 from __future__ import annotations
@@ -86,6 +86,11 @@ class RouterConfig:
         return FeatureShape(self.num_blocks, self.grid, 3 * self.patch_frames * self.patch_size**2)
 
     @property
+    def num_places(self) -> int:
+        """Patches of a clip, or places of V-JEPA 2, that the router reads."""
+        return self.input_shape.slots * self.input_shape.grid**2
+
+    @property
     def space(self) -> AssignmentSpace:
         """The assignments that the router rates."""
         return AssignmentSpace(tuple(self.levels), self.num_blocks)
@@ -132,12 +137,18 @@ class Router(nn.Module):
                 filter_DP = frequency_filters(config.patch_frames, config.patch_size)[: config.width]
                 self.embed.weight[: len(filter_DP)].copy_(filter_DP)
 
-    def forward(self, seen: Tensor) -> Tensor:
-        """Pixels in [0, 1], [B, C, T, H, W], or features of V-JEPA 2, [B, M, P] -> logits_BA, a score for each row."""
+    def forward(self, seen: Tensor, seen_BK: Tensor | None = None) -> Tensor:
+        """Pixels in [0, 1], [B, C, T, H, W], or features of V-JEPA 2, [B, M, P] -> logits_BA, a score for each row.
+
+        seen_BK: numbers of the patches that alone are looked at, to train on fewer; without it all are.
+        """
         config = self.config
         seen_BMP = seen if config.stem == "vjepa2" else patchify(seen - 0.5, config.patch_frames, config.patch_size)
-        x_BMD = self.embed(seen_BMP)
-        x_BMD = x_BMD + (self.block_position_N1D + self.place_position_1GD).flatten(0, 1)
+        position_MD = (self.block_position_N1D + self.place_position_1GD).flatten(0, 1)
+        if seen_BK is not None:
+            seen_BMP = seen_BMP.gather(1, seen_BK[..., None].expand(-1, -1, seen_BMP.shape[-1]))  # B K P
+            position_MD = position_MD[seen_BK]  # B K D
+        x_BMD = self.embed(seen_BMP) + position_MD
         x_BMD = torch.cat([self.cls_D.expand(len(x_BMD), 1, -1), x_BMD], dim=1)  # B 1+M D
         for layer in self.layers:
             x_BMD = layer(x_BMD)

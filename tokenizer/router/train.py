@@ -25,11 +25,11 @@ from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.loop import RunConfig, TrainState, fit, start_run
 from tokenizer.common.optim import OptimConfig
 from tokenizer.common.runtime import generator_for
-from tokenizer.common.sharing import Places
 from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset
 from tokenizer.data.loader import ClipBatch, batches
 from tokenizer.frozen.weights import marked
 from tokenizer.model import parameters_by_part
+from tokenizer.router.augment import draw_patches, recolour, zoom_and_turn
 from tokenizer.router.labels import hard_labels, soft_labels, threshold_labels
 from tokenizer.router.model import Router, RouterConfig
 from tokenizer.router.reward import best_uniform, reward, reward_percentile, stats_of
@@ -52,6 +52,9 @@ class RouterTrainConfig:
     labels: str = "hard"  # "hard": the best row (the paper); "soft": softmax(reward / temperature); "threshold"
     temperature: float = 1.0  # of soft labels, in units of the reward
     threshold: float = 0.0  # of labels "threshold", a baseline: the fewest tokens at this LPIPS or less, else the most
+    turns: bool = False  # small tables: clips also upside down and along the diagonal
+    colours: bool = False  # small tables: colours in any order, and negatives
+    seen_patches: float = 1.0  # share of the patches that a training step shows; small tables: 0.1 to 0.25
     feature_cache: str = ""  # with model.stem = vjepa2: a folder for the features, 4 MiB a clip
 
     def __post_init__(self) -> None:
@@ -59,6 +62,10 @@ class RouterTrainConfig:
             raise UserError(f"labels = {self.labels!r}: choose 'hard', 'soft' or 'threshold'")
         if (self.threshold > 0) != (self.labels == "threshold"):
             raise UserError(f"threshold = {self.threshold} goes with labels = 'threshold', not {self.labels!r}")
+        if not 0 < self.seen_patches <= 1:
+            raise UserError(f"seen_patches = {self.seen_patches} must lie within (0, 1]")
+        if (self.turns or self.colours) and not self.data.augment:
+            raise UserError("turns and colours change the clips, but data.augment = false: set data.augment=true")
         if self.feature_cache and (self.model.stem != "vjepa2" or self.data.augment):
             raise UserError(
                 "feature_cache needs model.stem=vjepa2 and data.augment=false: clips that come again unchanged"
@@ -130,13 +137,18 @@ class RouterTraining:
 
     def loss(self, batch: ClipBatch, step: int) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of the scores against the labels, soft or hard."""
-        data, device = self.config.data, self.state.device
+        config, data, device = self.config, self.config.data, self.state.device
         video_BCTHW = batch.video_BCTHW
+        generator, places = generator_for(config.run.seed, "augment", step), batch.places
         if data.augment:
-            generator = generator_for(self.config.run.seed, "augment", step)
-            video_BCTHW = augment(video_BCTHW, data.crop_scale, data.flip, generator, batch.places)
+            video_BCTHW = zoom_and_turn(video_BCTHW, data.crop_scale, data.flip, config.turns, generator, places)
+        if config.colours:
+            video_BCTHW = recolour(video_BCTHW, generator, places)
+        seen_BK = None
+        if config.seen_patches < 1:
+            seen_BK = draw_patches(config.model.num_places, config.seen_patches, generator, places).to(device)
         clip_B = [self.row_of[name] for name in batch.names]
-        logits_BA = self.state.model(self.stem(video_BCTHW.to(device))).float()
+        logits_BA = self.state.model(self.stem(video_BCTHW.to(device)), seen_BK).float()
         loss = F.cross_entropy(logits_BA, self._labels(clip_B).to(device))
         figures = {"percentile": _percentile(logits_BA, self.reward_SA[clip_B], self.space)}
         return loss, figures | self.mark
@@ -182,26 +194,6 @@ class RouterTraining:
         if self.config.labels == "hard":
             return hard_labels(self.reward_SA[clip_B])
         return soft_labels(self.reward_SA[clip_B], self.config.temperature).float()
-
-
-def augment(
-    video_BCTHW: Tensor, crop_scale: float, flip: bool, generator: torch.Generator, places: Places | None = None
-) -> Tensor:
-    """Each clip flipped left to right with probability 1/2 and zoomed into a random square, all its frames alike.
-
-    Neither changes which assignment is best (a zoom hardly). crop_scale: the smallest side of the square as a part of
-    the frame; 1.0 leaves the frame whole. places: where the clips stand in the global batch, if they are not all of it.
-    """
-    places = places or Places(list(range(len(video_BCTHW))), len(video_BCTHW))
-    num_clips = places.total
-    side_B = 1 - (1 - crop_scale) * torch.rand(num_clips, generator=generator)
-    shift_B2 = (1 - side_B)[:, None] * (2 * torch.rand(num_clips, 2, generator=generator) - 1)
-    sign_B = torch.where(torch.rand(num_clips, generator=generator) < 0.5, -1.0, 1.0) if flip else torch.ones(num_clips)
-    affine_B23 = torch.zeros(num_clips, 2, 3)
-    affine_B23[:, 0, 0], affine_B23[:, 1, 1], affine_B23[:, :, 2] = side_B * sign_B, side_B, shift_B2
-    frames = video_BCTHW.flatten(1, 2)  # B C*T H W
-    grid = F.affine_grid(places.pick(affine_B23), list(frames.shape), align_corners=False)
-    return F.grid_sample(frames, grid, padding_mode="border", align_corners=False).view_as(video_BCTHW)
 
 
 def measure(score_SA: Tensor, reward_SA: Tensor, space: AssignmentSpace) -> dict[str, float]:

@@ -1,0 +1,55 @@
+"""Views of a clip for a router's training: whole clips, whole planes, and the same for any number of processes."""
+
+import torch
+from torch import Tensor
+
+from tokenizer.common.sharing import Places
+from tokenizer.router.augment import draw_patches, recolour, zoom_and_turn
+
+
+def random_clips(num_clips: int) -> Tensor:
+    return torch.rand(num_clips, 3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_augmentation_flips_turns_or_zooms_whole_clips() -> None:
+    clips, places = random_clips(64), Places(list(range(64)), 64)
+
+    def views(crop_scale: float, flip: bool, turns: bool) -> Tensor:
+        return zoom_and_turn(clips, crop_scale, flip, turns, torch.Generator().manual_seed(0), places)
+
+    def kinds(seen: Tensor) -> list[int]:
+        """How often each of the eight views of a square was met; every clip must be one of them, whole."""
+        ways = [clips, clips.flip(-1), clips.flip(-2), clips.flip(-1, -2)]
+        ways += [way.transpose(-1, -2) for way in ways]
+        same_BV = torch.stack([(seen - way).abs().amax(dim=(1, 2, 3, 4)) < 1e-3 for way in ways], dim=1)
+        assert (same_BV.sum(dim=1) == 1).all()
+        return same_BV.sum(dim=0).tolist()
+
+    assert kinds(views(1.0, False, False)) == [64, 0, 0, 0, 0, 0, 0, 0]
+    kept, mirrored, *others = kinds(views(1.0, True, False))
+    assert kept and mirrored and not any(others)
+    assert all(kinds(views(1.0, True, True)))
+    zoomed = views(0.7, True, True)
+    assert zoomed.shape == clips.shape and zoomed.min() >= 0 and zoomed.max() <= 1
+
+
+def test_recoloured_clips_keep_their_planes_or_show_their_negatives() -> None:
+    clips = random_clips(16)
+    seen = recolour(clips, torch.Generator().manual_seed(0), Places(list(range(16)), 16))
+    for clip, new in zip(clips, seen, strict=True):
+        planes = [plane for base in (clip, 1 - clip) for plane in base]
+        found = [next(i for i, plane in enumerate(planes) if torch.equal(plane, shown)) for shown in new]
+        assert sorted(found) in ([0, 1, 2], [3, 4, 5])
+    assert not torch.equal(seen, clips)
+
+
+def test_what_is_drawn_for_a_clip_does_not_depend_on_who_draws() -> None:
+    clips, both, last = random_clips(4), Places([0, 1, 2, 3], 4), Places([2, 3], 4)
+
+    def views(places: Places) -> list[Tensor]:
+        draws, own = torch.Generator().manual_seed(1), clips[places.own]
+        turned = zoom_and_turn(own, 0.8, True, True, draws, places)
+        return [turned, recolour(own, draws, places), draw_patches(8, 0.5, draws, places)]
+
+    for whole, part in zip(views(both), views(last), strict=True):
+        assert torch.equal(whole[2:], part)
