@@ -116,12 +116,10 @@ def _frame_prediction(gpt: TrainedGPT, tokenizer: VideoTokenizer, perceptual: Pe
     }
     behind = slice(GIVEN_FRAMES, None)
     kinds = [sample.kind or "" for sample in true]
-    groups = {"all": [i for i, kind in enumerate(kinds) if kind in _MOVING]} | _places(kinds)
-    figures: dict[str, Any] = {
-        "clips": len(groups["all"]),
-        "tokens": length_BN.sum(dim=1).double().mean().item(),
-        "ways": {},
-    }
+    moving = [i for i, kind in enumerate(kinds) if kind in _MOVING]
+    groups = {"all": moving} | _places(kinds)
+    tokens = length_BN[moving].sum(dim=1).double().mean().item()
+    figures: dict[str, Any] = {"clips": len(moving), "tokens": tokens, "ways": {}}
     for name, ours in ways.items():
         pairs = zip(ours[:, :, behind].split(_BATCH), video[:, :, behind].split(_BATCH), strict=True)
         scores = [(perceptual.clip_distance(a, b), psnr(a, b)) for a, b in pairs]

@@ -117,10 +117,10 @@ class Protocol:
 
 _UCF_TRAIN: dict[str, Any] = {"dataset": "ucf101", "split": "train (trainlist01)", "listed": 9537}
 _K600_VAL: dict[str, Any] = {"dataset": "k600", "split": "val"}
-SCENES = 3  # raised whenever a seed renders another scene: numbers and kept features of the old ones are then others'
+SCENES = 3  # raised whenever a seed renders another scene: then the numbers and kept features of the old ones end
 _MINI: dict[str, Any] = {
     "dataset": "mini",
-    "split": f"held-out sources, scenes of version {SCENES},",
+    "split": f"held-out sources (scenes of version {SCENES})",
     "size": 64,
     "extractor": "effnet",
     "perceptual": "stlpips_alex",

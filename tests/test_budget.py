@@ -1,5 +1,7 @@
 """Budgets: what parses, what is chosen, and that a clip's choice is its own."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,7 +46,7 @@ def test_router_is_the_argmax_and_a_higher_price_never_buys_more_tokens() -> Non
     score_BA = scores(20)
     assert torch.equal(choose_rows(parse_budget("router", SPACE), score_BA, SPACE), score_BA.argmax(dim=1))
     spent = [chosen_tokens(f"price:{price}", score_BA) for price in (-1.0, -0.01, 0.0, 0.01, 0.1, 1.0)]
-    for more, less in zip(spent, spent[1:], strict=False):
+    for more, less in pairwise(spent):
         assert (less <= more).all()
     assert (spent[0] == SPACE.max_tokens).all() and (spent[-1] == SPACE.min_tokens).all()
 

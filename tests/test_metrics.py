@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ def test_covariances_without_full_rank_are_exact() -> None:
 def test_any_batches_give_the_same_bits(cuts: list[int], width: int) -> None:
     x = features(2 * CHUNK, width).float()
     places = [0, *sorted(cuts), len(x)]
-    pieces = [x[a:b] for a, b in zip(places, places[1:], strict=False)]
+    pieces = [x[a:b] for a, b in pairwise(places)]
     whole, parts = fit_gaussian([x]), fit_gaussian(pieces)
     assert torch.equal(whole.mean_F, parts.mean_F) and torch.equal(whole.factor_RF, parts.factor_RF)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import types
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -116,7 +117,7 @@ def test_more_damage_is_farther(name: str, clip_BCTHW: torch.Tensor) -> None:
     blurred = [F.avg_pool3d(clip_BCTHW, (1, k, k), 1, (0, k // 2, k // 2), count_include_pad=False) for k in (3, 5, 9)]
     for versions in (noisy, blurred):
         far = [distance.clip_distance(version, clip_BCTHW).item() for version in versions]
-        assert all(near < farther for near, farther in zip([0.0, *far], far, strict=False)), far
+        assert all(near < farther for near, farther in pairwise([0.0, *far])), far
 
 
 def test_gradient_reaches_x_only_and_is_the_slope(alex: PerceptualDistance, frames_FCHW: torch.Tensor) -> None:

@@ -23,9 +23,9 @@ HASHES = {
     "folder-recon": "d46caa878c4d1606",
     "ucf101-c2v-10k": "1e7fcc78a81d5991",
     "k600-fp-50k-64px": "83c063583c80535c",
-    "mini-recon": "309183aa0479ac1d",
-    "mini-c2v": "670ca7795996f5a6",
-    "mini-fp": "c6c47a1d5116d5ea",
+    "mini-recon": "7fe23b0f7e81a9bf",
+    "mini-c2v": "80ef8a3db8f4593d",
+    "mini-fp": "719d3fba6d94f281",
 }
 
 

@@ -14,11 +14,12 @@ import numpy as np
 from tokenizer.data.transforms import rng_for
 
 NUM_LEAVES = 160
+NUM_PICTURES = 1024  # that are told apart, and kept (48 KB each): painting one costs more than all else in a scene
 RADIUS = (0.04, 0.35)  # in sides of the picture
 _GRAIN = 5.0  # grey levels of deviation of a leaf's own texture, at most
 
 
-@functools.lru_cache(maxsize=1024)  # 48 KB each
+@functools.lru_cache(maxsize=NUM_PICTURES)
 def dead_leaves(seed: int, side: int = 128) -> np.ndarray:
     """Picture number `seed`: uint8 [side, side, 3]."""
     rng = rng_for(seed, "dead leaves")

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from tokenizer.data.bundled_clips import KEPT_SIDE, bundled_videos, kept_frames
 from tokenizer.data.classed_scenes import bounce
-from tokenizer.data.dead_leaves import dead_leaves
+from tokenizer.data.dead_leaves import NUM_PICTURES, dead_leaves
 from tokenizer.data.transforms import resize, rng_for
 
 KINDS = ("still", "slow", "shapes", "mixed", "fast", "cuts")
@@ -38,7 +38,6 @@ TEXELS_ACROSS = (5.0, 10.0)  # points of the soft copy under the picture: about 
 _CROP = (48, KEPT_SIDE)  # side of the crop, in source pixels
 CONTRAST = 45.0  # grey levels of deviation that every photograph is stretched to
 _MOST_GAIN = 3.0  # noise of flat crops is not stretched further
-_LEAVES_PICTURES = 1024  # different ones: painting one costs more than all else in a scene, so they are kept
 _LEAVES_SHARE = 0.5  # of the training photographs that are dead leaves: two films alone teach a model only them
 _FLATTEST = 14.0  # grey levels of deviation below which a crop shows no motion (title cards, fades)
 
@@ -179,7 +178,7 @@ def _draw_photo(rng: np.random.Generator, split: str, texels: float) -> Photo:
         side = int(rng.integers(_CROP[0], _CROP[1] + 1))
         top, left = (int(v) for v in rng.integers(KEPT_SIDE - side + 1, size=2))
         clip, frame = int(rng.integers(len(bundled_videos(split)))), int(rng.integers(2))
-        leaves = int(rng.integers(_LEAVES_PICTURES)) if split == "train" and rng.random() < _LEAVES_SHARE else None
+        leaves = int(rng.integers(NUM_PICTURES)) if split == "train" and rng.random() < _LEAVES_SHARE else None
         photo = Photo(clip, frame, leaves, top, left, side, bool(rng.random() < 0.5), points)
         middle_HW = _soft_copy(photo, split)[edge : points - edge, edge : points - edge, 1]
         tries.append((float(middle_HW.std()), photo))
@@ -213,11 +212,13 @@ def _soft_copy(photo: Photo, split: str) -> np.ndarray:
     return copy_HWC[:, ::-1] if photo.mirrored else copy_HWC
 
 
-def _stretched(copy_HWC: np.ndarray) -> np.ndarray:
-    """A picture brought to the contrast that all have, around its mean colour drawn half way to grey; uint8."""
+def _texture(photo: Photo, split: str, side: int) -> np.ndarray:
+    """The soft copy with the contrast that all have, its mean colour drawn half way to grey; uint8 [side, side, 3]."""
+    copy_HWC = _soft_copy(photo, split)
     mean_C = copy_HWC.mean(axis=(0, 1))
     gain = min(_MOST_GAIN, CONTRAST / max(float(copy_HWC[..., 1].std()), 1.0))
-    return np.clip((copy_HWC - mean_C) * gain + (mean_C + 128) / 2 + 0.5, 0, 255).astype(np.uint8)
+    stretched_HWC = np.clip((copy_HWC - mean_C) * gain + (mean_C + 128) / 2 + 0.5, 0, 255).astype(np.uint8)
+    return resize(stretched_HWC[None], side, side)[0]
 
 
 def _travel(speed_N: tuple[float, ...], num_frames: int) -> np.ndarray:
@@ -238,7 +239,7 @@ def _poses(scene: Scene, travel_T: np.ndarray) -> np.ndarray:
 def _photograph(photo: Photo, split: str, pose_T4: np.ndarray, texels_across: float, size: int) -> np.ndarray:
     """The photo seen from every pose: float32 [T, size, size, 3] in grey levels."""
     side = max(2, round(photo.points / texels_across * size))
-    canvas_HWC = resize(_stretched(_soft_copy(photo, split))[None], side, side)[0]
+    canvas_HWC = _texture(photo, split, side)
     distinct_K4, which_T = np.unique(pose_T4, axis=0, return_inverse=True)
     x_K, y_K, zoom_K, angle_K = distinct_K4.T
     scale_K = np.exp(zoom_K) * size / side  # the canvas is [-1, 1] wide, the picture a part of it
@@ -256,7 +257,7 @@ def _paint(frames_THWC: np.ndarray, shape: Shape, split: str, travel_T: np.ndarr
     """Lay a shape over the frames at its place in each; it bounces off the borders and carries its texture along."""
     size = frames_THWC.shape[1]
     half = max(2, round(shape.radius * size)) + 1
-    texture_HWC = resize(_stretched(_soft_copy(shape.photo, split))[None], 2 * half, 2 * half)[0]
+    texture_HWC = _texture(shape.photo, split, 2 * half)
     for frame_HWC, travel in zip(frames_THWC, travel_T, strict=True):
         y, x = (bounce(s + v * travel) * (size - 2 * half) for s, v in zip(shape.start, shape.velocity, strict=True))
         top, left = int(y), int(x)

@@ -43,7 +43,7 @@ def recolour(video_BCTHW: Tensor, generator: torch.Generator, places: Places) ->
     """Each clip with its three colours in a random order and, with probability 1/2, as a negative. Pixels in [0, 1]."""
     order_B3 = places.pick(torch.rand(places.total, 3, generator=generator).argsort(dim=1))
     negative_B = places.pick(torch.rand(places.total, generator=generator) < 0.5)
-    video_BCTHW = video_BCTHW[torch.arange(len(video_BCTHW))[:, None], order_B3]
+    video_BCTHW = video_BCTHW.take_along_dim(order_B3[..., None, None, None], dim=1)
     return torch.where(negative_B[:, None, None, None, None], 1 - video_BCTHW, video_BCTHW)
 
 

@@ -146,7 +146,7 @@ class Router(nn.Module):
         seen_BMP = seen if config.stem == "vjepa2" else patchify(seen - 0.5, config.patch_frames, config.patch_size)
         position_MD = (self.block_position_N1D + self.place_position_1GD).flatten(0, 1)
         if seen_BK is not None:
-            seen_BMP = seen_BMP.gather(1, seen_BK[..., None].expand(-1, -1, seen_BMP.shape[-1]))  # B K P
+            seen_BMP = seen_BMP.take_along_dim(seen_BK[..., None], dim=1)  # B K P
             position_MD = position_MD[seen_BK]  # B K D
         x_BMD = self.embed(seen_BMP) + position_MD
         x_BMD = torch.cat([self.cls_D.expand(len(x_BMD), 1, -1), x_BMD], dim=1)  # B 1+M D

@@ -1,0 +1,205 @@
+"""Class-to-video as users type it: files, resume, processes, forced lengths, and every mistake."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sampling_files import CLASSES, ROOT, common, contents, num_frames, save_random_gpt
+
+from autoregressive import sample_c2v, sample_frame_prediction
+from autoregressive.class_names import names_of, parse_classes
+from autoregressive.sampler import Sampler
+from tokenizer.common.errors import UserError
+from tokenizer.data.bundled_clips import FOLDER as BUNDLED
+from tokenizer.data.ucf101 import ASCII_ORDER
+from tokenizer.data.video_io import to_uint8
+from tokenizer.presets import load_tokenizer
+from tokenizer.tokens import VideoTokens
+
+
+def test_class_to_video_as_in_the_readme(models: Path, tmp_path: Path) -> None:
+    """The script itself, with its own process."""
+    out = tmp_path / "out"
+    flags = ["--cfg-scale", "2.25", "--qual-num", "2", "--class-idx", "1,Star", "--check-special-token-mask"]
+    command = ["bash", "scripts/test/sample_c2v_visualization.sh", *common(models, "c2v", out), *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "3 slots x 2 streams x 37 places" in result.stdout and "4 samples" in result.stdout
+
+    summary = json.loads((out / "samples.json").read_text())
+    assert summary["complete"] and summary["num_broken"] == 0
+    assert [(s["class"], s["class_name"]) for s in summary["samples"]] == [(1, "circle")] * 2 + [(3, "star")] * 2
+    tokenizer = load_tokenizer(models / "tok.safetensors")
+    for sample in summary["samples"]:
+        assert sample["seed"] == 0
+        assert sample["tokens"] == sum(sample["assignment"]) == sample["tokens_with_length_tokens"] - 4
+        folder = out / "samples" / sample["name"]
+        tokens = VideoTokens.load(folder / "tokens.safetensors")
+        assert tokens.length_BN.tolist() == [sample["assignment"]]
+        frames_THWC = np.load(folder / "frames.npy")
+        assert np.array_equal(frames_THWC, to_uint8(tokenizer.decode(tokens)[0])), "lossless, for scoring"
+        assert num_frames(folder / "sample.mp4") == 16
+    for title in ("class_001_circle", "class_003_star"):
+        assert num_frames(out / "grids" / f"{title}.mp4") == 16
+        assert (out / "grids" / f"{title}.png").is_file()
+    page = (out / "report.html").read_text()
+    assert "<h2>circle</h2>" in page and "<h2>star</h2>" in page and page.count("data:image/jpeg;base64,") == 4
+
+
+def interrupted_after(num: int, finish):
+    calls = 0
+
+    def stops(*arguments) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > num:
+            raise KeyboardInterrupt
+        finish(*arguments)
+
+    return stops
+
+
+def test_resumed_or_divided_sampling_makes_the_same(c2v, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("--qual-num", "3", "--class-idx", "square,cone")
+    whole = c2v(tmp_path / "whole", *flags)
+    wanted = contents(tmp_path / "whole", "frames.npy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_c2v.SampleJob, "_finish", interrupted_after(2, sample_c2v.SampleJob._finish))
+        with pytest.raises(KeyboardInterrupt, match="interrupted after 3 clips; the same command goes on"):
+            c2v(tmp_path / "parts", *flags)
+    done = contents(tmp_path / "parts", "frames.npy")
+    first = min(path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("frames.npy"))
+    assert len(done) == 2 and done.items() <= wanted.items()
+    assert c2v(tmp_path / "parts", *flags) == whole
+    assert contents(tmp_path / "parts", "frames.npy") == wanted
+    assert first in {path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("frames.npy")}, "kept, not redone"
+
+    for rank in ("1", "0"):
+        with monkeypatch.context() as patch:
+            patch.setenv("WORLD_SIZE", "2")
+            patch.setenv("RANK", rank)
+            summary = c2v(tmp_path / "two", *flags)
+            assert summary["complete"] == (rank == "0"), "the last to end finds all samples there"
+    assert contents(tmp_path / "two", "frames.npy") == wanted
+    assert len(contents(tmp_path / "two", "*.png")) == 2
+
+
+def test_lengths_are_forced_and_limited(c2v, tmp_path: Path) -> None:
+    forced = c2v(tmp_path / "a", "--class-idx", "0,1", "--tokens-per-block", "8,4,2,2")
+    assert [s["assignment"] for s in forced["samples"]] == [[8, 4, 2, 2]] * 2
+    limited = c2v(tmp_path / "b", "--class-idx", "0,1", "--tokens-per-block", "8", "--max-tokens", "15")
+    assert all(s["assignment"][0] == 8 and s["tokens"] <= 15 for s in limited["samples"])
+
+
+def test_without_the_mask_broken_sequences_are_counted(c2v, tmp_path: Path, capsys) -> None:
+    summary = c2v(tmp_path / "out", "--class-idx", "0,1,2", "--top-k", "5", mask=False)
+    assert summary["num_broken"] == 3 and summary["mean_tokens"] is None
+    assert "grammar wants" in summary["samples"][0]["broken"]
+    assert "3 broke the grammar and have no video (--check-special-token-mask)" in capsys.readouterr().out
+
+
+def test_other_settings_in_the_same_folder_are_refused(c2v, tmp_path: Path) -> None:
+    c2v(tmp_path / "out", "--class-idx", "0")
+    with pytest.raises(UserError, match="other settings .*temperature: 1.0 / 0.5"):
+        c2v(tmp_path / "out", "--class-idx", "0", "--temperature", "0.5")
+    c2v(tmp_path / "out", "--class-idx", "0,1", "--per-proc-batch-size", "1")  # more clips, fewer slots: goes on
+    assert c2v(tmp_path / "out", "--class-idx", "1", "--temperature", "0.5", "--overwrite")["num_samples"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--class-idx", "squar"], "no such class; the nearest are square"),
+        (["--class-idx", "11"], "--class-idx 11: this model has the classes 0 .. 10"),
+        (["--tokens-per-block", "3,2,2,2"], "length 3 is none of the levels"),
+        (["--tokens-per-block", "2,2,2,2,2"], "5 lengths .* a clip has 4 blocks"),
+        (["--tokens-per-block", "two"], "--tokens-per-block 'two'"),
+        (["--max-tokens", "7"], "7 tokens are below the smallest clip"),
+        (["--cfg-scale", "much"], "--cfg-scale 'much'"),
+        (["--cfg-scale", "1,2"], "2 guidance scales"),
+        (["--precision", "half"], "precision='half'"),
+        (["--gpt-model", "GPT-L"], "but GPT-L is 24x1024x16"),
+        (["--per-proc-batch-size", "1000000000"], "slots would fit"),
+        (["--top-p", "2"], "top_p = 2.0"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_mistakes_of_class_to_video(c2v, tmp_path: Path, flags: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        c2v(tmp_path / "out", *flags)
+
+
+def test_lengths_without_the_mask_are_refused(c2v, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="need --check-special-token-mask"):
+        c2v(tmp_path / "out", "--max-tokens", "20", mask=False)
+
+
+def test_compiling_without_a_compiler_is_refused(c2v, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="--compile for cpu needs a C.. compiler, and there is no 'no-such-compiler'"):
+        c2v(tmp_path / "out", "--class-idx", "0", "--compile")
+
+
+def test_missing_flags_and_wrong_models(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sample_c2v", "--gpt-model", "GPT-B"])
+    with pytest.raises(UserError, match="missing: --tok-config, --vq-ckpt, --gpt-ckpt, --sample-dir"):
+        sample_c2v.main()
+    monkeypatch.setattr(sys, "argv", ["sample_c2v", *common(models, "fp", tmp_path / "out"), "--cfg-scale", "1"])
+    with pytest.raises(UserError, match="is a model of frame prediction; use scripts/test/frame_pred"):
+        sample_c2v.main()
+    words = [*common(models, "c2v", tmp_path / "out"), "--vid_path", str(BUNDLED / "box_000.mp4")]
+    monkeypatch.setattr(sys, "argv", ["sample_frame_prediction", *words])
+    with pytest.raises(UserError, match="is a class-to-video model; use scripts/test/sample_c2v"):
+        sample_frame_prediction.main()
+    save_random_gpt(tmp_path / "other.safetensors", replace(CLASSES, codebook_size=32), [])
+    words = [*common(models, "c2v", tmp_path / "out"), "--gpt-ckpt", str(tmp_path / "other.safetensors")]
+    monkeypatch.setattr(sys, "argv", ["sample_c2v", *words])
+    with pytest.raises(UserError, match=r"other\.safetensors has codebook_size = 32, but the tokenizer's is 64"):
+        sample_c2v.main()
+
+
+def test_out_of_memory_says_how_to_go_on(c2v, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(sampler: Sampler) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Sampler, "_step", full)
+    with pytest.raises(UserError, match=r"cpu is out of memory with --per-proc-batch-size 3 and .* GiB .*; try 1$"):
+        c2v(tmp_path / "out", "--class-idx", "0")
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (sample_c2v, "--cfg-scale --qual-num --class-idx"),
+        (
+            sample_frame_prediction,
+            "--dataset --vid_path --orig-aspect-ratio --sample-num --fixed-prefix --condition-mode",
+        ),
+    ],
+)
+def test_every_promised_flag_is_explained(command, flags: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    shared = (
+        "--tok-config --vq-ckpt --gpt-model --gpt-ckpt --sample-dir --per-proc-batch-size --check-special-token-mask "
+        "--seed --temperature --top-k --top-p --precision --device --tokens-per-block --compile"
+    )
+    monkeypatch.setattr(sys, "argv", ["command", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        command.parse_arguments()
+    usage = capsys.readouterr().out.split()
+    assert {*flags.split(), *shared.split()} <= set(usage)
+
+
+def test_classes_by_name_and_number() -> None:
+    names = names_of((), 101)
+    assert names == ASCII_ORDER
+    assert parse_classes("1, jumprope,HammerThrow,46", names) == [1, 46, 34]
+    assert parse_classes(None, ["a", "b"]) == [0, 1]
+    assert names_of((), 3) == ("class_0", "class_1", "class_2")
+    with pytest.raises(UserError, match="nearest are JumpRope"):
+        parse_classes("JumpRobe", names)
