@@ -11,18 +11,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
+
+from autoregressive.live_kernel import attend_live
+from tokenizer.blocks.varlen import varlen_kernel
 
 
 def attend_causal(q_Lhe: Tensor, k_Lhe: Tensor, v_Lhe: Tensor, lengths: Sequence[int]) -> Tensor:
     """Every token attends to those of its own sequence up to itself -> [L, h, e]."""
-    if q_Lhe.is_cuda and q_Lhe.dtype in (torch.bfloat16, torch.float16):
+    if q_Lhe.is_cuda:
         return attend_varlen(q_Lhe, k_Lhe, v_Lhe, lengths)
     return attend_by_length(q_Lhe, k_Lhe, v_Lhe, lengths)
 
@@ -39,12 +40,16 @@ def attend_by_length(q_Lhe: Tensor, k_Lhe: Tensor, v_Lhe: Tensor, lengths: Seque
 
 
 def attend_varlen(
-    q_Lhe: Tensor, k_Lhe: Tensor, v_Lhe: Tensor, lengths: Sequence[int], kernel: Callable[..., Any] = varlen_attn
+    q_Lhe: Tensor,
+    k_Lhe: Tensor,
+    v_Lhe: Tensor,
+    lengths: Sequence[int],
+    kernel: Callable[..., Tensor] = varlen_kernel,
 ) -> Tensor:
-    """One variable-length kernel call over all sequences. `kernel`: called as torch's own, which runs on CUDA only."""
+    """One variable-length kernel call over all sequences. `kernel`: called as `varlen_kernel`."""
     ends = _cumulative(tuple(lengths), q_Lhe.device)
     longest = max(lengths)
-    return kernel(q_Lhe, k_Lhe, v_Lhe, ends, ends, longest, longest, window_size=(-1, 0))  # (-1, 0): causal
+    return kernel(q_Lhe, k_Lhe, v_Lhe, ends, ends, longest, longest, causal=True)
 
 
 @lru_cache(maxsize=4)
@@ -53,17 +58,21 @@ def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-Live = Sequence[int] | int
-"""Cached keys to read: how many each slot has (0: idle), or one number for all, up to which every slot is read."""
+Live = Sequence[int] | int | None
+"""Which cached keys are read: how many each slot has (0: idle); or one number, up to which every slot is read; or None:
+the kernel sees for itself."""
 
 
 def attend_cached(q_SGhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, position_S: Tensor, live: Live) -> Tensor:
     """One new query a row against the cached keys of its slot up to its own place -> [S, G, h, e].
 
     With a number for each slot every slot is a call of its own that reads only what lives, so a row's result is a
-    function of the row: the way of a CPU, and the reference. With one number a single call of few shapes reads all
-    slots that far and masks: the way of a GPU.
+    function of the row: the way of a CPU, and the reference. None is the way of a GPU: one kernel does the same for all
+    slots, and its shapes never change. With one number a single call of plain operations reads all slots that far and
+    masks: for compilers, and for a GPU without Triton.
     """
+    if live is None:
+        return attend_live(q_SGhe, k_SGhQe, v_SGhQe, position_S)
     if isinstance(live, int):
         return attend_to_longest(q_SGhe, k_SGhQe, v_SGhQe, position_S, live)
     return attend_by_slot(q_SGhe, k_SGhQe, v_SGhQe, live)

@@ -23,8 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autoregressive.compiled_step import CompiledStep
+from autoregressive.attention import Live
+from autoregressive.device_step import DeviceStep
 from autoregressive.kv_cache import check_memory
+from autoregressive.live_kernel import has_triton
 from autoregressive.model import GPT
 from autoregressive.noise import gumbel, id_words, key_words
 from autoregressive.pick import guide, pick
@@ -32,7 +34,7 @@ from autoregressive.sequence import ClipCodes, Grammar, LengthRule, SequenceLayo
 from tokenizer.common.errors import UserError
 
 _NO_CODES = torch.empty(0, dtype=torch.long)
-_LONGEST_STEP = 128  # keys; with static shapes the longest slot is rounded up to this, so that few of them occur
+_LONGEST_STEP = 128  # keys; where all slots are read up to the longest, that is rounded up, so that few shapes occur
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class SamplingConfig:
     guidance: s of u + s (c - u), one number, or one for each temporal block. Where all are 1, the half without class is
     not run; with any other number it is run in all blocks.
     check_grammar: only ids that the grammar allows are drawn; else sequences that break it are found and marked.
-    compile: compile the step, and on a GPU replay it as CUDA graphs. It takes a while before the first clip.
+    compile: compile the step. It takes a while before the first clip.
     """
 
     slots: int = 8
@@ -177,8 +179,9 @@ class Sampler:
         self._word_V = id_words(layout.num_ids, device)
         self._bias_rows: dict[tuple[bool, ...], Tensor] = {}
         self._bias_of: list[tuple[bool, ...] | None] = [None] * slots
+        self._kernel_sees = device.type == "cuda" and has_triton()
         moving = (self._input_SG, self._position_S)
-        self._compiled = CompiledStep(self._advance, moving, device) if config.compile else None
+        self._run_step = DeviceStep(self._advance, moving, device, config.compile)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Samples in the order in which they end. Stopping early frees all slots."""
@@ -213,7 +216,8 @@ class Sampler:
         condition_id = layout.condition_id(request.label)
         if given:
             condition_L = request.condition_L.to(self.model.device)
-            self.model.prefill(condition_L, s, self._cache)
+            with self._own_precision():
+                self.model.prefill(condition_L, s, self._cache)
             self._sequence_SQ[s, :given] = condition_L
         self._sequence_SQ[s, given] = condition_id
         self._input_SG[s] = layout.open_id
@@ -257,11 +261,8 @@ class Sampler:
     @torch.inference_mode()
     def _step(self) -> None:
         """Every slot reads its id and draws the next. Nothing here waits for the device."""
-        live = [slot.position + 1 if slot else 0 for slot in self._slots]
-        if self._compiled:
-            self._compiled(self._rounded(max(live)))
-        else:
-            self._advance(live if self.model.device.type == "cpu" else self._rounded(max(live)))
+        with self._own_precision():
+            self._run_step(self._live())
         for slot in self._slots:
             if slot:
                 slot.position += 1
@@ -270,7 +271,23 @@ class Sampler:
         self.counts.row_steps += num_active
         self.counts.tokens += num_active
 
-    def _advance(self, live: list[int] | int) -> None:
+    def _own_precision(self) -> torch.autocast:
+        """That of the weights, which the cache has too, also inside a training's autocast."""
+        return torch.autocast(self.model.device.type, enabled=False)
+
+    def _live(self) -> Live:
+        """What a step is told of the cached keys (attention.py)."""
+        if self._kernel_sees:
+            return None
+        live = [slot.position + 1 if slot else 0 for slot in self._slots]
+        if self.model.device.type == "cpu" and not self.config.compile:
+            return live
+        return self._rounded(max(live))
+
+    def _rounded(self, longest: int) -> int:
+        return min(self.places, -(-longest // _LONGEST_STEP) * _LONGEST_STEP)
+
+    def _advance(self, live: Live) -> None:
         """The device's part of a step: fixed shapes, all state in place."""
         c, position_S = self.config, self._position_S
         logits_RV = self.model.step(self._input_SG.flatten(), position_S, live, self._cache)
@@ -280,9 +297,6 @@ class Sampler:
         self._input_SG.copy_(next_S[:, None].expand_as(self._input_SG))
         self._sequence_SQ.scatter_(1, position_S[:, None] + 1, next_S[:, None])
         position_S += self._active_S
-
-    def _rounded(self, longest: int) -> int:
-        return min(self.places, -(-longest // _LONGEST_STEP) * _LONGEST_STEP)
 
     # --- settle ---------------------------------------------------------------------------------------------------
 

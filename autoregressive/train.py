@@ -90,13 +90,8 @@ class GPTTraining:
         return token_batches(self.archive, self.layout, c.model.width, rule, start_step)
 
     def loss(self, batch: TokenBatch, step: int) -> tuple[Summed, dict[str, Tensor | float]]:
-        """Cross-entropy summed over all ids that are to be said; the loop divides by their number on all processes."""
-        logits_LV, target_L = read(self.model, batch.packed)
-        each_L = cross_entropy(logits_LV, target_L)
-        kinds = by_kind(each_L.detach(), target_L, self.layout)
-        terms: dict[str, Tensor | float] = {name: total / num for name, (total, num) in kinds.items()}
-        terms["ids_per_clip"] = len(each_L) / len(batch.sequences)
-        return Summed(each_L.sum(), batch.num_targets), terms
+        """See `gpt_loss`."""
+        return gpt_loss(self.model, batch)
 
     def validate(self, step: int) -> dict[str, float]:
         """Loss, perplexity and how often the most probable length is the true one, on held-out clips."""
@@ -149,6 +144,16 @@ class GPTTraining:
 
 
 KINDS = ("loss_length", "loss_code")
+
+
+def gpt_loss(model: torch.nn.Module, batch: TokenBatch) -> tuple[Summed, dict[str, Tensor | float]]:
+    """Cross-entropy summed over all ids that are to be said; the loop divides by their number on all processes."""
+    logits_LV, target_L = read(model, batch.packed)
+    each_L = cross_entropy(logits_LV, target_L)
+    kinds = by_kind(each_L.detach(), target_L, batch.layout)
+    terms: dict[str, Tensor | float] = {name: total / num for name, (total, num) in kinds.items()}
+    terms["ids_per_clip"] = len(each_L) / len(batch.sequences)
+    return Summed(each_L.sum(), batch.num_targets), terms
 
 
 def read(model: torch.nn.Module, packed: PackedSequences) -> tuple[Tensor, Tensor]:

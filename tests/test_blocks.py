@@ -1,5 +1,6 @@
 """The parts of the tokenizer on their own: attention, patches, pooled queries, positions."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,6 @@ from tokenizer.blocks.attention import attend_by_clip, attend_varlen, block_caus
 from tokenizer.blocks.patchify import patchify, unpatchify
 from tokenizer.blocks.positions import sincos_3d
 from tokenizer.blocks.query_init import level_cells, most_queries, packed_queries, pooling_pyramid
-from tokenizer.common.runtime import pick_device
 
 UNEQUAL = pack(torch.tensor([[3, 1, 2], [1, 4, 1], [2, 2, 2]]))
 EQUAL = pack(torch.tensor([[3, 1, 2]] * 3))
@@ -43,8 +43,11 @@ def attend_masked(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packing, k
     return F.scaled_dot_product_attention(q, k, v, attn_mask=same_clip & not_later).transpose(0, 1)
 
 
-def reference_kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+def reference_kernel(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool
+) -> Tensor:
     """What a variable-length kernel computes, in a loop on any device."""
+    assert not causal
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert (int(cu_q.diff().max()), int(cu_k.diff().max())) <= (max_q, max_k)
     assert (int(cu_q[-1]), int(cu_k[-1])) == (len(q), len(k))
@@ -86,16 +89,14 @@ def test_variable_length_attention_equals_the_loop(which: str) -> None:
     assert_same(attend, attend_by_clip, *PAIRS[which])
 
 
-def test_torchs_kernel_is_called_as_it_wants() -> None:
-    """It runs on CUDA alone; where there is none, its argument names and order are what can be checked."""
-    import inspect
-
+def test_torchs_kernels_are_called_as_they_want() -> None:
+    """They run on CUDA alone (tests/test_gpu.py); elsewhere their arguments are what can be checked."""
     names = list(inspect.signature(varlen_attn).parameters)
-    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
-    if (device := pick_device("auto")).type == "cuda":
-        q, k, v = (x.detach().to(device, torch.bfloat16) for x in tensors(UNEQUAL, PATCHES, width=32))
-        ours, wanted = (attend(q, k, v, UNEQUAL, PATCHES) for attend in (block_causal_attention, attend_by_clip))
-        torch.testing.assert_close(ours, wanted, rtol=2e-2, atol=2e-2)
+    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"] and "window_size" in names
+    arguments = torch.ops.aten._efficient_attention_forward.default._schema.arguments
+    names = [argument.name for argument in arguments]
+    assert names[3:6] == ["bias", "cu_seqlens_q", "cu_seqlens_k"]
+    assert names[6:11] == ["max_seqlen_q", "max_seqlen_k", "dropout_p", "custom_mask_type", "compute_log_sumexp"]
 
 
 def test_patches_go_and_come_back() -> None:

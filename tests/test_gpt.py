@@ -1,6 +1,7 @@
 """The GPT: the published sizes, causality, packing, the cache, and what does not belong together."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -99,8 +100,8 @@ def test_a_sequence_does_not_see_its_neighbours(gpt: GPT) -> None:
 def test_the_varlen_call_equals_the_reference() -> None:
     """A kernel with torch's signature, in plain operations: the plan is what is tested on a machine without a GPU."""
 
-    def kernel(q, k, v, ends_q, ends_k, longest_q, longest_k, *, window_size):
-        assert torch.equal(ends_q, ends_k) and longest_q == longest_k == 7 and window_size == (-1, 0)
+    def kernel(q, k, v, ends_q, ends_k, longest_q, longest_k, causal):
+        assert torch.equal(ends_q, ends_k) and longest_q == longest_k == 7 and causal
         parts = [[x[a:b].transpose(0, 1) for x in (q, k, v)] for a, b in zip(ends_q[:-1], ends_q[1:], strict=True)]
         mixed = [F.scaled_dot_product_attention(*part, is_causal=True).transpose(0, 1) for part in parts]
         return torch.cat(mixed)
@@ -108,6 +109,25 @@ def test_the_varlen_call_equals_the_reference() -> None:
     lengths = [3, 7, 7]
     q, k, v = torch.randn(3, sum(lengths), 2, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(attend_varlen(q, k, v, lengths, kernel), attend_by_length(q, k, v, lengths))
+
+
+def test_the_kernel_over_the_live_cache_equals_the_reference() -> None:
+    """In Triton's interpreter, which must be asked for before the kernel is defined; on a GPU see test_gpu.py."""
+    pytest.importorskip("triton")
+    code = """
+import torch
+from autoregressive.attention import attend_by_slot, attend_cached
+q_SGhe, live = torch.randn(4, 2, 2, 24), [1, 64, 65, 130]
+k_SGhQe, v_SGhQe = torch.randn(2, 4, 2, 2, 131, 24)
+wanted = attend_by_slot(q_SGhe, k_SGhQe, v_SGhQe, live)
+for s, num in enumerate(live):
+    k_SGhQe[s, :, :, num:] = v_SGhQe[s, :, :, num:] = torch.nan  # what nobody may read
+ours = attend_cached(q_SGhe, k_SGhQe, v_SGhQe, torch.tensor(live) - 1, None)
+torch.testing.assert_close(ours, wanted)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("streams", [1, 2])

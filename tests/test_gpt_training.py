@@ -68,10 +68,12 @@ def archives(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> dict[s
     return {"archive": str(folder / "train"), "val_archive": str(folder / "val"), "tokenizer": tokenizer}
 
 
-def training(archives: dict[str, str], folder: Path, model: GPTConfig = MODEL, **changes) -> GPTTraining:
+def training(
+    archives: dict[str, str], folder: Path, model: GPTConfig = MODEL, precision: str = "none", **changes
+) -> GPTTraining:
     run = RunConfig(
         dir=str(folder), steps=6, batch_size=4, log_every=1, validate_every=3, checkpoint_every=2, ema_decay=0.5,
-        device="cpu",
+        device="cpu", precision=precision,
     )  # fmt: skip
     optim = OptimConfig(lr=1e-2, min_lr=0.0, warmup_steps=1, schedule="wsd")
     return GPTTraining(GPTTrainConfig(run=run, model=model, optim=optim, **{**archives, **changes}))
@@ -210,6 +212,11 @@ def test_killed_and_resumed_ends_with_the_same_bits(archives: dict[str, str], tm
     assert {"loss_length", "loss_code", "ids_per_clip"} <= set(lines[0])
     wanted = ("loss", "perplexity", "length_accuracy", "loss_length", "loss_code")
     assert {f"val/{name}" for name in wanted} <= set(lines[-1])
+
+
+def test_half_precision_trains_validates_and_samples(archives: dict[str, str], tmp_path: Path) -> None:
+    training(archives, tmp_path, precision="bf16").fit()
+    assert (tmp_path / "samples" / "00000006.png").is_file()
 
 
 def test_the_weights_know_their_tokens_and_the_lengths_are_learnt(archives: dict[str, str], tmp_path: Path) -> None:

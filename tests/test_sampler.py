@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from autoregressive import sampler as sampler_module
+from autoregressive.attention import Live
 from autoregressive.model import GPT, GPTConfig
 from autoregressive.noise import gumbel, id_words, key_words
 from autoregressive.pick import guide, keep_top_k, keep_top_p, pick
@@ -208,12 +209,12 @@ def test_bf16_obeys_the_same_rules(gpt: GPT) -> None:
 
 
 def test_static_shapes_give_the_same_clips(gpt: GPT, frames_gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs on a GPU, where all slots are read up to the longest, rounded up: few shapes, the same clips."""
+    """What is compiled, where all slots are read up to the longest, rounded up: few shapes, the same clips."""
     monkeypatch.setattr(sampler_module, "_LONGEST_STEP", 8)
     shapes = set()
 
     class Static(Sampler):
-        def _advance(self, live: list[int] | int) -> None:
+        def _advance(self, live: Live) -> None:
             assert isinstance(live, list)
             shapes.add(longest := self._rounded(max(live)))
             super()._advance(longest)

@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import torch
 from _report import report
+from torch import Tensor
 
 from autoregressive.model import GPT, GPTConfig
 from autoregressive.presets import PRESETS
@@ -64,12 +65,16 @@ def main() -> None:
 
 def random_batch(config: GPTConfig, lengths_of_clips: list[list[int]]) -> PackedSequences:
     """Random codes, classes and these lengths, as training packs them."""
-    layout = config.layout
+    return pack_sequences(config.layout, random_sequences(config, lengths_of_clips))
+
+
+def random_sequences(config: GPTConfig, lengths_of_clips: list[list[int]]) -> list[Tensor]:
+    """The same, one by one."""
     clips = [
         ClipCodes(torch.randint(config.codebook_size, (sum(lengths),)), tuple(lengths), number % config.num_classes)
         for number, lengths in enumerate(lengths_of_clips)
     ]
-    return pack_sequences(layout, [layout.encode(clip) for clip in clips])
+    return [config.layout.encode(clip) for clip in clips]
 
 
 def _seconds(model: GPT, batch: PackedSequences) -> float:

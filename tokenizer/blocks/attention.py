@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from tokenizer.assignment import Packing
+from tokenizer.blocks.varlen import GatherKeys, varlen_kernel
 
 
 class Attention(nn.Module):
@@ -50,7 +49,7 @@ def block_causal_attention(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: P
     """Every query attends to the keys of its own clip in blocks up to its own -> [L, h, e]."""
     if query.is_regular and key.is_regular:
         return _attend_rectangle(q_Lhe, k_She, v_She, query, key)
-    if q_Lhe.is_cuda and q_Lhe.dtype in (torch.bfloat16, torch.float16):
+    if q_Lhe.is_cuda:
         return attend_varlen(q_Lhe, k_She, v_She, query, key)
     return attend_by_clip(q_Lhe, k_She, v_She, query, key)
 
@@ -84,24 +83,37 @@ def attend_by_clip(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packing, 
 
 
 def attend_varlen(
-    q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packing, key: Packing, kernel: Callable[..., Any] = varlen_attn
+    q_Lhe: Tensor,
+    k_She: Tensor,
+    v_She: Tensor,
+    query: Packing,
+    key: Packing,
+    kernel: Callable[..., Tensor] = varlen_kernel,
 ) -> Tensor:
     """Any assignments on a GPU: one variable-length kernel call, in which every block of every clip is a sequence.
 
     The queries already stand in that order. The keys are gathered: block t brings its own copy of blocks <= t, because
-    sequences of such a kernel must not overlap. `kernel` is called as torch's own, which runs on CUDA in half precision
-    only: (q, k, v, cumulative lengths of the queries, of the keys, longest query sequence, longest key sequence).
+    sequences of such a kernel must not overlap. `kernel`: called as `varlen_kernel`.
     """
-    key_row, cu_q, cu_k = _varlen_plan(query, key, q_Lhe.device)
+    key_row, copies, ends_q, ends_k = _varlen_plan(query, key, q_Lhe.device)
     max_q, max_k = max(map(max, query.lengths)), max(key.clip_lengths)
-    return kernel(q_Lhe, k_She[key_row], v_She[key_row], cu_q, cu_k, max_q, max_k)
+    k_Ghe, v_Ghe = (GatherKeys.apply(x, key_row, copies) for x in (k_She, v_She))
+    return kernel(q_Lhe, k_Ghe, v_Ghe, ends_q, ends_k, max_q, max_k, causal=False)
 
 
 @lru_cache(maxsize=4)
-def _varlen_plan(query: Packing, key: Packing, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(row of each gathered key, cumulative lengths of the queries, of the keys); the same in every layer."""
-    starts = key.first_BN[:, 0].tolist()
+def _varlen_plan(query: Packing, key: Packing, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same in every layer: row of each gathered key [G], copies of each key [N, S], where sequences end [BN + 1].
+
+    Block t of a clip gathers its first `block_ends[t]` keys, so copy t of a key stands at its place in the clip after
+    the start of sequence t; keys of later blocks are not in it. The last sequence of a clip holds all its keys.
+    """
+    starts, end_BN = key.first_BN[:, 0].tolist(), torch.tensor(key.block_ends)
     rows = [torch.arange(s, s + end) for s, ends in zip(starts, key.block_ends, strict=True) for end in ends]
-    q_len, k_len = query.length_BN.flatten(), torch.tensor(key.block_ends).flatten()
-    cu_q, cu_k = (F.pad(length.cumsum(0), (1, 0)).to(device, torch.int32) for length in (q_len, k_len))
-    return torch.cat(rows).to(device), cu_q, cu_k
+    ends_q, ends_k = (F.pad(length.cumsum(0), (1, 0)) for length in (query.length_BN.flatten(), end_BN.flatten()))
+    place_S = torch.arange(key.num_tokens) - key.first_BN[key.clip_L, 0]
+    first_NS = ends_k[:-1].view(key.num_clips, -1)[key.clip_L].T.flip(0)
+    there_NS = place_S < end_BN[key.clip_L].T.flip(0)
+    copies = torch.where(there_NS, first_NS + place_S, -1)
+    where = (torch.cat(rows), copies, ends_q.int(), ends_k.int())
+    return tuple(x.to(device) for x in where)  # type: ignore[return-value]

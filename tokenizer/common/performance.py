@@ -27,13 +27,22 @@ class FlopCount(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name, count = func._overloadpacket.__name__, flop_registry.get(func._overloadpacket)
-        if name == "_scaled_dot_product_flash_attention_for_cpu":  # the registry knows the kernels of GPUs only
+        if name == "_varlen_attn":
+            self.total += _varlen_flops(*args[:5])
+        elif name == "_varlen_attn_backward":  # (gradient, q, k, v, output, logsumexp, ends of q, of k, ..)
+            self.total += _varlen_flops(*args[1:4], *args[6:8]) * 5 // 2  # five products where the forward has two
+        elif name == "_scaled_dot_product_flash_attention_for_cpu":  # the registry knows the kernels of GPUs only
             self.total += sdpa_flop_count(*(x.shape for x in args[:3]))
         elif name == "_scaled_dot_product_flash_attention_for_cpu_backward":
             self.total += sdpa_backward_flop_count(*(x.shape for x in args[:4]))
         elif count is not None:
             self.total += count(*args, **(kwargs or {}), out_val=result)
         return result
+
+
+def _varlen_flops(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, ends_q: Tensor, ends_k: Tensor) -> int:
+    """Two products of queries and keys for each sequence; like the registry's kernels, a causal one counts in full."""
+    return int(4 * (ends_q.diff().long() * ends_k.diff()).sum()) * q_Lhe.shape[1] * q_Lhe.shape[2]
 
 
 def gemm_roof(device: torch.device, dtype: torch.dtype, clock: Any = time.perf_counter) -> float:

@@ -1,4 +1,4 @@
-"""The compiled step: the clips of the plain one, compiled twice and no more, recorded without a trace, clear refusals.
+"""The compiled and the recorded step: clips of the plain one, few graphs, recorded without a trace, clear refusals.
 
 Traced and lowered by torch.compile as for its own backend, but run operation by operation: that needs no C++ compiler.
 """
@@ -14,7 +14,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from autoregressive import sampler as sampler_module
-from autoregressive.compiled_step import CompiledStep, Run
+from autoregressive.attention import Live
+from autoregressive.device_step import DeviceStep, Run
 from autoregressive.model import GPT
 from autoregressive.presets import PRESETS
 from autoregressive.sampler import Request, Sampler, SamplingConfig
@@ -69,7 +70,7 @@ def test_compiled_clips_are_those_of_the_plain_step(
 
     backend = aot_autograd(fw_compiler=lowered, keep_inference_input_mutations=True)
     monkeypatch.setattr(sampler_module, "_LONGEST_STEP", 8)
-    monkeypatch.setattr(sampler_module, "CompiledStep", partial(CompiledStep, backend=backend, record=record))
+    monkeypatch.setattr(sampler_module, "DeviceStep", partial(DeviceStep, backend=backend, record=record))
     torch._dynamo.reset()
     counters.clear()
     sampler = Sampler(gpt, replace(CONFIG, compile=True))
@@ -84,12 +85,30 @@ def test_compiled_clips_are_those_of_the_plain_step(
         assert len(record.replays) in buckets and sum(record.replays) == sampler.counts.steps
 
 
+def test_a_recorded_plain_step_gives_the_same_clips(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a GPU, whose kernel needs no number of keys: one recording serves every step."""
+    record = StandIn()
+
+    class Recorded(Sampler):
+        def _live(self) -> None:
+            return None
+
+        def _advance(self, live: Live) -> None:
+            super()._advance([int(position) + 1 for position in self._position_S])
+
+    wanted = clips(Sampler(gpt, CONFIG))
+    monkeypatch.setattr(sampler_module, "DeviceStep", partial(DeviceStep, record=record))
+    sampler = Recorded(gpt, CONFIG)
+    assert clips(sampler) == wanted
+    assert record.replays == [sampler.counts.steps] and sampler._run_step.num_recorded == 1
+
+
 def test_what_cannot_be_compiled_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(graph: object, inputs: object) -> None:
         raise RuntimeError("no kernel for this machine\nand more lines")
 
     place = torch.zeros(1)
-    step = CompiledStep(lambda live: place.add_(live), (place,), place.device, backend=broken)
+    step = DeviceStep(lambda live: place.add_(live), (place,), place.device, compiled=True, backend=broken)
     with pytest.raises(UserError, match=r"^--compile: .* cpu \(RuntimeError: no kernel for this machine\); [^\n]*$"):
         step(1)
 
@@ -99,4 +118,4 @@ def test_missing_compilers_are_named(gpt: GPT, device: str, words: str, monkeypa
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"^--compile for {device} needs .*{words}.* without --compile"):
-        CompiledStep(lambda live: None, (), torch.device(device))
+        DeviceStep(lambda live: None, (), torch.device(device), compiled=True)

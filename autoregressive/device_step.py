@@ -1,16 +1,16 @@
-"""The device's part of a sampling step, compiled, and on a GPU recorded as CUDA graphs that are replayed.
+"""How the device's part of a sampling step is run: as it is on a CPU, recorded as a CUDA graph on a GPU; compiled first
+where that is asked for.
 
-A step takes one number, how many cached keys it reads ("live"), and returns nothing: all that it reads and writes
-stays where it is, and its noise comes from keys, not from a generator. So nothing has to be copied into a graph or out
-of it, and replaying one is the whole step: a launch, without any look at the device.
+A step is told how many cached keys it reads ("live") and returns nothing: all that it reads and writes stays where it
+is, and its noise comes from keys, not from a generator. So nothing has to be copied into a graph or out of it, and
+replaying one is the whole step: a launch, without any look at the device.
 
-    compile   the first number of keys is compiled as a constant, the second as a symbol, the later ones not at all
     record    on a GPU, one graph for each number of keys, when it first occurs; they share their memory, because no two
-              run at once and none leaves anything there for another
-
-Generated kernels round differently from the plain step, which can tip a draw, above all in half precision. The tests
-run the step as torch.compile traces and lowers it, but operation by operation, and record it with a stand-in; the
-generated kernels and the CUDA graphs were not run where this was written.
+              run at once and none leaves anything there for another. With Triton the kernel finds the number itself
+              (live_kernel.py), and there is one graph. The recorded kernels are those of the plain step, so its clips
+              are the same to the bit.
+    compile   the first number of keys is compiled as a constant, the second as a symbol, the later ones not at all.
+              Generated kernels round differently, which can tip a draw, above all in half precision.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoregressive.attention import Live
 from tokenizer.common.errors import UserError
 
 Run = Callable[[], None]
@@ -35,8 +36,8 @@ run."""
 _REHEARSALS = 2  # before recording: the first compiles, and kernels set themselves up when they first run
 
 
-class CompiledStep:
-    """`advance(live)`, compiled. `moving`: the tensors that take a step from one place to the next.
+class DeviceStep:
+    """`advance(live)`, as `device` runs it best. `moving`: the tensors that take a step from one place to the next.
 
     A step from the same `moving` does the same again, so putting them back undoes it: whatever else was written is
     written once more.
@@ -44,22 +45,28 @@ class CompiledStep:
 
     def __init__(
         self,
-        advance: Callable[[int], None],
+        advance: Callable[[Live], None],
         moving: Sequence[Tensor],
         device: torch.device,
+        compiled: bool = False,
         backend: str = "inductor",
         record: Record | None = None,
     ) -> None:
-        """Raises UserError where nothing can be compiled for `device`."""
-        if backend == "inductor":
+        """Raises UserError where a compiled step is asked for and nothing can be compiled for `device`."""
+        if compiled and backend == "inductor":
             check_can_compile(device)
         if record is None and device.type == "cuda":
             record = CudaGraphs(device)
-        self._advance = torch.compile(advance, fullgraph=True, backend=backend)
-        self._moving, self._device, self._record = moving, device, record
-        self._replay_of: dict[int, Run] = {}
+        self._advance = torch.compile(advance, fullgraph=True, backend=backend) if compiled else advance
+        self._moving, self._device, self._compiled, self._record = moving, device, compiled, record
+        self._replay_of: dict[Live, Run] = {}
 
-    def __call__(self, live: int) -> None:
+    @property
+    def num_recorded(self) -> int:
+        """Graphs that were recorded so far."""
+        return len(self._replay_of)
+
+    def __call__(self, live: Live) -> None:
         if self._record is None:
             self._run(live)
             return
@@ -67,13 +74,16 @@ class CompiledStep:
             self._replay_of[live] = self._record(lambda: self._rehearse(live), lambda: self._run(live))
         self._replay_of[live]()
 
-    def _rehearse(self, live: int) -> None:
+    def _rehearse(self, live: Live) -> None:
         before = [tensor.clone() for tensor in self._moving]
         self._run(live)
         for tensor, value in zip(self._moving, before, strict=True):
             tensor.copy_(value)
 
-    def _run(self, live: int) -> None:
+    def _run(self, live: Live) -> None:
+        if not self._compiled:
+            self._advance(live)
+            return
         from torch._dynamo.exc import TorchDynamoException  # what nobody needs who does not compile
 
         try:
@@ -102,7 +112,8 @@ class CudaGraphs:
                     rehearse()
             here.wait_stream(aside)
             graph: Any = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # thread_local: other threads (a checkpoint's writer, NCCL's watchdog) may talk to the GPU meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 step()
         return graph.replay
 

@@ -1,0 +1,241 @@
+"""A GPU at work at the paper's sizes: training as a share of its arithmetic, sampling as a share of its bandwidth.
+
+    python scripts/bench/gpu.py [--only gpt,tokenizer,sampler] [--quick]
+
+1. gpt: a training step of GPT-L on packed clips of random assignments, bf16, as the loop makes it (loss, gradients,
+   clipping, AdamW, moving average). MFU = arithmetic of the model, 6 operations a weight and id and 3 times the causal
+   attention, / time / the GPU's published dense bf16 peak. Goal: 0.35.
+2. tokenizer: the same for VQ_SB, random assignments, without the perceptual network; arithmetic as counted. Goal: 0.30.
+3. sampler: GPT-LP with guidance, 32 slots, forced random assignments, compiled, against
+   - the time that its bytes (weights of every step, live keys and values) take at the measured speed of a copy.
+     Goal: 0.5.
+   - what the ancestors do: batches run until 2052 ids are written, uncompiled, attend to the whole static cache under
+     a mask and wait for the device at every step. A step costs the same at every place, so some are timed. Goal: 10x.
+
+Random weights and codes; wall time between synchronisations. The ratio is that of 3, the loop; `holds` is all that was
+run. The last line is JSON. --quick samples 32 clips instead of 256.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from _report import report
+from gpt_packed import count_flops, random_sequences
+from torch import Tensor
+
+from autoregressive.batches import TokenBatch
+from autoregressive.model import GPT
+from autoregressive.noise import gumbel, id_words, key_words
+from autoregressive.pick import guide, pick
+from autoregressive.presets import PRESETS
+from autoregressive.sampler import Request, Sampler, SamplingConfig
+from autoregressive.sequence import length_rule
+from autoregressive.train import gpt_loss
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.loop import RunConfig, TrainState, start_run, train_step
+from tokenizer.common.optim import OptimConfig
+from tokenizer.common.performance import FlopCount, gemm_roof, peak_memory
+from tokenizer.common.runtime import generator_for
+from tokenizer.losses.objective import LossConfig, tokenizer_loss
+from tokenizer.presets import build_tokenizer
+
+PARTS = ("gpt", "tokenizer", "sampler")
+GOALS = {"gpt": 0.35, "tokenizer": 0.30, "sampler": 0.5, "loop": 10.0}
+DENSE_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # published; of other GPUs the measured roof is taken
+CLIPS_GPT, CLIPS_TOKENIZER, SLOTS, LOOP_STEPS, REPEATS = 48, 32, 32, 40, 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Training and sampling at the paper's sizes on one GPU.")
+    parser.add_argument("--only", default=",".join(PARTS), help="some of gpt,tokenizer,sampler (default: all)")
+    parser.add_argument("--quick", action="store_true", help="sample 32 clips, not 256")
+    args = parser.parse_args()
+    wanted = args.only.split(",")
+    if strange := sorted(set(wanted) - set(PARTS)):
+        raise UserError(f"--only {','.join(strange)}: choose from {', '.join(PARTS)}")
+    if not torch.cuda.is_available():
+        raise UserError("this bench needs a GPU, and torch sees none; sampler.py and train_step.py run on a CPU")
+    device = start_run(RunConfig(device="cuda", precision="bf16"))
+    name = torch.cuda.get_device_name(device)
+    gemm, copy = gemm_roof(device, torch.bfloat16), copy_roof(device)
+    peak = next((flops for part, flops in DENSE_BF16.items() if part in name), gemm)
+    found: dict[str, dict[str, Any]] = {}
+    if "gpt" in wanted:
+        found["gpt"] = train_gpt(peak)
+    if "tokenizer" in wanted:
+        found["tokenizer"] = train_tokenizer(peak)
+    if "sampler" in wanted:
+        found["sampler"], found["loop"] = sample(device, copy, 32 if args.quick else 256)
+    shares = {part: values["ratio"] for part, values in found.items()}
+    part = "loop" if "loop" in shares else wanted[0]
+    report(
+        "one GPU at the paper's sizes",
+        ratio=shares[part],
+        goal=GOALS[part],
+        holds=all(share >= GOALS[name] for name, share in shares.items()),
+        of=part,
+        **{name: {**values, "goal": GOALS[name]} for name, values in found.items()},
+        device=name,
+        torch=torch.__version__,
+        measured_gemm_tflops=round(gemm / 1e12, 1),
+        published_tflops=round(peak / 1e12, 1),
+        measured_copy_gb_per_second=round(copy / 1e9),
+        quick=args.quick,
+    )
+
+
+def copy_roof(device: torch.device) -> float:
+    """Bytes a second, read and written together, of the largest of a few copies."""
+    source = torch.empty(2**31, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source)) for _ in range(REPEATS))
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall time from one idle moment of the device to the next."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def train_gpt(peak: float) -> dict[str, Any]:
+    """A step of GPT-L on one batch."""
+    config = PRESETS["GPT-L"]
+    lengths = config.layout.space.lengths_of(config.layout.space.draw_rows(CLIPS_GPT, generator_for(0, "bench gpt")))
+    batch = TokenBatch(config.layout, random_sequences(config, lengths.tolist()), config.width)
+    model = GPT(config)
+    flops = 3 * count_flops(config, batch.packed)
+
+    def loss(part: TokenBatch, step: int) -> Any:
+        return gpt_loss(model, part)
+
+    figures = time_steps(model, batch, loss, CLIPS_GPT)
+    return figures | rates(flops, figures["seconds"], peak) | {"ids": len(batch.packed.id_L)}
+
+
+def train_tokenizer(peak: float) -> dict[str, Any]:
+    """A step of VQ_SB on one batch of noise."""
+    model = build_tokenizer("VQ_SB").cuda()
+    length_BN = model.space.lengths_of(model.space.draw_rows(CLIPS_TOKENIZER, generator_for(0, "bench tokenizer")))
+    video_BCTHW = torch.rand(CLIPS_TOKENIZER, 3, 16, 128, 128, device="cuda")
+    config = LossConfig(perceptual=0.0, perceptual_net="none")
+
+    def loss(video: Tensor, step: int) -> Any:
+        return tokenizer_loss(config, model(video, length_BN), video, None, torch.Generator(), {})
+
+    figures = time_steps(model, video_BCTHW, loss, CLIPS_TOKENIZER, counted=True)
+    return figures | rates(figures.pop("flops"), figures["seconds"], peak) | {"tokens": int(length_BN.sum())}
+
+
+def time_steps(model: torch.nn.Module, batch: Any, loss: Any, clips: int, counted: bool = False) -> dict[str, Any]:
+    """The loop's own steps on one batch: seconds of the fastest, peak memory, and the arithmetic where it is asked."""
+    run, optim = RunConfig(device="cuda", precision="bf16", batch_size=clips), OptimConfig()
+    state = TrainState.start(model, run, optim)
+    torch.cuda.reset_peak_memory_stats()
+    with FlopCount() as count:
+        train_step(run, optim, state, batch, loss)
+    train_step(run, optim, state, batch, loss)
+    taken = min(seconds(lambda: train_step(run, optim, state, batch, loss)) for _ in range(REPEATS))
+    memory = peak_memory(state.device) / 2**30
+    return {"seconds": round(taken, 4), "clips": clips, "memory_gib": round(memory, 2)} | (
+        {"flops": count.total} if counted else {}
+    )
+
+
+def rates(flops: float, taken: float, peak: float) -> dict[str, float]:
+    return {"ratio": round(flops / taken / peak, 4), "tflops": round(flops / taken / 1e12, 1)}
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def sample(device: torch.device, bandwidth: float, num_clips: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """GPT-LP: our sampler against its bytes, and against the loop."""
+    model = GPT(PRESETS["GPT-LP"]).eval().to(device, torch.bfloat16)
+    config = SamplingConfig(SLOTS, guidance=(2.25,), compile=True)
+    requests = drawn_requests(model, num_clips)
+    sampler = Sampler(model, config)
+    first = seconds(lambda: exhaust(sampler, requests[:1]))  # compiles and records
+    before = sampler.counts.steps
+    ours = seconds(lambda: exhaust(sampler, requests))
+    plain = Sampler(model, replace(config, compile=False))
+    exhaust(plain, requests[:1])
+    uncompiled = seconds(lambda: exhaust(plain, requests[:SLOTS])) * num_clips / SLOTS
+    step = padded_step(model, config, requests[:SLOTS])
+    padded = step * (model.layout.max_length - 1) * num_clips / SLOTS
+    lengths = [sum(request.rule.forced) + model.layout.num_blocks for request in requests]
+    limit = least_bytes(model, lengths) / bandwidth
+    return (
+        {
+            "ratio": round(limit / ours, 4),
+            "seconds": round(ours, 2),
+            "clips_per_second": round(num_clips / ours, 2),
+            "tokens_per_second": round(sum(lengths) / ours),
+            "milliseconds_per_step": round(ours / (sampler.counts.steps - before) * 1e3, 3),
+            "seconds_before_the_first_clip": round(first, 1),
+            "seconds_uncompiled": round(uncompiled, 2),
+            "utilisation": round(sampler.counts.utilisation(SLOTS), 3),
+            "clips": num_clips,
+            "slots": SLOTS,
+        },
+        {"ratio": round(padded / ours, 2), "seconds": round(padded, 2), "milliseconds_per_step": round(step * 1e3, 3)},
+    )
+
+
+def drawn_requests(model: GPT, num: int) -> list[Request]:
+    """Clips of random assignments, forced."""
+    space = model.layout.space
+    length_BN = space.lengths_of(space.draw_rows(num, generator_for(0, "bench lengths")))
+    rules = [length_rule(model.layout, tuple(lengths)) for lengths in length_BN.tolist()]
+    return [Request(("clip", i), i % model.layout.num_classes, rule=rule) for i, rule in enumerate(rules)]
+
+
+def exhaust(sampler: Sampler, requests: list[Request]) -> None:
+    assert sum(1 for _ in sampler.run(requests)) == len(requests)
+
+
+def least_bytes(model: GPT, lengths: list[int]) -> float:
+    """What must be read: all matrices once a step of full slots, and with guidance each token's past twice."""
+    config, item = model.config, model.head.weight.element_size()
+    read = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith(("blocks", "head"))]
+    past = 2 * config.layers * config.width * item * sum(length * (length + 1) / 2 for length in lengths)
+    return sum(lengths) / SLOTS * sum(p.nbytes for p in read) + 2 * past
+
+
+@torch.inference_mode()
+def padded_step(model: GPT, config: SamplingConfig, requests: list[Request]) -> float:
+    """Seconds of a step of the loop, on the same verbs."""
+    layout, device = model.layout, model.device
+    cache = model.new_cache(SLOTS, config.streams)
+    word_V, scale_S = id_words(layout.num_ids, device), torch.full((SLOTS,), config.guidance[0], device=device)
+    bias_SV = torch.zeros(SLOTS, layout.num_ids, device=device)
+    key_S2 = torch.tensor([key_words(config.seed, *request.key) for request in requests], device=device)
+    input_SG = torch.tensor([[layout.condition_id(r.label), layout.open_id] for r in requests], device=device)
+
+    def steps(num: int) -> None:
+        nonlocal input_SG
+        for place in range(num):
+            position_S = torch.full((SLOTS,), place, device=device)
+            logits_RV = model.step(input_SG.flatten(), position_S, layout.max_length, cache)
+            logits_SV = guide(logits_RV.unflatten(0, input_SG.shape), scale_S)
+            next_S = pick(logits_SV, bias_SV, gumbel(key_S2, position_S, word_V))
+            next_S.tolist()  # the look at every step
+            input_SG = next_S[:, None].expand_as(input_SG)
+
+    steps(5)
+    return seconds(lambda: steps(LOOP_STEPS)) / LOOP_STEPS
+
+
+if __name__ == "__main__":
+    run_cli(main)
