@@ -15,17 +15,15 @@ replaying one is the whole step: a launch, without any look at the device.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from autoregressive.attention import Live
+from tokenizer.common.compiled import check_can_compile
 from tokenizer.common.errors import UserError
 
 Run = Callable[[], None]
@@ -54,7 +52,7 @@ class DeviceStep:
     ) -> None:
         """Raises UserError where a compiled step is asked for and nothing can be compiled for `device`."""
         if compiled and backend == "inductor":
-            check_can_compile(device)
+            check_can_compile(device, "--compile", "sample without --compile")
         if record is None and device.type == "cuda":
             record = CudaGraphs(device)
         self._advance = torch.compile(advance, fullgraph=True, backend=backend) if compiled else advance
@@ -81,6 +79,10 @@ class DeviceStep:
             tensor.copy_(value)
 
     def _run(self, live: Live) -> None:
+        with _any_kernels():
+            self._run_any(live)
+
+    def _run_any(self, live: Live) -> None:
         if not self._compiled:
             self._advance(live)
             return
@@ -118,15 +120,18 @@ class CudaGraphs:
         return graph.replay
 
 
-def check_can_compile(device: torch.device) -> None:
-    """Raises UserError where what writes the kernels is missing: Triton for a GPU, a C++ compiler for a CPU."""
-    if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            raise UserError(f"--compile for {device} needs the package triton: install it, or sample without --compile")
+@contextmanager
+def _any_kernels() -> Iterator[None]:
+    """Inside a training, whose kernels are to be deterministic: a step writes each place once, so all of them are.
+
+    Those that torch takes for deterministic ones sort first.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
         return
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        raise UserError(
-            f"--compile for {device} needs a C++ compiler, and there is no {compiler!r}: install it, name another in "
-            "CXX, or sample without --compile"
-        )
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warns)

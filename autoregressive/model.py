@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from autoregressive.attention import Live, attend_causal
 from autoregressive.kv_cache import KVCache, bytes_per_slot
 from autoregressive.sequence import SequenceLayout
+from tokenizer.common.compiled import Layer
 from tokenizer.common.errors import UserError
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -61,7 +62,7 @@ class GPTConfig:
         return -(-8 * self.width // (3 * multiple)) * multiple
 
 
-class Block(nn.Module):
+class Block(Layer):
     """Attention, then SwiGLU, each on a normalised copy of the stream."""
 
     def __init__(self, config: GPTConfig) -> None:
@@ -78,9 +79,17 @@ class Block(nn.Module):
 
     def forward(self, x_LD: Tensor, attend: Attend) -> Tensor:
         """[L, D] -> [L, D]"""
-        qkv = rearrange(self.to_qkv(self.attention_norm(x_LD)), "L (three h e) -> three L h e", three=3, h=self.heads)
-        mixed_LD = rearrange(attend(*qkv), "L h e -> L (h e)")
-        x_LD = x_LD + self.dropout(self.to_out(mixed_LD))
+        mixed_Lhe = attend(*self.stretch(Block._before, x_LD))
+        return self.stretch(Block._after, x_LD, mixed_Lhe)
+
+    def _before(self, x_LD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> queries, keys, values, each [L, h, e]."""
+        qkv = self.to_qkv(self.attention_norm(x_LD))
+        q, k, v = rearrange(qkv, "L (three h e) -> three L h e", three=3, h=self.heads)
+        return q, k, v
+
+    def _after(self, x_LD: Tensor, mixed_Lhe: Tensor) -> Tensor:
+        x_LD = x_LD + self.dropout(self.to_out(rearrange(mixed_Lhe, "L h e -> L (h e)")))
         gate, value = self.to_hidden(self.feed_norm(x_LD)).chunk(2, dim=-1)
         return x_LD + self.dropout(self.from_hidden(F.silu(gate) * value))
 
@@ -118,13 +127,13 @@ class GPT(nn.Module):
         """Packed sequences of `lengths` ids each, int64 [L] -> logits [L, V]; each sees its own past only."""
         position_L = torch.cat([torch.arange(length) for length in lengths]).to(id_L.device)
         attend = partial(attend_causal, lengths=lengths)
-        return self.head(self._hidden(id_L, position_L, lambda layer: attend))
+        return self._logits(self._hidden(id_L, position_L, lambda layer: attend))
 
     def step(self, id_R: Tensor, position_S: Tensor, live: Live, cache: KVCache) -> Tensor:
         """The next id of every row, at its slot's position -> logits [R, V]. `live`: which keys are read."""
         position_R = position_S.repeat_interleave(len(id_R) // len(position_S))
         attend = partial(cache.step, position_S=position_S, live=live)
-        return self.head(self._hidden(id_R, position_R, lambda layer: partial(attend, layer)))
+        return self._logits(self._hidden(id_R, position_R, lambda layer: partial(attend, layer)))
 
     def prefill(self, id_Q: Tensor, slot: int, cache: KVCache) -> None:
         """Take the first ids of a sequence into a slot of the cache, all in one pass."""
@@ -149,6 +158,14 @@ class GPT(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.head.weight.device
+
+    def _logits(self, x_LD: Tensor) -> Tensor:
+        """[L, D] -> [L, V]. Matrix units take rows by eights: an odd number of ids would cost them half their speed."""
+        missing = -self.layout.num_ids % 8
+        if not x_LD.is_cuda or not missing:
+            return self.head(x_LD)
+        weight_WD = F.pad(self.head.weight, (0, 0, 0, missing))
+        return F.linear(x_LD, weight_WD)[:, : self.layout.num_ids]
 
     def _hidden(self, id_L: Tensor, position_L: Tensor, attend_of: Callable[[int], Attend]) -> Tensor:
         x_LD = self.dropout(self.embedding(id_L) + self.positions[position_L])

@@ -1,6 +1,13 @@
-"""Settings that every test shares: one thread, no network."""
+"""Settings that every test shares: one thread, no network, the CPU.
+
+Most tests compare bits, and many start processes by forking, which a process that uses a GPU cannot. What a GPU does
+is tested apart, and only where it is asked for: GPU_TESTS=1 bash scripts/test.sh tests/test_gpu.py
+"""
 
 import os
+
+if os.environ.get("GPU_TESTS") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"

@@ -1,6 +1,8 @@
 """What only a GPU can show: its kernels against the references, its results against the CPU's, and its resumed runs.
 
-Skipped where there is none. The other tests run there too, on the GPU wherever a command's device is `auto`.
+    GPU_TESTS=1 bash scripts/test.sh tests/test_gpu.py
+
+Skipped otherwise: see conftest.py.
 """
 
 from dataclasses import replace

@@ -68,8 +68,10 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     if "gpt" in wanted:
         found["gpt"] = train_gpt(peak)
+        print("gpt", found["gpt"], flush=True)
     if "tokenizer" in wanted:
         found["tokenizer"] = train_tokenizer(peak)
+        print("tokenizer", found["tokenizer"], flush=True)
     if "sampler" in wanted:
         found["sampler"], found["loop"] = sample(device, copy, 32 if args.quick else 256)
     shares = {part: values["ratio"] for part, values in found.items()}

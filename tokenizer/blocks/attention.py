@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenizer.assignment import Packing
-from tokenizer.blocks.varlen import GatherKeys, varlen_kernel
+from tokenizer.blocks.varlen import GatherKeys, Prefixes, varlen_kernel
 
 
 class Attention(nn.Module):
@@ -63,9 +63,13 @@ def attend_prefix(q_BKhe: Tensor, k_BShe: Tensor, v_BShe: Tensor) -> Tensor:
 def _attend_rectangle(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packing, key: Packing) -> Tensor:
     """Equal assignments: N batched calls, one per block."""
     q_blocks = q_Lhe.unflatten(0, (query.num_clips, -1)).split(query.lengths[0], dim=1)
-    k_BShe, v_BShe = (x.unflatten(0, (key.num_clips, -1)) for x in (k_She, v_She))
-    mixed = [attend_prefix(q, k_BShe[:, :e], v_BShe[:, :e]) for q, e in zip(q_blocks, key.block_ends[0], strict=True)]
-    return torch.cat(mixed, dim=1).flatten(0, 1)
+    k_blocks, v_blocks = (
+        Prefixes.apply(x.unflatten(0, (key.num_clips, -1)), key.block_ends[0]) for x in (k_She, v_She)
+    )
+    mixed = [attend_prefix(*qkv) for qkv in zip(q_blocks, k_blocks, v_blocks, strict=True)]
+    mixed_BKhe = torch.cat(mixed, dim=1)
+    # flatten(0, 1), but no view: torch.compile would look at what it is a view of, and compile anew for other batches
+    return torch.ops.aten._unsafe_view(mixed_BKhe, (-1, *mixed_BKhe.shape[2:]))
 
 
 def attend_by_clip(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packing, key: Packing) -> Tensor:

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from tokenizer.assignment import Packing
 from tokenizer.blocks.attention import Attention, attend_prefix, block_causal_attention
+from tokenizer.common.compiled import Layer
 
 KeysValues = tuple[Tensor, Tensor]
 
 
-class QFormerLayer(nn.Module):
+class QFormerLayer(Layer):
+    """Self-attention, cross-attention, feed-forward."""
+
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.norm_self = nn.LayerNorm(width)
@@ -36,12 +39,27 @@ class QFormerLayer(nn.Module):
         self, x_LD: Tensor, pos_LD: Tensor, ref_SD: Tensor, ref_pos_SD: Tensor, query: Packing, reference: Packing
     ) -> Tensor:
         """A packed batch, block-causal in both attentions -> [L, D]."""
+        q, k, v = self.stretch(QFormerLayer._before_self, x_LD, pos_LD)
+        mixed_Lhe = block_causal_attention(q, k, v, query, query)
+        x_LD, q, k, v = self.stretch(QFormerLayer._between, x_LD, mixed_Lhe, pos_LD, ref_SD, ref_pos_SD)
+        mixed_Lhe = block_causal_attention(q, k, v, query, reference)
+        return self.stretch(QFormerLayer._after_cross, x_LD, mixed_Lhe)
+
+    def _before_self(self, x_LD: Tensor, pos_LD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> queries, keys, values of the self-attention, each [L, h, e]."""
         normed = self.norm_self(x_LD)
-        q, (k, v) = self.self_attention.queries(normed, pos_LD), self.self_attention.keys_values(normed, pos_LD)
-        x_LD = x_LD + self.self_attention.output(block_causal_attention(q, k, v, query, query))
+        return self.self_attention.queries(normed, pos_LD), *self.self_attention.keys_values(normed, pos_LD)
+
+    def _between(
+        self, x_LD: Tensor, mixed_Lhe: Tensor, pos_LD: Tensor, ref_SD: Tensor, ref_pos_SD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-> x [L, D] with the self-attention's result; queries [L, h, e], keys, values [S, h, e] of the other."""
+        x_LD = x_LD + self.self_attention.output(mixed_Lhe)
         q = self.cross_attention.queries(self.norm_cross(x_LD), pos_LD)
-        k, v = self.cross_attention.keys_values(ref_SD, ref_pos_SD)
-        x_LD = x_LD + self.cross_attention.output(block_causal_attention(q, k, v, query, reference))
+        return x_LD, q, *self.cross_attention.keys_values(ref_SD, ref_pos_SD)
+
+    def _after_cross(self, x_LD: Tensor, mixed_Lhe: Tensor) -> Tensor:
+        x_LD = x_LD + self.cross_attention.output(mixed_Lhe)
         return x_LD + self.mlp(self.norm_mlp(x_LD))
 
     def step(

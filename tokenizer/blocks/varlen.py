@@ -1,10 +1,11 @@
-"""One kernel call for sequences of unequal lengths on a GPU, and keys that several sequences read.
+"""One kernel call for sequences of unequal lengths on a GPU, and keys that several queries' blocks read.
 
-Letters: L queries, S keys, G gathered keys (all packed), Z sequences, h heads, e width of a head, N copies of a key.
+Letters: L queries, S keys, G gathered keys (all packed), Z sequences, B clips, h heads, e width of a head, N copies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -53,3 +54,22 @@ class GatherKeys(torch.autograd.Function):
             there_S11 = (copy_S >= 0)[:, None, None]
             total_She = total_She + grad_Ghe[copy_S.clamp(min=0)] * there_S11
         return total_She, None, None
+
+
+class Prefixes(torch.autograd.Function):
+    """`x_BShe[:, :end]` for every end, ascending; the last is the whole.
+
+    A slice's own backward fills a tensor of full length for each of them, and adds them up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BShe: Tensor, ends: Sequence[int]) -> tuple[Tensor, ...]:
+        ctx.ends = ends
+        return tuple(x_BShe[:, :end] for end in ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total_BShe = grads[-1].clone()
+        for grad, end in zip(grads[:-1], ctx.ends[:-1], strict=True):
+            total_BShe[:, :end] += grad
+        return total_BShe, None

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from tokenizer.common.compiled import Layer
+
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention: every position sees every other."""
@@ -25,7 +27,7 @@ class SelfAttention(nn.Module):
         return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "B h M e -> B M (h e)"))
 
 
-class ViTLayer(nn.Module):
+class ViTLayer(Layer):
     """Self-attention, then a feed-forward, each after a LayerNorm and added to its input."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
@@ -37,5 +39,9 @@ class ViTLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, x_BMD: Tensor) -> Tensor:
+        """[B, M, D] -> [B, M, D]"""
+        return self.stretch(ViTLayer._whole, x_BMD)
+
+    def _whole(self, x_BMD: Tensor) -> Tensor:
         x_BMD = x_BMD + self.attention(self.norm_attention(x_BMD))
         return x_BMD + self.mlp(self.norm_mlp(x_BMD))

@@ -76,6 +76,8 @@ def rehearse(
     state.train_mode(True)
     with FlopCount() as flops:  # the first step pays for allocations; time the second
         train_step(run, optim, state, next(source), loss_fn)
+    if run.compile:  # and the first that is not counted for compiling
+        train_step(run, optim, state, next(source), loss_fn)
     start = time.perf_counter()
     values = train_step(run, optim, state, next(source), loss_fn)
     seconds = time.perf_counter() - start

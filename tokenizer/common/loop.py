@@ -19,6 +19,7 @@ import torch
 from tokenizer.common import ranks
 from tokenizer.common.background import BackgroundWriter
 from tokenizer.common.checkpoint import CheckpointStore, atomic_write, file_sha256, save_model
+from tokenizer.common.compiled import not_compiled
 from tokenizer.common.errors import UserError
 from tokenizer.common.optim import OptimConfig
 from tokenizer.common.reporter import Reporter
@@ -158,7 +159,7 @@ def _averaged_weights(run: RunConfig, state: TrainState) -> Iterator[None]:
     """The model as it will be used: averaged weights, eval mode, no gradients; afterwards training goes on."""
     state.train_mode(False)
     try:
-        with state.ema.applied(state.model), torch.no_grad(), autocast(state.device, run.precision):
+        with state.ema.applied(state.model), torch.no_grad(), autocast(state.device, run.precision), not_compiled():
             yield
     finally:
         state.train_mode(True)

@@ -52,7 +52,9 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     """AdamW over `param_groups`; the learning rate is set anew at every step by the loop."""
-    return AdamW(param_groups(model, config.weight_decay), lr=config.lr, betas=(config.betas[0], config.betas[1]))
+    groups = param_groups(model, config.weight_decay)
+    fused = groups[0]["params"][0].is_cuda or None  # one kernel there; None is torch's own choice
+    return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=fused)
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:

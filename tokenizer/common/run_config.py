@@ -11,7 +11,7 @@ from tokenizer.common.runtime import pick_dtype
 FREE_TO_CHANGE = {
     f"run.{name}"
     for name in (
-        *("dir", "steps", "device", "num_workers", "num_threads", "keep_last", "keep_every", "accumulate"),
+        *("dir", "steps", "device", "compile", "num_workers", "num_threads", "keep_last", "keep_every", "accumulate"),
         *("log_every", "validate_every", "checkpoint_every", "max_skipped", "trackers", "reference"),
     )
 }
@@ -34,6 +34,7 @@ class RunConfig:
     keep_every: int = 0  # checkpoints at multiples of so many steps are kept for good; 0 keeps none
     device: str = "auto"  # auto | cpu | cuda | cuda:N; with several processes each takes the GPU of its local rank
     precision: str = "none"  # none (fp32) | bf16 | fp16
+    compile: bool = False  # torch.compile the layers: a minute more at the start, a good deal less for each step
     num_workers: int = 0  # processes that load data, for each training process
     num_threads: int | None = None  # threads of torch; None leaves torch's own choice
     ema_decay: float = 0.9999

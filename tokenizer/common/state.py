@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tokenizer.common import ranks
 from tokenizer.common.checkpoint import CheckpointStore, load_strict
+from tokenizer.common.compiled import compile_layers
 from tokenizer.common.ema import Ema
 from tokenizer.common.errors import UserError
 from tokenizer.common.optim import OptimConfig, build_optimizer, load_optimizer_tensors, optimizer_tensors
@@ -146,6 +147,10 @@ class TrainState:
         """
         device = pick_device(run.device)
         model = model.to(device)
+        if run.compile:
+            compile_layers(model, device)
+            if adversary is not None:
+                compile_layers(adversary.module, device)
         trained = model if companion is None else nn.ModuleDict({"model": model, "companion": companion.to(device)})
         # with several processes this makes all weights those of rank 0
         learner = Player(trained, optim, run, device, idle_parts=companion is not None)

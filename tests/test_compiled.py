@@ -1,0 +1,78 @@
+"""Compiled layers: the numbers of the plain ones, one compilation for all batches and layers.
+
+Traced and lowered as torch.compile does it, but run operation by operation; generated kernels run on a GPU in
+test_gpu.py.
+"""
+
+from functools import cache, partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from autoregressive.model import GPT
+from autoregressive.presets import PRESETS as GPTS
+from tokenizer.common import compiled
+from tokenizer.common.compiled import compile_layers
+from tokenizer.common.errors import UserError
+from tokenizer.common.performance import FlopCount
+from tokenizer.presets import build_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    plain = partial(torch.compile, dynamic=True, backend="aot_eager")
+    monkeypatch.setattr(compiled, "_compiled", cache(plain))
+
+
+def tokenizer_gradients(model: nn.Module, lengths: list[list[int]]) -> list[Tensor]:
+    video_BCTHW = torch.rand(len(lengths), 3, 16, 32, 32, generator=torch.Generator().manual_seed(0))
+    model.zero_grad()
+    output = model(video_BCTHW, torch.tensor(lengths))
+    output.video_BCTHW.square().mean().backward()
+    return [output.video_BCTHW.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def gpt_gradients(model: nn.Module, lengths: list[int]) -> list[Tensor]:
+    id_L = torch.randint(64, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    model.zero_grad()
+    logits_LV = model(id_L, lengths)
+    logits_LV.square().mean().backward()
+    return [logits_LV.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+BATCHES = {
+    "tokenizer": [[[2, 4, 8, 2], [8, 8, 2, 2]], [[4, 4, 4, 4]], [[8, 2, 2, 2], [2, 2, 2, 2], [4, 8, 8, 8]]],
+    "gpt": [[9, 12], [20], [7, 7, 30]],
+}
+
+
+@pytest.mark.parametrize(("name", "graphs"), [("tokenizer", 6), ("gpt", 2)])
+def test_compiled_layers_compute_the_same_and_are_compiled_once(traced: None, name: str, graphs: int) -> None:
+    """Graphs: three stretches of a layer at the encoder's width and at the decoder's; two of a GPT's."""
+    torch.manual_seed(0)
+    if name == "tokenizer":
+        model, gradients = build_tokenizer("VQ_debug"), tokenizer_gradients
+    else:
+        model, gradients = GPT(GPTS["GPT-debug"]).eval(), gpt_gradients
+        nn.init.normal_(model.head.weight)
+    wanted = [gradients(model, batch) for batch in BATCHES[name]]
+    compile_layers(model, CPU)
+    with FlopCount() as count:
+        gradients(model, BATCHES[name][0])
+    assert count.total > 0 and counters["stats"]["unique_graphs"] == 0, "who counts sees the plain operations"
+    for batch, reference in zip(BATCHES[name], wanted, strict=True):
+        for ours, theirs in zip(gradients(model, batch), reference, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"run.compile=true for cpu needs a C\+\+ compiler.* or train without it"):
+        compile_layers(build_tokenizer("VQ_debug"), CPU)
