@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from autoregressive.live_kernel import attend_live
 from tokenizer.blocks.varlen import varlen_kernel
 
 
@@ -59,20 +58,19 @@ def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 Live = Sequence[int] | int | None
-"""Which cached keys are read: how many each slot has (0: idle); or one number, up to which every slot is read; or None:
-the kernel sees for itself."""
+"""Which cached keys a step reads.
+
+[n, ..]  the first n of each slot (0: idle), slot by slot, so that a row's result is a function of the row: the way of a
+         CPU, and the reference
+n        the first n of every slot, those after its position masked: for a GPU without Triton
+None     those up to each slot's position, which the kernel finds itself (live_kernel.py): the way of a GPU
+"""
 
 
-def attend_cached(q_SGhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, position_S: Tensor, live: Live) -> Tensor:
-    """One new query a row against the cached keys of its slot up to its own place -> [S, G, h, e].
-
-    With a number for each slot every slot is a call of its own that reads only what lives, so a row's result is a
-    function of the row: the way of a CPU, and the reference. None is the way of a GPU: one kernel does the same for all
-    slots, and its shapes never change. With one number a single call of plain operations reads all slots that far and
-    masks: for compilers, and for a GPU without Triton.
-    """
-    if live is None:
-        return attend_live(q_SGhe, k_SGhQe, v_SGhQe, position_S)
+def attend_cached(
+    q_SGhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, position_S: Tensor, live: Sequence[int] | int
+) -> Tensor:
+    """One new query a row against the cached keys of its slot up to its own place -> [S, G, h, e]."""
     if isinstance(live, int):
         return attend_to_longest(q_SGhe, k_SGhQe, v_SGhQe, position_S, live)
     return attend_by_slot(q_SGhe, k_SGhQe, v_SGhQe, live)

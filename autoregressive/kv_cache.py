@@ -14,16 +14,14 @@ from einops import rearrange
 from torch import Tensor
 
 from autoregressive.attention import Live, attend_cached
+from autoregressive.live_kernel import attend_live
 from tokenizer.common.errors import UserError
 
 _MEMINFO = Path("/proc/meminfo")  # Linux; elsewhere all memory counts as free
 
 
 class KVCache:
-    """Keys and values of each layer, [S, G, h, Q, e]. A slot's old contents need no erasing: nobody reads past `live`.
-
-    Each layer has tensors of its own: torch.compile turns writes into parts of one large tensor into copies of it.
-    """
+    """Keys and values of each layer, [S, G, h, Q, e]. A slot's old contents need no erasing: nobody reads that far."""
 
     def __init__(
         self, layers: int, heads: int, head_width: int, slots: int, streams: int, places: int,
@@ -41,6 +39,8 @@ class KVCache:
     def step(self, layer: int, q_Rhe: Tensor, k_Rhe: Tensor, v_Rhe: Tensor, position_S: Tensor, live: Live) -> Tensor:
         """Write one new token a row at its slot's position, then attend to all that lives -> [R, h, e]."""
         k_SGhQe, v_SGhQe = self.k_SGhQe[layer], self.v_SGhQe[layer]
+        if live is None:
+            return attend_live(q_Rhe, k_Rhe, v_Rhe, k_SGhQe, v_SGhQe, position_S)
         q_SGhe, k_SGhe, v_SGhe = (x.unflatten(0, k_SGhQe.shape[:2]) for x in (q_Rhe, k_Rhe, v_Rhe))
         k_SGhQe[self.slot_S, :, :, position_S] = k_SGhe
         v_SGhQe[self.slot_S, :, :, position_S] = v_SGhe

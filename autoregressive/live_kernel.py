@@ -1,10 +1,11 @@
-"""Attention of one new query a row against the part of the KV cache that lives, as one Triton kernel.
+"""A new token against the part of the KV cache that lives, and into it: one Triton kernel for all rows.
 
-Each program takes one head of one row and reads the keys up to its slot's position, which it finds on the device: a
-slot at place 100 costs 101 keys, whatever the others hold, and no number has to come from the host. A row's result
-therefore depends on the row alone, and one recorded graph serves every step (device_step.py).
+Each program takes one head of one row: it writes the new key and value at its slot's position, which it finds on the
+device, and reads those before it. A slot at place 100 costs 101 keys, whatever the others hold, and no number has to
+come from the host. A row's result therefore depends on the row alone, and one recorded graph serves every step
+(recorded_step.py).
 
-Letters: S slots, G streams of a slot (2 with guidance), h heads, e width of a head, Q cached tokens, R = S G h.
+Letters: S slots, G streams of a slot (2 with guidance), R = S G rows, h heads, e width of a head, Q cached tokens.
 """
 
 from __future__ import annotations
@@ -28,26 +29,33 @@ if has_triton():
 
     @triton.jit
     def _attend(  # type: ignore[no-untyped-def]
-        q, k, v, position, mixed,
-        places, rows_per_slot, scale,
+        q, k, v, cached_k, cached_v, position, mixed,
+        heads, streams, places, q_stride, k_stride, v_stride, scale,
         width: tl.constexpr, padded_width: tl.constexpr, keys_at_once: tl.constexpr,
     ):  # fmt: skip
-        """One row of q [R, e] against the first position + 1 of k, v [R, Q, e]; the softmax runs along in float32."""
-        row = tl.program_id(0).to(tl.int64)
-        live = tl.load(position + row // rows_per_slot).to(tl.int32) + 1
+        """One head of one row; the softmax runs along in float32, from the new token on."""
+        program = tl.program_id(0).to(tl.int64)
+        row, head = program // heads, program % heads
+        place = tl.load(position + row // streams).to(tl.int32)
         e = tl.arange(0, padded_width)
         inside = e < width
-        q_e = tl.load(q + row * width + e, mask=inside, other=0.0).to(tl.float32) * scale
-        top = float("-inf")
-        total = 0.0
-        mixed_e = tl.zeros([padded_width], tl.float32)
-        for start in range(0, live, keys_at_once):
+        q_e = tl.load(q + row * q_stride + head * width + e, mask=inside, other=0.0).to(tl.float32) * scale
+        new_k_e = tl.load(k + row * k_stride + head * width + e, mask=inside, other=0.0)
+        new_v_e = tl.load(v + row * v_stride + head * width + e, mask=inside, other=0.0)
+        first = program * places * width  # of this row and head in the cache
+        tl.store(cached_k + first + place * width + e, new_k_e, mask=inside)
+        tl.store(cached_v + first + place * width + e, new_v_e, mask=inside)
+
+        top = tl.sum(new_k_e.to(tl.float32) * q_e, axis=0)
+        total = top * 0.0 + 1.0
+        mixed_e = new_v_e.to(tl.float32)
+        for start in range(0, place, keys_at_once):
             at = start + tl.arange(0, keys_at_once)
-            there = at < live
-            where = row * places * width + at[:, None] * width + e[None, :]
+            there = at < place
+            where = first + at[:, None] * width + e[None, :]
             both = there[:, None] & inside[None, :]
-            k_Ke = tl.load(k + where, mask=both, other=0.0).to(tl.float32)
-            v_Ke = tl.load(v + where, mask=both, other=0.0).to(tl.float32)
+            k_Ke = tl.load(cached_k + where, mask=both, other=0.0).to(tl.float32)
+            v_Ke = tl.load(cached_v + where, mask=both, other=0.0).to(tl.float32)
             score_K = tl.where(there, tl.sum(k_Ke * q_e[None, :], axis=1), float("-inf"))
             new_top = tl.maximum(top, tl.max(score_K, axis=0))
             fade = tl.exp(top - new_top)
@@ -55,34 +63,24 @@ if has_triton():
             total = total * fade + tl.sum(weight_K, axis=0)
             mixed_e = mixed_e * fade + tl.sum(weight_K[:, None] * v_Ke, axis=0)
             top = new_top
-        tl.store(mixed + row * width + e, (mixed_e / total).to(mixed.dtype.element_ty), mask=inside)
+        tl.store(mixed + program * width + e, (mixed_e / total).to(mixed.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("evatok::attend_live", mutates_args=())
-def _traced(q_SGhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, position_S: Tensor) -> Tensor:
-    """The kernel as torch.compile sees it: from outside, so that it never takes the cache for something written."""
-    return _launch(q_SGhe, k_SGhQe, v_SGhQe, position_S)
+def attend_live(
+    q_Rhe: Tensor, k_Rhe: Tensor, v_Rhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, position_S: Tensor
+) -> Tensor:
+    """Write keys and values of new tokens into the cache at their slots' positions, int64 [S], and attend up to there.
 
-
-@_traced.register_fake
-def _(q_SGhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, position_S: Tensor) -> Tensor:
-    return q_SGhe.new_empty(q_SGhe.shape)
-
-
-def attend_live(q_SGhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, position_S: Tensor) -> Tensor:
-    """Queries [S, G, h, e] against the keys of their slot up to and with its position, int64 [S] -> [S, G, h, e]."""
-    if torch.compiler.is_compiling():
-        return _traced(q_SGhe, k_SGhQe, v_SGhQe, position_S)
-    return _launch(q_SGhe, k_SGhQe, v_SGhQe, position_S)  # straight: the detour costs more than the kernel
-
-
-def _launch(q_SGhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, position_S: Tensor) -> Tensor:
-    assert k_SGhQe.is_contiguous() and v_SGhQe.is_contiguous()
-    slots, streams, heads, width = q_SGhe.shape
-    q_SGhe = q_SGhe.contiguous()
-    mixed_SGhe = torch.empty_like(q_SGhe)
-    _attend[(slots * streams * heads,)](
-        q_SGhe, k_SGhQe, v_SGhQe, position_S, mixed_SGhe,
-        k_SGhQe.shape[3], streams * heads, width**-0.5, width, triton.next_power_of_2(width), KEYS_AT_ONCE,
+    -> [R, h, e]. All in one precision; the cache is contiguous.
+    """
+    assert k_SGhQe.is_contiguous() and v_SGhQe.is_contiguous() and q_Rhe.dtype == k_SGhQe.dtype
+    rows, heads, width = q_Rhe.shape
+    # parts of one projection are read where they lie
+    q_Rhe, k_Rhe, v_Rhe = (x if x.stride()[1:] == (width, 1) else x.contiguous() for x in (q_Rhe, k_Rhe, v_Rhe))
+    mixed_Rhe = torch.empty(rows, heads, width, dtype=q_Rhe.dtype, device=q_Rhe.device)
+    _attend[(rows * heads,)](
+        q_Rhe, k_Rhe, v_Rhe, k_SGhQe, v_SGhQe, position_S, mixed_Rhe,
+        heads, k_SGhQe.shape[1], k_SGhQe.shape[3], q_Rhe.stride(0), k_Rhe.stride(0), v_Rhe.stride(0), width**-0.5,
+        width, triton.next_power_of_2(width), KEYS_AT_ONCE,
     )  # fmt: skip
-    return mixed_SGhe
+    return mixed_Rhe

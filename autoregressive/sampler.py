@@ -17,20 +17,21 @@ Q ids of one sequence, R = S * G rows of a step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from autoregressive.attention import Live
-from autoregressive.device_step import DeviceStep
 from autoregressive.kv_cache import check_memory
 from autoregressive.live_kernel import has_triton
 from autoregressive.model import GPT
 from autoregressive.noise import gumbel, id_words, key_words
 from autoregressive.pick import guide, pick
+from autoregressive.recorded_step import CudaGraphs, RecordedStep
 from autoregressive.sequence import ClipCodes, Grammar, LengthRule, SequenceLayout
+from tokenizer.common.compiled import compile_layers
 from tokenizer.common.errors import UserError
 
 _NO_CODES = torch.empty(0, dtype=torch.long)
@@ -78,7 +79,7 @@ class SamplingConfig:
     guidance: s of u + s (c - u), one number, or one for each temporal block. Where all are 1, the half without class is
     not run; with any other number it is run in all blocks.
     check_grammar: only ids that the grammar allows are drawn; else sequences that break it are found and marked.
-    compile: compile the step. It takes a while before the first clip.
+    compile: compile the model's layers. It takes a while before the first clip.
     """
 
     slots: int = 8
@@ -179,9 +180,12 @@ class Sampler:
         self._word_V = id_words(layout.num_ids, device)
         self._bias_rows: dict[tuple[bool, ...], Tensor] = {}
         self._bias_of: list[tuple[bool, ...] | None] = [None] * slots
+        if config.compile:
+            compile_layers(model, device, "--compile", "sample without it")
         self._kernel_sees = device.type == "cuda" and has_triton()
-        moving = (self._input_SG, self._position_S)
-        self._run_step = DeviceStep(self._advance, moving, device, config.compile)
+        self._run_step: Callable[[Live], None] = self._advance
+        if device.type == "cuda":
+            self._run_step = RecordedStep(self._advance, (self._input_SG, self._position_S), CudaGraphs(device))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Samples in the order in which they end. Stopping early frees all slots."""
@@ -280,12 +284,9 @@ class Sampler:
         if self._kernel_sees:
             return None
         live = [slot.position + 1 if slot else 0 for slot in self._slots]
-        if self.model.device.type == "cpu" and not self.config.compile:
+        if self.model.device.type == "cpu":
             return live
-        return self._rounded(max(live))
-
-    def _rounded(self, longest: int) -> int:
-        return min(self.places, -(-longest // _LONGEST_STEP) * _LONGEST_STEP)
+        return min(self.places, -(-max(live) // _LONGEST_STEP) * _LONGEST_STEP)
 
     def _advance(self, live: Live) -> None:
         """The device's part of a step: fixed shapes, all state in place."""

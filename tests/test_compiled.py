@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from autoregressive.model import GPT
 from autoregressive.presets import PRESETS as GPTS
+from autoregressive.sampler import Request, Sampler, SamplingConfig
 from tokenizer.common import compiled
 from tokenizer.common.compiled import compile_layers
 from tokenizer.common.errors import UserError
@@ -62,7 +63,7 @@ def test_compiled_layers_compute_the_same_and_are_compiled_once(traced: None, na
         model, gradients = GPT(GPTS["GPT-debug"]).eval(), gpt_gradients
         nn.init.normal_(model.head.weight)
     wanted = [gradients(model, batch) for batch in BATCHES[name]]
-    compile_layers(model, CPU)
+    compile_layers(model, CPU, "run.compile=true", "train without it")
     with FlopCount() as count:
         gradients(model, BATCHES[name][0])
     assert count.total > 0 and counters["stats"]["unique_graphs"] == 0, "who counts sees the plain operations"
@@ -72,7 +73,34 @@ def test_compiled_layers_compute_the_same_and_are_compiled_once(traced: None, na
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+def test_compiled_layers_sample_the_same_clips(traced: None) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTS["GPT-debug"]).eval()
+    nn.init.normal_(model.head.weight, std=0.3)
+
+    def clips(compile: bool) -> dict[tuple, list[int]]:
+        sampler = Sampler(model, SamplingConfig(slots=2, guidance=(2.0,), compile=compile))
+        return {each.request.key: each.id_Q.tolist() for each in sampler.run(Request((i,), i) for i in range(5))}
+
+    wanted = clips(False)
+    assert clips(True) == wanted
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_what_cannot_be_compiled_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: object, inputs: object) -> None:
+        raise RuntimeError("no kernel for this machine\nand more lines")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    run = compiled._compiled.__wrapped__(lambda x: x + 1)
+    with pytest.raises(
+        UserError, match=r"cannot be compiled here \(RuntimeError: no kernel for this machine\); [^\n]*$"
+    ):
+        run(torch.zeros(1))
+
+
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"run.compile=true for cpu needs a C\+\+ compiler.* or train without it"):
-        compile_layers(build_tokenizer("VQ_debug"), CPU)
+        compile_layers(build_tokenizer("VQ_debug"), CPU, "run.compile=true", "train without it")

@@ -116,14 +116,20 @@ def test_the_kernel_over_the_live_cache_equals_the_reference() -> None:
     pytest.importorskip("triton")
     code = """
 import torch
-from autoregressive.attention import attend_by_slot, attend_cached
-q_SGhe, live = torch.randn(4, 2, 2, 24), [1, 64, 65, 130]
-k_SGhQe, v_SGhQe = torch.randn(2, 4, 2, 2, 131, 24)
-wanted = attend_by_slot(q_SGhe, k_SGhQe, v_SGhQe, live)
+from autoregressive.kv_cache import KVCache
+live, position_S = [1, 64, 65, 131], torch.tensor([0, 63, 64, 130])
+ours, reference = (KVCache(1, 2, 24, slots=4, streams=2, places=131) for _ in range(2))
+q_Rhe, k_Rhe, v_Rhe = torch.randn(8, 3, 2, 24).unbind(1)  # parts of one projection
+for cache in (ours, reference):
+    torch.manual_seed(1)
+    cache.k_SGhQe[0].normal_(), cache.v_SGhQe[0].normal_()
 for s, num in enumerate(live):
-    k_SGhQe[s, :, :, num:] = v_SGhQe[s, :, :, num:] = torch.nan  # what nobody may read
-ours = attend_cached(q_SGhe, k_SGhQe, v_SGhQe, torch.tensor(live) - 1, None)
-torch.testing.assert_close(ours, wanted)
+    ours.k_SGhQe[0][s, :, :, num:] = ours.v_SGhQe[0][s, :, :, num:] = torch.nan  # what nobody may read
+mixed, wanted = (c.step(0, q_Rhe, k_Rhe, v_Rhe, position_S, n) for c, n in ((ours, None), (reference, live)))
+torch.testing.assert_close(mixed, wanted)
+for s, num in enumerate(live):
+    assert torch.equal(ours.k_SGhQe[0][s, :, :, :num], reference.k_SGhQe[0][s, :, :, :num])
+    assert torch.equal(ours.v_SGhQe[0][s, :, :, :num], reference.v_SGhQe[0][s, :, :, :num])
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)

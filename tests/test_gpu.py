@@ -12,17 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoregressive.attention import attend_by_length, attend_by_slot
+from autoregressive.attention import attend_by_length
 from autoregressive.attention import attend_varlen as attend_varlen_causal
-from autoregressive.live_kernel import attend_live
+from autoregressive.kv_cache import KVCache
 from autoregressive.model import GPT
 from autoregressive.presets import PRESETS
+from autoregressive.recorded_step import RecordedStep
 from autoregressive.sampler import Request, Sampler, SamplingConfig
 from autoregressive.sequence import length_rule
 from tokenizer import load_router, load_tokenizer
 from tokenizer.assignment import pack, pack_uniform
 from tokenizer.blocks.attention import attend_by_clip, attend_varlen
 from tokenizer.common.checkpoint import read_model
+from tokenizer.common.compiled import not_compiled
 from tokenizer.common.config import load_config
 from tokenizer.data.video_io import iter_clips, to_model_range
 from tokenizer.train import TokenizerTrainConfig, TokenizerTraining
@@ -75,14 +77,20 @@ def test_causal_kernels_equal_the_loop(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("width", [16, 48, 64])
 def test_the_kernel_over_the_live_cache_equals_the_loop(width: int, dtype: torch.dtype) -> None:
     """What lies behind a slot's position is poison, and is not read."""
-    places = [1, 64, 199, 65]
-    q, k, v = (torch.randn(4, 2, 3, n, width, device=CUDA) for n in (1, 200, 200))
-    wanted = attend_by_slot(q.squeeze(3), k, v, places)
-    for s, num in enumerate(places):
-        k[s, :, :, num:] = v[s, :, :, num:] = torch.nan
-    position_S = torch.tensor(places, device=CUDA) - 1
-    ours = attend_live(q.squeeze(3).to(dtype), k.to(dtype), v.to(dtype), position_S)
-    assert ours.dtype == dtype and relative(ours, wanted) < CLOSE[dtype]
+    live = [1, 64, 200, 65]
+    q, k, v = torch.randn(8, 3, 3, width, device=CUDA).unbind(1)
+    exact, ours = (KVCache(1, 3, width, 4, 2, 200, kind, CUDA) for kind in (torch.float32, dtype))
+    position_S = torch.tensor(live, device=CUDA) - 1
+    for filled in (exact, ours):
+        torch.manual_seed(0)
+        for x in (*filled.k_SGhQe, *filled.v_SGhQe):
+            x.copy_(torch.randn(x.shape))
+    for s, num in enumerate(live):
+        ours.k_SGhQe[0][s, :, :, num:] = ours.v_SGhQe[0][s, :, :, num:] = torch.nan
+    wanted = exact.step(0, q, k, v, position_S, live)
+    mixed = ours.step(0, q.to(dtype), k.to(dtype), v.to(dtype), position_S, None)
+    assert mixed.dtype == dtype and relative(mixed, wanted) < CLOSE[dtype]
+    assert relative(ours.k_SGhQe[0][2], exact.k_SGhQe[0][2]) < CLOSE[dtype], "the new key is where it belongs"
 
 
 def test_tokens_of_a_real_video_are_those_of_the_cpu() -> None:
@@ -143,10 +151,11 @@ def test_one_recorded_graph_gives_the_clips_of_the_plain_step(compiled: bool) ->
     model = gpt("cuda")
     sampler = Sampler(model, replace(CONFIG, compile=compiled))
     ours = {each.request.key: each.id_Q.tolist() for each in sampler.run(requests_of(8))}
-    assert sampler._run_step.num_recorded == 1
+    assert isinstance(sampler._run_step, RecordedStep) and sampler._run_step.num_recorded == 1
     plain = Sampler(model, CONFIG)
-    plain._run_step = plain._advance  # type: ignore[assignment]
-    wanted = {each.request.key: each.id_Q.tolist() for each in plain.run(requests_of(8))}
+    plain._run_step = plain._advance
+    with not_compiled():
+        wanted = {each.request.key: each.id_Q.tolist() for each in plain.run(requests_of(8))}
     same = sum(ours[key] == wanted[key] for key in wanted)
     assert same == 8 or compiled and same == 7, "the same kernels; generated ones round differently, and tip a near tie"
 
@@ -164,12 +173,13 @@ def test_prefixes_are_prefilled() -> None:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["none", "bf16", "fp16"])
-def test_a_resumed_run_ends_with_the_same_bits(precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "compiled"), [("none", False), ("bf16", False), ("fp16", False), ("bf16", True)])
+def test_a_resumed_run_ends_with_the_same_bits(precision: str, compiled: bool, tmp_path: Path) -> None:
     """The full recipe: discriminator and alignment too, with small random encoders."""
 
     def training(folder: str) -> TokenizerTraining:
         overrides = [f"run.dir={tmp_path / folder}", "run.device=cuda", f"run.precision={precision}"]
+        overrides.append(f"run.compile={str(compiled).lower()}")
         return TokenizerTraining(load_config(TokenizerTrainConfig, ROOT / "configs/debug/full/proxy.yaml", overrides))
 
     training("whole").fit()

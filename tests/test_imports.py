@@ -37,7 +37,7 @@ LAYER_OF = {room: height for height, rooms in enumerate(LAYERS) for room in room
 GPT_LAYERS = (
     {"sequence", "live_kernel", "noise", "pick", "condition", "sample_pictures", "class_names"},
     {"attention", "sample_page", "token_archive"},
-    {"kv_cache", "device_step"},
+    {"kv_cache", "recorded_step"},
     {"model", "batches", "sample_folder"},
     {"presets", "sampler"},
     {"sample_grid"},

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoregressive import sampler as sampler_module
-from autoregressive.attention import Live
 from autoregressive.model import GPT, GPTConfig
 from autoregressive.noise import gumbel, id_words, key_words
 from autoregressive.pick import guide, keep_top_k, keep_top_p, pick
@@ -206,26 +204,6 @@ def test_bf16_obeys_the_same_rules(gpt: GPT) -> None:
     assert run(half, GUIDED, requests[::-1]) == whole
     for ids in whole.values():
         half.layout.decode(torch.tensor(ids))
-
-
-def test_static_shapes_give_the_same_clips(gpt: GPT, frames_gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compiled, where all slots are read up to the longest, rounded up: few shapes, the same clips."""
-    monkeypatch.setattr(sampler_module, "_LONGEST_STEP", 8)
-    shapes = set()
-
-    class Static(Sampler):
-        def _advance(self, live: Live) -> None:
-            assert isinstance(live, list)
-            shapes.add(longest := self._rounded(max(live)))
-            super()._advance(longest)
-
-    def static(model: GPT, config: SamplingConfig, requests: list[Request]) -> dict[tuple, list[int]]:
-        return {sample.request.key: sample.id_Q.tolist() for sample in Static(model, config).run(requests)}
-
-    assert static(gpt, GUIDED, requests_of(6)) == run(gpt, GUIDED, requests_of(6))
-    assert len(shapes) >= 3 and all(longest % 8 == 0 or longest == gpt.layout.max_length for longest in shapes)
-    plain = SamplingConfig(slots=2)
-    assert static(frames_gpt, plain, conditions(3)) == run(frames_gpt, plain, conditions(3))
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,12 @@ class Layer(nn.Module):
         return (_compiled(function) if self.compiled and not _held_off else function)(self, *inputs)
 
 
-def compile_layers(model: nn.Module, device: torch.device) -> None:
-    """Have all layers of `model` compiled when they first run. Raises UserError where nothing can be compiled."""
-    check_can_compile(device, "run.compile=true", "train without it")
+def compile_layers(model: nn.Module, device: torch.device, asked_by: str, instead: str) -> None:
+    """Have all layers of `model` compiled when they first run.
+
+    Raises UserError where nothing can be compiled: `asked_by` names the setting, `instead` what the user may do.
+    """
+    check_can_compile(device, asked_by, instead)
     for module in model.modules():
         if isinstance(module, Layer):
             module.compiled = True
@@ -53,23 +56,35 @@ def not_compiled() -> Iterator[None]:
         _held_off = before
 
 
-def check_can_compile(device: torch.device, what: str, instead: str) -> None:
-    """Raises UserError where what writes the kernels is missing: Triton for a GPU, a C++ compiler for a CPU.
-
-    `what` was asked for by the user, who may do `instead`.
-    """
+def check_can_compile(device: torch.device, asked_by: str, instead: str) -> None:
+    """Raises UserError where what writes the kernels is missing: Triton for a GPU, a C++ compiler for a CPU."""
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
-            raise UserError(f"{what} for {device} needs the package triton: install it, or {instead}")
+            raise UserError(f"{asked_by} for {device} needs the package triton: install it, or {instead}")
         return
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         raise UserError(
-            f"{what} for {device} needs a C++ compiler, and there is no {compiler!r}: install it, name another in CXX, "
-            f"or {instead}"
+            f"{asked_by} for {device} needs a C++ compiler, and there is no {compiler!r}: install it, name another in "
+            f"CXX, or {instead}"
         )
 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+    from torch._dynamo.exc import TorchDynamoException  # what nobody needs who does not compile
+
+    call = torch.compile(function, dynamic=True)
+
+    def run(*inputs: Any) -> Any:
+        try:
+            return call(*inputs)
+        except TorchDynamoException as error:
+            cause = getattr(error, "inner_exception", error)
+            reason = str(cause).strip().partition("\n")[0]
+            raise UserError(
+                f"{function.__qualname__} cannot be compiled here ({type(cause).__name__}: {reason}); go on without "
+                "run.compile or --compile"
+            ) from error
+
+    return run

@@ -76,7 +76,7 @@ def rehearse(
     state.train_mode(True)
     with FlopCount() as flops:  # the first step pays for allocations; time the second
         train_step(run, optim, state, next(source), loss_fn)
-    if run.compile:  # and the first that is not counted for compiling
+    for _ in range(2 if run.compile else 0):  # and the first that are not counted for compiling
         train_step(run, optim, state, next(source), loss_fn)
     start = time.perf_counter()
     values = train_step(run, optim, state, next(source), loss_fn)
