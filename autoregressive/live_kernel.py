@@ -15,7 +15,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-KEYS_AT_ONCE = 64
+KEYS_AT_ONCE, WARPS = 64, 2  # the fastest of 32 pairs on an H200, rows of 10 to 900 keys: 0.6 of the speed of a copy
 
 
 def has_triton() -> bool:
@@ -81,6 +81,6 @@ def attend_live(
     _attend[(rows * heads,)](
         q_Rhe, k_Rhe, v_Rhe, k_SGhQe, v_SGhQe, position_S, mixed_Rhe,
         heads, k_SGhQe.shape[1], k_SGhQe.shape[3], q_Rhe.stride(0), k_Rhe.stride(0), v_Rhe.stride(0), width**-0.5,
-        width, triton.next_power_of_2(width), KEYS_AT_ONCE,
+        width, triton.next_power_of_2(width), KEYS_AT_ONCE, num_warps=WARPS,
     )  # fmt: skip
     return mixed_Rhe

@@ -1,12 +1,14 @@
 """The quantiser against terms computed by hand, its gradients, its precision, and the figures of its use."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenizer.blocks import quantizer as quantizer_module
 from tokenizer.blocks.quantizer import ENTROPY_TEMPERATURE, VectorQuantizer, code_usage, entropy_term
 
 
@@ -39,22 +41,44 @@ def test_terms_by_hand() -> None:
 
 def test_entropy_by_hand() -> None:
     """softmax(-d / 0.01), d the squared distance: mean entropy of a token minus the entropy of the mean."""
-    cosine_LV = torch.tensor([[1.0, 0.995], [0.99, 1.0], [0.3, 0.3]])
+    cosine_LV = torch.tensor([[1.0, 0.995], [0.99, 1.0], [0.3, 0.3]])  # to codes along the axes
     prob = [[math.exp(-(2 - 2 * c) / ENTROPY_TEMPERATURE) for c in row] for row in cosine_LV.tolist()]
     prob = [[p / sum(row) for p in row] for row in prob]
     per_token = sum(-sum(p * math.log(p) for p in row) for row in prob) / 3
     mean = [sum(column) / 3 for column in zip(*prob, strict=True)]
     wanted = per_token + sum(p * math.log(p) for p in mean)
-    assert entropy_term(cosine_LV).item() == pytest.approx(wanted, rel=1e-4)
+    assert entropy_term(cosine_LV, torch.eye(2)).item() == pytest.approx(wanted, rel=1e-4)
 
 
 def test_entropy_prefers_sure_and_even_use() -> None:
     def of(*codes: int) -> float:
-        return entropy_term(F.one_hot(torch.tensor(codes), 4).float()).item()
+        return entropy_term(F.one_hot(torch.tensor(codes), 4).float(), torch.eye(4)).item()
 
     assert of(0, 1, 2, 3) == pytest.approx(-math.log(4), rel=1e-4)  # sure and even: the least there can be
     assert of(0, 1, 2, 3) < of(0, 0, 1, 1) < of(0, 0, 0, 0)
-    assert entropy_term(torch.zeros(4, 4)).item() == pytest.approx(0, abs=1e-5)  # even, but unsure
+    assert entropy_term(torch.zeros(4, 4), torch.eye(4)).item() == pytest.approx(0, abs=1e-5)  # even, but unsure
+
+
+def test_entropy_has_its_gradients_in_whatever_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against autograd through the formula, as one part and as many; 7 tokens in parts of 2."""
+    generator = torch.Generator().manual_seed(0)
+    z_LE, codes_VE = (F.normalize(torch.randn(n, 4, generator=generator), dim=-1) for n in (7, 5))
+    codes_VE[1], codes_VE[2] = z_LE[0], F.normalize(z_LE[0] + 0.1 * codes_VE[2], dim=-1)  # near each other: unsure
+
+    def plain(z_LE: Tensor, codes_VE: Tensor) -> Tensor:
+        prob_LV = (z_LE @ codes_VE.T * 2 / ENTROPY_TEMPERATURE).softmax(dim=-1)
+        mean_V = prob_LV.mean(dim=0)
+        return -(prob_LV * (prob_LV + 1e-30).log()).sum(dim=-1).mean() + (mean_V * (mean_V + 1e-12).log()).sum()
+
+    def results(term: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        leaves = [z_LE.clone().requires_grad_(), codes_VE.clone().requires_grad_()]
+        value = term(*leaves)
+        return [value.detach(), *torch.autograd.grad(3 * value, leaves)]
+
+    wanted = results(plain)
+    torch.testing.assert_close(results(entropy_term), wanted, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(quantizer_module, "_parts", lambda z_LE, codes_VE: z_LE.split(2))
+    torch.testing.assert_close(results(entropy_term), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_gradient_passes_straight_through() -> None:

@@ -98,7 +98,14 @@ class TokenizerTraining:
     def batches(self, start_step: int) -> Iterator[ClipBatch]:
         run, costs = self.config.run, self.costs if self.config.policy.kind == "random" else None
         return batches(
-            self.data, run.batch_size, run.seed, start_step, run.num_workers, accumulate=run.accumulate, costs=costs
+            self.data,
+            run.batch_size,
+            run.seed,
+            start_step,
+            run.num_workers,
+            accumulate=run.accumulate,
+            costs=costs,
+            pinned=self.device.type == "cuda",
         )
 
     def costs(self, step: int) -> list[float]:
@@ -110,7 +117,7 @@ class TokenizerTraining:
     def loss(self, batch: ClipBatch, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """One batch -> the loss, and everything worth a log line."""
         generator = generator_for(self.config.run.seed, "loss", step)
-        video_BCTHW = batch.video_BCTHW.to(self.device)
+        video_BCTHW = batch.video_BCTHW.to(self.device, non_blocking=True)
         length_BN = self.policy(video_BCTHW, generator, batch.places)
         output = self.model(video_BCTHW, length_BN, self.alignment.layer if self.alignment else 0)
         others = self.terms_of_others(output, video_BCTHW, step, batch.places)

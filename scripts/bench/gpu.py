@@ -131,8 +131,7 @@ def train_gpt(peak: float) -> dict[str, Any]:
 
 def train_tokenizer(peak: float) -> dict[str, Any]:
     """A step of VQ_SB on one batch of noise."""
-    with torch.device("cuda"):
-        model = build_tokenizer("VQ_SB")
+    model = build_tokenizer("VQ_SB").cuda()
     length_BN = model.space.lengths_of(model.space.draw_rows(CLIPS_TOKENIZER, generator_for(0, "bench tokenizer")))
     video_BCTHW = torch.rand(CLIPS_TOKENIZER, 3, 16, 128, 128, device="cuda")
     config = LossConfig(perceptual=0.0, perceptual_net="none")

@@ -8,13 +8,15 @@ Letters: L packed tokens, E code width, V codebook size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.common.ranks import mean_of_rows, num_ranks
+from tokenizer.common.ranks import mean_of_rows, mean_of_sums, num_ranks
 
 ENTROPY_TEMPERATURE = 0.01
 
@@ -52,15 +54,15 @@ class VectorQuantizer(nn.Module):
     def nearest(self, z: Tensor) -> Tensor:
         """Latents [..., E] -> codes, int64 [...]."""
         with torch.autocast(z.device.type, enabled=False):
-            return (F.normalize(z.float(), dim=-1) @ self.unit_codes().T).argmax(dim=-1)
+            z_LE, codes_VE = F.normalize(z.float(), dim=-1).flatten(0, -2), self.unit_codes()
+            code_L = torch.cat([(part @ codes_VE.T).argmax(dim=-1) for part in _parts(z_LE, codes_VE)])
+            return code_L.view(z.shape[:-1])
 
     def forward(self, z_LE: Tensor) -> Quantized:
         """Latents [L, E] -> their nearest codes, with the loss terms while gradients are recorded."""
         with torch.autocast(z_LE.device.type, enabled=False):
             z_LE = F.normalize(z_LE.float(), dim=-1)
-            codes_VE = self.unit_codes()
-            cosine_LV = z_LE @ codes_VE.T
-            code_L = cosine_LV.argmax(dim=-1)
+            code_L, codes_VE = self.nearest(z_LE), self.unit_codes()
             nearest_LE = codes_VE[code_L]
             if not torch.is_grad_enabled():
                 return Quantized(nearest_LE, code_L)
@@ -70,7 +72,7 @@ class VectorQuantizer(nn.Module):
                 terms={
                     "codebook": _token_mean(F.mse_loss(nearest_LE, z_LE.detach(), reduction="none")),
                     "commitment": _token_mean(F.mse_loss(z_LE, nearest_LE.detach(), reduction="none")),
-                    "entropy": entropy_term(cosine_LV),
+                    "entropy": entropy_term(z_LE, codes_VE),
                 },
             )
 
@@ -83,13 +85,58 @@ class VectorQuantizer(nn.Module):
         self.codebook.weight.copy_(F.normalize(z_LE.float(), dim=-1)[picks.to(z_LE.device)])
 
 
-def entropy_term(cosine_LV: Tensor) -> Tensor:
-    """Mean entropy per token minus the entropy of the mean, over softmax(-d / 0.01), d the squared distance."""
-    logit_LV = cosine_LV * (2 / ENTROPY_TEMPERATURE)  # d = 2 - 2 cos for unit vectors; the constant drops out
-    prob_LV = logit_LV.softmax(dim=-1)
-    per_token = mean_of_rows(-(prob_LV * logit_LV.log_softmax(dim=-1)).sum(dim=-1))
-    mean_V = mean_of_rows(prob_LV)
-    return per_token + (mean_V * (mean_V + 1e-12).log()).sum()
+def entropy_term(z_LE: Tensor, codes_VE: Tensor) -> Tensor:
+    """Mean entropy per token minus the entropy of the mean, over softmax(-d / 0.01), d the squared distance.
+
+    Latents and codes of length 1, float32.
+    """
+    entropy, prob_V = _SoftAssignment.apply(z_LE, codes_VE)
+    mean_V = mean_of_sums(prob_V, len(z_LE))
+    return mean_of_sums(entropy, len(z_LE)) + (mean_V * (mean_V + 1e-12).log()).sum()
+
+
+class _SoftAssignment(torch.autograd.Function):
+    """Sums over all tokens of the entropy of their softmax over the codes, and of the softmax itself, [V].
+
+    Tokens times codes is the largest tensor of a training, five times over if autograd is to remember the steps. Here
+    it exists a few rows at a time, and the backward computes it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z_LE: Tensor, codes_VE: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(z_LE, codes_VE)
+        entropy, prob_V = z_LE.new_zeros(()), codes_VE.new_zeros(len(codes_VE))
+        for part_KE in _parts(z_LE, codes_VE):
+            log_KV, prob_KV = _soft(part_KE, codes_VE)
+            entropy -= (prob_KV * log_KV).sum()
+            prob_V += prob_KV.sum(dim=0)
+        return entropy, prob_V
+
+    @staticmethod
+    def backward(ctx: Any, grad_entropy: Tensor, grad_V: Tensor) -> tuple[Tensor, Tensor]:
+        z_LE, codes_VE = ctx.saved_tensors
+        grads_KE, grad_VE = [], torch.zeros_like(codes_VE)
+        for part_KE in _parts(z_LE, codes_VE):
+            log_KV, prob_KV = _soft(part_KE, codes_VE)
+            # of a logit: p (g - sum of p g), where g is the gradient of its probability
+            slope_KV = log_KV.mul_(-grad_entropy).add_(grad_V)
+            slope_KV -= (prob_KV * slope_KV).sum(dim=-1, keepdim=True)
+            slope_KV.mul_(prob_KV).mul_(2 / ENTROPY_TEMPERATURE)
+            grads_KE.append(slope_KV @ codes_VE)
+            grad_VE += slope_KV.T @ part_KE
+        return torch.cat(grads_KE), grad_VE
+
+
+def _soft(z_KE: Tensor, codes_VE: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and probabilities of the codes: d = 2 - 2 cos for unit vectors, and the constant drops out."""
+    logit_KV = (z_KE @ codes_VE.T).mul_(2 / ENTROPY_TEMPERATURE)
+    return logit_KV.log_softmax(dim=-1), logit_KV.softmax(dim=-1)  # exp of the first is 10 times slower on a CPU
+
+
+def _parts(z_LE: Tensor, codes_VE: Tensor) -> Sequence[Tensor]:
+    """As many rows at a time as give a part of tokens times codes that fits the cache of a CPU, or fills a GPU."""
+    entries = 2**26 if z_LE.is_cuda else 2**18
+    return z_LE.split(max(1, entries // len(codes_VE)))
 
 
 def _token_mean(error_LE: Tensor) -> Tensor:

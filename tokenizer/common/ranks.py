@@ -87,17 +87,21 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def mean_of_rows(x: Tensor) -> Tensor:
-    """The mean over the rows (dimension 0) of all processes, which may hold unequal numbers of them, with gradients.
+    """The mean over the rows (dimension 0) of all processes, which may hold unequal numbers of them, with gradients."""
+    return mean_of_sums(x.sum(dim=0), len(x)) if _several() else x.mean(dim=0)
+
+
+def mean_of_sums(own: Tensor, rows: int) -> Tensor:
+    """The same from the sum over this process's `rows`.
 
     Once gradients are averaged over the processes, this one's are exactly those of the global mean.
     """
     if not _several():
-        return x.mean(dim=0)
-    own = x.sum(dim=0)
-    packed = sum_over_ranks(torch.cat([own.flatten(), own.new_tensor([len(x)])]))
-    total, rows = packed[:-1].view_as(own), packed[-1]
-    own = own * (num_ranks() / rows)
-    return own + (total / rows - own).detach()
+        return own / rows
+    packed = sum_over_ranks(torch.cat([own.flatten(), own.new_tensor([rows])]))
+    total, rows_of_all = packed[:-1].view_as(own), packed[-1]
+    own = own * (num_ranks() / rows_of_all)
+    return own + (total / rows_of_all - own).detach()
 
 
 def any_rank(flag: bool) -> bool:

@@ -36,6 +36,10 @@ class ClipBatch:
     unreadable: dict[str, str]
     places: Places
 
+    def pin_memory(self) -> ClipBatch:
+        """The same in memory that a GPU can fetch by itself while the last step still runs; called by DataLoader."""
+        return replace(self, video_BCTHW=self.video_BCTHW.pin_memory())
+
     def split(self, num_parts: int) -> list[ClipBatch]:
         """Parts of equally many clips, in order."""
         size = len(self.names) // num_parts
@@ -67,12 +71,14 @@ def batches(
     accumulate: int = 1,
     costs: Costs | None = None,
     whole: bool = False,
+    pinned: bool = False,
 ) -> Iterator[ClipBatch]:
     """Shuffled batches from `start_step` on, over as many epochs as needed; `steps` batches, or without end.
 
     The clips of step s are places s * batch_size .. of the endless row of shuffled epochs, so a batch may span two.
     `batch_size` is the global one: each process gets its share, in `accumulate` parts one after the other (see
-    `split`), balanced by `costs`. With `whole`, every process gets everything.
+    `split`), balanced by `costs`. With `whole`, every process gets everything. `pinned`: for a GPU, see
+    `ClipBatch.pin_memory`.
     """
     if batch_size < 1 or num_workers < 0:
         raise UserError(f"batch_size={batch_size} must be at least 1 and num_workers={num_workers} at least 0")
@@ -89,6 +95,7 @@ def batches(
         num_workers=num_workers,
         collate_fn=partial(_collate, batch_size),
         worker_init_fn=_begin_worker,
+        pin_memory=pinned,
         generator=torch.Generator().manual_seed(seed),  # or each pass would draw from, and so shift, the global one
     )
     before = dict(dataset.quarantine)
