@@ -2,10 +2,10 @@
 
     python scripts/bench/quantizer.py [--quick]
 
-Forward and backward at the paper's codebook of 16384 codes on 3000 latents, about four clips. The other side is what one
-writes first: a softmax over tokens times codes, which autograd remembers several times over. Each side runs in a fresh
-process, one thread; memory is how far the peak resident memory rises, time is CPU time, the minimum of 3. The ratio is
-that of memory; the last line is JSON; exit 1 where ours takes more than half. --quick takes 1000 latents.
+Forward and backward at the paper's codebook of 16384 codes on 3000 latents, about four clips. The other side is what
+one writes first: a softmax over tokens times codes, which autograd remembers several times over. Each side runs in a
+fresh process, one thread; memory is how far the peak resident memory rises, time is CPU time, the minimum of 3. The
+ratio is that of memory; the last line is JSON; exit 1 where ours takes more than half. --quick takes 1000 latents.
 """
 
 from __future__ import annotations
