@@ -17,6 +17,7 @@ from typing import Any
 
 from evaluations.metrics.names import COVARIANCES, NAMES
 from tokenizer.common.errors import UserError, run_cli
+from tokenizer.data.synthetic import SCENES
 
 TASKS = ("reconstruction", "class_to_video", "frame_prediction")
 DATASETS = ("ucf101", "k600", "webvid", "folder", "mini")
@@ -117,7 +118,6 @@ class Protocol:
 
 _UCF_TRAIN: dict[str, Any] = {"dataset": "ucf101", "split": "train (trainlist01)", "listed": 9537}
 _K600_VAL: dict[str, Any] = {"dataset": "k600", "split": "val"}
-SCENES = 3  # raised whenever a seed renders another scene: then the numbers and kept features of the old ones end
 _MINI: dict[str, Any] = {
     "dataset": "mini",
     "split": f"held-out sources (scenes of version {SCENES})",

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError
 from tokenizer.data.bundled_clips import bundled_videos
 from tokenizer.data.clips import DataConfig, build_dataset
+from tokenizer.data.synthetic import SCENES
 from tokenizer.losses.perceptual import load_perceptual
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import build_tokenizer
+from tokenizer.router import table as table_module
 from tokenizer.router.curate import CurateConfig, Curation
 from tokenizer.router.score_assignments import Scorer
 from tokenizer.router.table import QualityTable
@@ -106,6 +109,23 @@ def test_work_of_another_proxy_or_metric_is_not_mixed(proxy: Path, tmp_path: Pat
     curate(proxy, tmp_path / "out")
     with pytest.raises(UserError, match="frames_per_block"):
         curate(proxy, tmp_path / "out", frames_per_block=2)
+
+
+def test_a_table_of_scenes_that_look_otherwise_now_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only rendered clips change with the code; their names stay."""
+    path, rows = tmp_path / "table.safetensors", torch.rand(3, 1, 9)
+    for name, scenes, refused in (
+        ("synthetic/train/000000", SCENES, False),
+        ("synthetic/train/000000", SCENES - 1, True),
+        ("classed/heldout/000001", SCENES - 1, True),
+        ("films/a.mp4", SCENES - 1, False),
+    ):
+        with monkeypatch.context() as then:
+            then.setattr(table_module, "SCENES", scenes)
+            QualityTable(*rows, [name], (2, 4, 8), 2).save(path)
+        words = f"scenes of version {scenes}, and this code renders version {SCENES}"
+        with pytest.raises(UserError, match=words) if refused else nullcontext():
+            QualityTable.load(path)
 
 
 def test_a_damaged_table_is_refused(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ from tokenizer.data.synthetic import KINDS, render_scene
 from tokenizer.data.transforms import horizontal_flip, random_resized_crop, rng_for
 from tokenizer.data.video_io import VideoError, display_name, iter_clips, list_videos, read_clip_at, to_model_range
 
+RENDERED = ("synthetic/", "classed/")  # how the names of rendered scenes begin
+
 log = logging.getLogger(__name__)
 
 

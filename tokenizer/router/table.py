@@ -17,6 +17,8 @@ from torch import Tensor
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
+from tokenizer.data.clips import RENDERED
+from tokenizer.data.synthetic import SCENES
 
 _KIND = "evatok.quality_table"
 
@@ -53,6 +55,7 @@ class QualityTable:
     def save(self, path: str | Path) -> None:
         """One .safetensors file, written aside and renamed; equal tables give equal bytes."""
         facts = {"levels": list(self.levels), "num_blocks": self.num_blocks, "names": self.names, "meta": self.meta}
+        facts["scenes"] = SCENES
         tensors = {"lpips": self.lpips_BA, "psnr": self.psnr_BA, "mse": self.mse_BA}
         # one metadata key: safetensors writes several in random order, and equal tables would differ in their bytes
         header = {_KIND: json.dumps(facts, sort_keys=True)}
@@ -60,7 +63,10 @@ class QualityTable:
 
     @staticmethod
     def load(path: str | Path) -> QualityTable:
-        """Read what `save` wrote. Raises UserError for a missing, damaged or foreign file."""
+        """Read what `save` wrote.
+
+        Raises UserError for a missing, damaged or foreign file, and for one of rendered scenes that look otherwise now.
+        """
         if not Path(path).is_file():
             raise UserError(f"{path}: no such quality table; scripts/train/2_curate_router_data.sh makes it")
         try:
@@ -73,4 +79,10 @@ class QualityTable:
             raise UserError(f"{path}: damaged quality table: {error}") from error
         facts = json.loads(header[_KIND])
         facts["levels"] = tuple(facts["levels"])
+        scenes = facts.pop("scenes", "unknown")
+        if scenes != SCENES and any(name.startswith(RENDERED) for name in facts["names"]):
+            raise UserError(
+                f"{path} rates rendered scenes of version {scenes}, and this code renders version {SCENES} under the "
+                "same names: make the table again (scripts/train/2_curate_router_data.sh)"
+            )
         return QualityTable(lpips, psnr, mse, **facts)
