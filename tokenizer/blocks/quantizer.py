@@ -54,15 +54,15 @@ class VectorQuantizer(nn.Module):
     def nearest(self, z: Tensor) -> Tensor:
         """Latents [..., E] -> codes, int64 [...]."""
         with torch.autocast(z.device.type, enabled=False):
-            z_LE, codes_VE = F.normalize(z.float(), dim=-1).flatten(0, -2), self.unit_codes()
-            code_L = torch.cat([(part @ codes_VE.T).argmax(dim=-1) for part in _parts(z_LE, codes_VE)])
-            return code_L.view(z.shape[:-1])
+            z_LE = F.normalize(z.float(), dim=-1).flatten(0, -2)
+            return _nearest(z_LE, self.unit_codes()).view(z.shape[:-1])
 
     def forward(self, z_LE: Tensor) -> Quantized:
         """Latents [L, E] -> their nearest codes, with the loss terms while gradients are recorded."""
         with torch.autocast(z_LE.device.type, enabled=False):
             z_LE = F.normalize(z_LE.float(), dim=-1)
-            code_L, codes_VE = self.nearest(z_LE), self.unit_codes()
+            codes_VE = self.unit_codes()
+            code_L = _nearest(z_LE, codes_VE)
             nearest_LE = codes_VE[code_L]
             if not torch.is_grad_enabled():
                 return Quantized(nearest_LE, code_L)
@@ -83,6 +83,12 @@ class VectorQuantizer(nn.Module):
         rounds = -(-num_codes // len(z_LE))
         picks = torch.cat([torch.randperm(len(z_LE), generator=generator) for _ in range(rounds)])[:num_codes]
         self.codebook.weight.copy_(F.normalize(z_LE.float(), dim=-1)[picks.to(z_LE.device)])
+
+
+@torch.no_grad()
+def _nearest(z_LE: Tensor, codes_VE: Tensor) -> Tensor:
+    """Unit latents and codes -> int64 [L], the code with the largest cosine."""
+    return torch.cat([(part_KE @ codes_VE.T).argmax(dim=-1) for part_KE in _parts(z_LE, codes_VE)])
 
 
 def entropy_term(z_LE: Tensor, codes_VE: Tensor) -> Tensor:

@@ -28,14 +28,14 @@ def varlen_kernel(
         mixed_Lhe = varlen_attn(q_Lhe, k_Ghe, v_Ghe, ends_q, ends_k, max_q, max_k, window_size=window)
         return cast("Tensor", mixed_Lhe)
     mask = _TOP_LEFT if causal else 0
-    # torch has no public name for this one but nested tensors, which cost more time than the kernel
+    # torch has no public name for this one; nested tensors call it too
     attend: Any = torch.ops.aten._efficient_attention_forward
     inputs = (x.unsqueeze(0) for x in (q_Lhe, k_Ghe, v_Ghe))
     return attend(*inputs, None, ends_q, ends_k, max_q, max_k, 0.0, mask, compute_log_sumexp=True)[0][0]
 
 
 class GatherKeys(torch.autograd.Function):
-    """`x_Shd[row_G]` with a backward that also only reads: each row adds up its copies in their order.
+    """`x_She[row_G]` with a backward that also only reads: each row adds up its copies in their order.
 
     Indexing's own backward adds with atomics, or sorts where deterministic results are asked for.
     """
