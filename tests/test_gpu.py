@@ -2,7 +2,7 @@
 
     GPU_TESTS=1 bash scripts/test.sh tests/test_gpu.py
 
-Skipped otherwise: see conftest.py.
+Left out otherwise: see conftest.py.
 """
 
 from dataclasses import replace

@@ -213,10 +213,10 @@ class VideoTokenizer(nn.Module):
         patch_BMD = self.embed_patches(video_BCTHW)
         token_LD = self.query_embed(packed_queries(patch_BMD, packing, self.config.grid))
         patch_LD = rearrange(patch_BMD, "B M D -> (B M) D")
-        patch_pos_LD = repeat(self.encoder_patch_pos, "M D -> (B M) D", B=packing.num_clips)
+        placed_LD = patch_LD + repeat(self.encoder_patch_pos, "M D -> (B M) D", B=packing.num_clips)
         token_pos_LD = self.encoder_token_pos[self._token_rows(packing)]
         for layer in self.encoder:
-            token_LD = layer(token_LD, token_pos_LD, patch_LD, patch_pos_LD, packing, patches)
+            token_LD = layer(token_LD, token_pos_LD, patch_LD, placed_LD, packing, patches)
         return self.to_latent(self.encoder_norm(token_LD))
 
     def decode_latents(self, latent_LE: Tensor, packing: Packing) -> Tensor:
@@ -233,9 +233,9 @@ class VideoTokenizer(nn.Module):
         first_RD = token_LD[packing.first_BN.flatten().to(token_LD.device)]
         patch_LD = repeat(first_RD, "R D -> (R m) D", m=grid**2)
         patch_pos_LD = repeat(self.decoder_patch_pos, "M D -> (B M) D", B=packing.num_clips)
-        token_pos_LD = self.decoder_token_pos[self._token_rows(packing)]
+        placed_LD = token_LD + self.decoder_token_pos[self._token_rows(packing)]
         for count, layer in enumerate(self.decoder, start=1):
-            patch_LD = layer(patch_LD, patch_pos_LD, token_LD, token_pos_LD, patches, packing)
+            patch_LD = layer(patch_LD, patch_pos_LD, token_LD, placed_LD, patches, packing)
             if count == feature_layer:
                 feature_BMD = rearrange(patch_LD, "(B M) D -> B M D", B=packing.num_clips)
         return rearrange(patch_LD, "(B M) D -> B M D", B=packing.num_clips), feature_BMD

@@ -51,8 +51,8 @@ def read_patches(model: VideoTokenizer, video_BCTHW: Tensor) -> ClipPatches:
     block = model.config.grid**2
     patch_BMD = model.embed_patches(video_BCTHW)
     cells = [pooling_pyramid(patch_BmD, model.config.grid) for patch_BmD in patch_BMD.split(block, dim=1)]
-    pos_MD = model.encoder_patch_pos[: patch_BMD.shape[1]]
-    whole = [layer.cross_attention.keys_values(patch_BMD, pos_MD) for layer in model.encoder]
+    placed_BMD = patch_BMD + model.encoder_patch_pos[: patch_BMD.shape[1]]
+    whole = [layer.cross_attention.keys_values(patch_BMD, placed_BMD) for layer in model.encoder]
     ends = [(t + 1) * block for t in range(len(cells))]
     return ClipPatches(cells, [[(k[:, :end], v[:, :end]) for k, v in whole] for end in ends])
 
@@ -86,12 +86,12 @@ def decode_block(model: VideoTokenizer, code_BK: Tensor, t: int, past: Past) -> 
     """-> frames of block t, [B, 3, patch_frames, H, W] in [0, 1], and the decoder's two extended pasts."""
     c = model.config
     token_BKD = model.from_latent(model.quantizer.lookup(code_BK))
-    token_pos_KD = model.decoder_token_pos[t * c.block_queries + level_cells(code_BK.shape[1])]
+    placed_BKD = token_BKD + model.decoder_token_pos[t * c.block_queries + level_cells(code_BK.shape[1])]
     x_BmD = repeat(token_BKD[:, 0], "B D -> B m D", m=c.grid**2)
     pos_mD = model.decoder_patch_pos[t * c.grid**2 :][: c.grid**2]
     selves, crosses = [], []
     for layer, before, seen in zip(model.decoder, past.decoder, past.tokens, strict=True):
-        seen = [*seen, layer.cross_attention.keys_values(token_BKD, token_pos_KD)]
+        seen = [*seen, layer.cross_attention.keys_values(token_BKD, placed_BKD)]
         x_BmD, own = layer.step(x_BmD, pos_mD, before, concat_blocks(seen))
         selves.append([*before, own])
         crosses.append(seen)

@@ -21,7 +21,10 @@ from tokenizer.blocks.varlen import GatherKeys, Prefixes, varlen_kernel
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose queries and keys carry positions and whose values do not (paper.md section 2)."""
+    """Multi-head attention whose queries and keys carry positions and whose values do not (paper.md section 2).
+
+    "Placed" is what has its positions added, which the caller does: one sum serves queries and keys, or all layers.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -31,13 +34,13 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(width, width)
         self.to_out = nn.Linear(width, width)
 
-    def queries(self, x: Tensor, pos: Tensor) -> Tensor:
+    def queries(self, placed: Tensor) -> Tensor:
         """[..., D] -> [..., h, e]"""
-        return rearrange(self.to_q(x + pos), "... (h e) -> ... h e", h=self.heads)
+        return rearrange(self.to_q(placed), "... (h e) -> ... h e", h=self.heads)
 
-    def keys_values(self, ref: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """[..., D] -> two of [..., h, e]"""
-        k, v = self.to_k(ref + pos), self.to_v(ref)
+    def keys_values(self, ref: Tensor, placed: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., D] without and with positions -> two of [..., h, e]"""
+        k, v = self.to_k(placed), self.to_v(ref)
         return rearrange(k, "... (h e) -> ... h e", h=self.heads), rearrange(v, "... (h e) -> ... h e", h=self.heads)
 
     def output(self, mixed: Tensor) -> Tensor:

@@ -36,27 +36,28 @@ class QFormerLayer(Layer):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(
-        self, x_LD: Tensor, pos_LD: Tensor, ref_SD: Tensor, ref_pos_SD: Tensor, query: Packing, reference: Packing
+        self, x_LD: Tensor, pos_LD: Tensor, ref_SD: Tensor, placed_SD: Tensor, query: Packing, reference: Packing
     ) -> Tensor:
-        """A packed batch, block-causal in both attentions -> [L, D]."""
+        """A packed batch, block-causal in both attentions -> [L, D]. `placed_SD`: the reference with its positions."""
         q, k, v = self.stretch(QFormerLayer._before_self, x_LD, pos_LD)
         mixed_Lhe = block_causal_attention(q, k, v, query, query)
-        x_LD, q, k, v = self.stretch(QFormerLayer._between, x_LD, mixed_Lhe, pos_LD, ref_SD, ref_pos_SD)
+        x_LD, q, k, v = self.stretch(QFormerLayer._between, x_LD, mixed_Lhe, pos_LD, ref_SD, placed_SD)
         mixed_Lhe = block_causal_attention(q, k, v, query, reference)
         return self.stretch(QFormerLayer._after_cross, x_LD, mixed_Lhe)
 
     def _before_self(self, x_LD: Tensor, pos_LD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> queries, keys, values of the self-attention, each [L, h, e]."""
-        normed = self.norm_self(x_LD)
-        return self.self_attention.queries(normed, pos_LD), *self.self_attention.keys_values(normed, pos_LD)
+        normed_LD = self.norm_self(x_LD)
+        own_LD = normed_LD + pos_LD
+        return self.self_attention.queries(own_LD), *self.self_attention.keys_values(normed_LD, own_LD)
 
     def _between(
-        self, x_LD: Tensor, mixed_Lhe: Tensor, pos_LD: Tensor, ref_SD: Tensor, ref_pos_SD: Tensor
+        self, x_LD: Tensor, mixed_Lhe: Tensor, pos_LD: Tensor, ref_SD: Tensor, placed_SD: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-> x [L, D] with the self-attention's result; queries [L, h, e], keys, values [S, h, e] of the other."""
         x_LD = x_LD + self.self_attention.output(mixed_Lhe)
-        q = self.cross_attention.queries(self.norm_cross(x_LD), pos_LD)
-        return x_LD, q, *self.cross_attention.keys_values(ref_SD, ref_pos_SD)
+        q = self.cross_attention.queries(self.norm_cross(x_LD) + pos_LD)
+        return x_LD, q, *self.cross_attention.keys_values(ref_SD, placed_SD)
 
     def _after_cross(self, x_LD: Tensor, mixed_Lhe: Tensor) -> Tensor:
         x_LD = x_LD + self.cross_attention.output(mixed_Lhe)
@@ -69,10 +70,11 @@ class QFormerLayer(Layer):
 
         `past`: self-attention (keys, values) of the blocks before, `reference`: cross-attention ones of blocks <= t.
         """
-        normed = self.norm_self(x_BKD)
-        q, own = self.self_attention.queries(normed, pos_KD), self.self_attention.keys_values(normed, pos_KD)
+        normed_BKD = self.norm_self(x_BKD)
+        own_BKD = normed_BKD + pos_KD
+        q, own = self.self_attention.queries(own_BKD), self.self_attention.keys_values(normed_BKD, own_BKD)
         x_BKD = x_BKD + self.self_attention.output(attend_prefix(q, *concat_blocks([*past, own])))
-        q = self.cross_attention.queries(self.norm_cross(x_BKD), pos_KD)
+        q = self.cross_attention.queries(self.norm_cross(x_BKD) + pos_KD)
         x_BKD = x_BKD + self.cross_attention.output(attend_prefix(q, *reference))
         return x_BKD + self.mlp(self.norm_mlp(x_BKD)), own
 
