@@ -25,13 +25,12 @@ from torch import Tensor
 
 from autoregressive.attention import Live
 from autoregressive.kv_cache import check_memory
-from autoregressive.live_kernel import has_triton
 from autoregressive.model import GPT
 from autoregressive.noise import gumbel, id_words, key_words
 from autoregressive.pick import guide, pick
 from autoregressive.recorded_step import CudaGraphs, RecordedStep
 from autoregressive.sequence import ClipCodes, Grammar, LengthRule, SequenceLayout
-from tokenizer.common.compiled import compile_layers
+from tokenizer.common.compiled import compile_layers, has_triton
 from tokenizer.common.errors import UserError
 
 _NO_CODES = torch.empty(0, dtype=torch.long)
@@ -284,9 +283,10 @@ class Sampler:
         if self._kernel_sees:
             return None
         live = [slot.position + 1 if slot else 0 for slot in self._slots]
-        if self.model.device.type == "cpu":
-            return live
-        return min(self.places, -(-max(live) // _LONGEST_STEP) * _LONGEST_STEP)
+        return live if self.model.device.type == "cpu" else self._rounded(max(live))
+
+    def _rounded(self, longest: int) -> int:
+        return min(self.places, -(-longest // _LONGEST_STEP) * _LONGEST_STEP)
 
     def _advance(self, live: Live) -> None:
         """The device's part of a step: fixed shapes, all state in place."""

@@ -100,7 +100,9 @@ def test_what_cannot_be_compiled_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
         run(torch.zeros(1))
 
 
-def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("device", "words"), [("cpu", "C\\+\\+ compiler, .* 'no-such-c"), ("cuda", "package triton")])
+def test_missing_compilers_are_named(device: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match=r"run.compile=true for cpu needs a C\+\+ compiler.* or train without it"):
-        compile_layers(build_tokenizer("VQ_debug"), CPU, "run.compile=true", "train without it")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"^--compile for {device} needs .*{words}.* sample without it"):
+        compile_layers(build_tokenizer("VQ_debug"), torch.device(device), "--compile", "sample without it")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from resuming import assert_same_weights, fit_and_die
 from torch import Tensor
 
 from autoregressive.batches import BatchRule, TokenBatch, fill_bins, share_out, token_batches
@@ -20,7 +21,7 @@ from autoregressive.presets import PRESETS, load_gpt
 from autoregressive.sequence import ClipCodes
 from autoregressive.token_archive import ArchivedClip, ArchiveFacts, TokenArchive, save_archive, save_shard
 from autoregressive.train import GPTTrainConfig, GPTTraining, cross_entropy, read, right_lengths
-from tokenizer.common.checkpoint import read_model, save_model
+from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import from_dict, to_dict
 from tokenizer.common.errors import UserError
 from tokenizer.common.loop import RunConfig
@@ -193,21 +194,9 @@ def test_given_lengths_do_not_count_as_guessed() -> None:
 
 def test_killed_and_resumed_ends_with_the_same_bits(archives: dict[str, str], tmp_path: Path) -> None:
     training(archives, tmp_path / "whole").fit()
-    killed = training(archives, tmp_path / "killed")
-    loss = killed.loss
-
-    def dies(batch: TokenBatch, step: int):
-        if step == 5:
-            raise KeyboardInterrupt
-        return loss(batch, step)
-
-    killed.loss = dies  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        killed.fit()
+    fit_and_die(training(archives, tmp_path / "killed"), 5)
     training(archives, tmp_path / "killed").fit()
-    for name in ("model.safetensors", "model.raw.safetensors"):
-        ours, wanted = (read_model(tmp_path / run / "final" / name).tensors for run in ("killed", "whole"))
-        assert all(torch.equal(ours[key], wanted[key]) for key in wanted)
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
     lines = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
     assert {"loss_length", "loss_code", "ids_per_clip"} <= set(lines[0])
     wanted = ("loss", "perplexity", "length_accuracy", "loss_length", "loss_code")

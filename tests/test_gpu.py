@@ -2,7 +2,7 @@
 
     GPU_TESTS=1 bash scripts/test.sh tests/test_gpu.py
 
-Left out otherwise: see conftest.py.
+Not collected otherwise: see conftest.py.
 """
 
 from dataclasses import replace
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from resuming import assert_same_weights, fit_and_die
 from torch import Tensor
 
 from autoregressive.attention import attend_by_length
@@ -23,13 +24,12 @@ from autoregressive.sequence import length_rule
 from tokenizer import load_router, load_tokenizer
 from tokenizer.assignment import pack, pack_uniform
 from tokenizer.blocks.attention import attend_by_clip, attend_varlen
-from tokenizer.common.checkpoint import read_model
 from tokenizer.common.compiled import not_compiled
 from tokenizer.common.config import load_config
 from tokenizer.data.video_io import iter_clips, to_model_range
 from tokenizer.train import TokenizerTrainConfig, TokenizerTraining
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+assert torch.cuda.is_available(), "no GPU to test: start with GPU_TESTS=1, on a machine where torch sees one"
 
 CUDA = torch.device("cuda")
 CLOSE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -183,17 +183,6 @@ def test_a_resumed_run_ends_with_the_same_bits(precision: str, compiled: bool, t
         return TokenizerTraining(load_config(TokenizerTrainConfig, ROOT / "configs/debug/full/proxy.yaml", overrides))
 
     training("whole").fit()
-    killed = training("killed")
-    loss = killed.loss
-
-    def dies(batch, step: int):
-        if step == 3:
-            raise KeyboardInterrupt
-        return loss(batch, step)
-
-    killed.loss = dies  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        killed.fit()
+    fit_and_die(training("killed"), 3)
     training("killed").fit()
-    ours, wanted = (read_model(tmp_path / run / "final/model.raw.safetensors").tensors for run in ("killed", "whole"))
-    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")

@@ -12,21 +12,32 @@ from autoregressive.model import GPT
 from autoregressive.presets import PRESETS
 from autoregressive.recorded_step import RecordedStep, Run
 from autoregressive.sampler import Request, Sampler, SamplingConfig
+from autoregressive.sequence import LengthRule
 
 REQUESTS = [Request(("clip", i), label=i) for i in range(5)]
 CONFIG = SamplingConfig(slots=2, guidance=(2.0,), top_k=50, top_p=0.95)
 
 
-@pytest.fixture(scope="module")
-def gpt() -> GPT:
+CODES = torch.randint(64, (5, 12), generator=torch.Generator().manual_seed(0))
+CASES = {  # changes of the model, how it is sampled, what is asked for
+    "class": ({}, CONFIG, REQUESTS),
+    "frames": (
+        {"num_classes": 0, "condition_lengths": [8, 4]},
+        SamplingConfig(slots=2),
+        [Request(("clip", i), condition_L=code_K, rule=LengthRule((8, 4))) for i, code_K in enumerate(CODES)],
+    ),
+}
+
+
+def random_gpt(**changes: object) -> GPT:
     torch.manual_seed(0)
-    model = GPT(replace(PRESETS["GPT-debug"], layers=1)).eval()
+    model = GPT(replace(PRESETS["GPT-debug"], layers=1, **changes)).eval()
     torch.nn.init.normal_(model.head.weight, std=0.3)
     return model
 
 
-def clips(sampler: Sampler) -> dict[tuple, list[int]]:
-    return {sample.request.key: sample.id_Q.tolist() for sample in sampler.run(REQUESTS)}
+def clips(sampler: Sampler, requests: list[Request]) -> dict[tuple, list[int]]:
+    return {sample.request.key: sample.id_Q.tolist() for sample in sampler.run(requests)}
 
 
 class StandIn:
@@ -69,19 +80,22 @@ class WithoutTriton(AsOnAGPU):
     def _live(self) -> int:  # type: ignore[override]
         live = Sampler._live(self)
         assert isinstance(live, list)
-        return min(self.places, -(-max(live) // sampler_module._LONGEST_STEP) * sampler_module._LONGEST_STEP)
+        return self._rounded(max(live))
 
     def _advance(self, live: Live) -> None:
         Sampler._advance(self, live)
 
 
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("kind", "recordings"), [(AsOnAGPU, [1]), (WithoutTriton, range(3, 8))])
 def test_recorded_clips_are_those_of_the_plain_step(
-    gpt: GPT, kind: Callable, recordings: range, monkeypatch: pytest.MonkeyPatch
+    kind: Callable, recordings: range, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sampler_module, "_LONGEST_STEP", 8)
-    plain, recorded = Sampler(gpt, CONFIG), kind(gpt, CONFIG)
-    assert clips(recorded) == clips(plain)
+    changes, config, requests = CASES[case]
+    gpt = random_gpt(**changes)
+    plain, recorded = Sampler(gpt, config), kind(gpt, config)
+    assert clips(recorded, requests) == clips(plain, requests)
     assert recorded.counts == plain.counts, "a recorded step waits for nothing"
     assert len(recorded.record.replays) in recordings and sum(recorded.record.replays) == recorded.counts.steps
     assert recorded._run_step.num_recorded == len(recorded.record.replays)

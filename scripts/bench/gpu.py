@@ -1,6 +1,6 @@
 """A GPU at work at the paper's sizes: training as a share of its arithmetic, sampling as a share of its bandwidth.
 
-    python scripts/bench/gpu.py [--only gpt,tokenizer,sampler] [--quick]
+    python scripts/bench/gpu.py [--device cuda:N] [--only gpt,tokenizer,sampler] [--quick]
 
 1. gpt: a training step of GPT-L on packed clips of random assignments, bf16, as the loop makes it (loss, gradients,
    clipping, AdamW, moving average), with run.compile and without. MFU = arithmetic of the model, 6 operations a weight
@@ -28,12 +28,11 @@ from typing import Any
 import torch
 from _report import report
 from gpt_packed import count_flops, random_sequences
+from sampler import drawn_requests, exhaust, pad_to_maximum
 from torch import Tensor
 
 from autoregressive.batches import TokenBatch
 from autoregressive.model import GPT
-from autoregressive.noise import gumbel, id_words, key_words
-from autoregressive.pick import guide, pick
 from autoregressive.presets import PRESETS
 from autoregressive.sampler import Request, Sampler, SamplerCounts, SamplingConfig
 from autoregressive.sequence import length_rule
@@ -43,36 +42,37 @@ from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.loop import RunConfig, TrainState, start_run, train_step
 from tokenizer.common.optim import OptimConfig
 from tokenizer.common.performance import FlopCount, gemm_roof, peak_memory
-from tokenizer.common.runtime import generator_for
+from tokenizer.common.runtime import generator_for, pick_device
 from tokenizer.losses.objective import LossConfig, tokenizer_loss
 from tokenizer.presets import build_tokenizer
 
 PARTS = ("gpt", "tokenizer", "sampler")
 GOALS = {"gpt": 0.35, "tokenizer": 0.30, "sampler": 0.5, "loop": 10.0}
 DENSE_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # published; of other GPUs the measured roof is taken
-CLIPS_GPT, CLIPS_TOKENIZER, SLOTS, LOOP_STEPS, REPEATS = 48, 48, 32, 40, 4
+CLIPS_GPT, CLIPS_TOKENIZER, SLOTS, FEW_STEPS, LOOP_STEPS, REPEATS = 48, 48, 32, 5, 40, 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Training and sampling at the paper's sizes on one GPU.")
+    parser.add_argument("--device", default="cuda", help="cuda | cuda:N")
     parser.add_argument("--only", default=",".join(PARTS), help="some of gpt,tokenizer,sampler (default: all)")
     parser.add_argument("--quick", action="store_true", help="sample 32 clips, not 256")
     args = parser.parse_args()
     wanted = args.only.split(",")
     if strange := sorted(set(wanted) - set(PARTS)):
         raise UserError(f"--only {','.join(strange)}: choose from {', '.join(PARTS)}")
-    if not torch.cuda.is_available():
-        raise UserError("this bench needs a GPU, and torch sees none; sampler.py and train_step.py run on a CPU")
-    device = torch.device("cuda")
+    device = pick_device(args.device)
+    if device.type == "cpu":
+        raise UserError("this bench is for a GPU; sampler.py, gpt_packed.py and train_step.py are for a CPU")
     name = torch.cuda.get_device_name(device)
     gemm, copy = gemm_roof(device, torch.bfloat16), copy_roof(device)
     peak = next((flops for part, flops in DENSE_BF16.items() if part in name), gemm)
     found: dict[str, dict[str, Any]] = {}
     if "gpt" in wanted:
-        found["gpt"] = train_gpt(peak)
+        found["gpt"] = train_gpt(device, peak)
         print("gpt", found["gpt"], flush=True)
     if "tokenizer" in wanted:
-        found["tokenizer"] = train_tokenizer(peak)
+        found["tokenizer"] = train_tokenizer(device, peak)
         print("tokenizer", found["tokenizer"], flush=True)
     if "sampler" in wanted:
         found["sampler"], found["loop"] = sample(device, copy, 32 if args.quick else 256)
@@ -113,39 +113,41 @@ def seconds(run: Callable[[], object]) -> float:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def train_gpt(peak: float) -> dict[str, Any]:
+def train_gpt(device: torch.device, peak: float) -> dict[str, Any]:
     """A step of GPT-L on one batch."""
     config = PRESETS["GPT-L"]
     lengths = config.layout.space.lengths_of(config.layout.space.draw_rows(CLIPS_GPT, generator_for(0, "bench gpt")))
     batch = TokenBatch(config.layout, random_sequences(config, lengths.tolist()), config.width)
-    with torch.device("cuda"):
+    with device:
         model = GPT(config)
 
     def loss(part: TokenBatch, step: int) -> Any:
         return gpt_loss(model, part)
 
-    figures, _ = time_steps(model, batch, loss, CLIPS_GPT)
+    figures, _ = time_steps(device, model, batch, loss, CLIPS_GPT)
     flops = 3 * count_flops(config, batch.packed)
     return figures | rates(flops, figures["seconds"], peak) | {"ids": len(batch.packed.id_L)}
 
 
-def train_tokenizer(peak: float) -> dict[str, Any]:
+def train_tokenizer(device: torch.device, peak: float) -> dict[str, Any]:
     """A step of VQ_SB on one batch of noise."""
-    model = build_tokenizer("VQ_SB").cuda()
+    model = build_tokenizer("VQ_SB").to(device)
     length_BN = model.space.lengths_of(model.space.draw_rows(CLIPS_TOKENIZER, generator_for(0, "bench tokenizer")))
-    video_BCTHW = torch.rand(CLIPS_TOKENIZER, 3, 16, 128, 128, device="cuda")
+    video_BCTHW = torch.rand(CLIPS_TOKENIZER, 3, 16, 128, 128, device=device)
     config = LossConfig(perceptual=0.0, perceptual_net="none")
 
     def loss(video: Tensor, step: int) -> Any:
         return tokenizer_loss(config, model(video, length_BN), video, None, torch.Generator(), {})
 
-    figures, flops = time_steps(model, video_BCTHW, loss, CLIPS_TOKENIZER)
+    figures, flops = time_steps(device, model, video_BCTHW, loss, CLIPS_TOKENIZER)
     return figures | rates(flops, figures["seconds"], peak) | {"tokens": int(length_BN.sum())}
 
 
-def time_steps(model: torch.nn.Module, batch: Any, loss: Any, clips: int) -> tuple[dict[str, Any], int]:
+def time_steps(
+    device: torch.device, model: torch.nn.Module, batch: Any, loss: Any, clips: int
+) -> tuple[dict[str, Any], int]:
     """The loop's own steps on one batch: the fastest in seconds, compiled and plain; and the arithmetic of one."""
-    run, optim = RunConfig(device="cuda", precision="bf16", batch_size=clips, compile=True), OptimConfig()
+    run, optim = RunConfig(device=str(device), precision="bf16", batch_size=clips, compile=True), OptimConfig()
     start_run(run)
     state = TrainState.start(model, run, optim)
 
@@ -160,7 +162,7 @@ def time_steps(model: torch.nn.Module, batch: Any, loss: Any, clips: int) -> tup
             first = seconds(step)
             torch.cuda.reset_peak_memory_stats()
             figures[f"seconds_{name}"] = round(min(seconds(step) for _ in range(REPEATS)), 4)
-            figures[f"gib_{name}"] = round(peak_memory(state.device) / 2**30, 1)
+            figures[f"gib_{name}"] = round(peak_memory(device) / 2**30, 1)
         print(name, figures, flush=True)
     figures["seconds_of_compiling"] = round(first, 1)
     figures["seconds"] = figures.pop("seconds_compiled")
@@ -221,18 +223,6 @@ def time_sampler(model: GPT, config: SamplingConfig, requests: list[Request]) ->
     return seconds(lambda: exhaust(sampler, requests)), first, sampler
 
 
-def drawn_requests(model: GPT, num: int) -> list[Request]:
-    """Clips of random assignments, forced."""
-    space = model.layout.space
-    length_BN = space.lengths_of(space.draw_rows(num, generator_for(0, "bench lengths")))
-    rules = [length_rule(model.layout, tuple(lengths)) for lengths in length_BN.tolist()]
-    return [Request(("clip", i), i % model.layout.num_classes, rule=rule) for i, rule in enumerate(rules)]
-
-
-def exhaust(sampler: Sampler, requests: list[Request]) -> None:
-    assert sum(1 for _ in sampler.run(requests)) == len(requests)
-
-
 def least_bytes(model: GPT, lengths: list[int]) -> float:
     """What must be read: all matrices once a step of full slots, and with guidance each token's past twice."""
     config, item = model.config, model.head.weight.element_size()
@@ -241,28 +231,14 @@ def least_bytes(model: GPT, lengths: list[int]) -> float:
     return sum(lengths) / SLOTS * sum(p.nbytes for p in read) + 2 * past
 
 
-@torch.inference_mode()
 def padded_step(model: GPT, config: SamplingConfig, requests: list[Request]) -> float:
-    """Seconds of a step of the loop, on the same verbs."""
-    layout, device = model.layout, model.device
-    cache = model.new_cache(SLOTS, config.streams)
-    word_V, scale_S = id_words(layout.num_ids, device), torch.full((SLOTS,), config.guidance[0], device=device)
-    bias_SV = torch.zeros(SLOTS, layout.num_ids, device=device)
-    key_S2 = torch.tensor([key_words(config.seed, *request.key) for request in requests], device=device)
-    input_SG = torch.tensor([[layout.condition_id(r.label), layout.open_id] for r in requests], device=device)
+    """Seconds of a step of the loop; what its start costs is in both times."""
 
-    def steps(num: int) -> None:
-        nonlocal input_SG
-        for place in range(num):
-            position_S = torch.full((SLOTS,), place, device=device)
-            logits_RV = model.step(input_SG.flatten(), position_S, layout.max_length, cache)
-            logits_SV = guide(logits_RV.unflatten(0, input_SG.shape), scale_S)
-            next_S = pick(logits_SV, bias_SV, gumbel(key_S2, position_S, word_V))
-            next_S.tolist()  # the look at every step
-            input_SG = next_S[:, None].expand_as(input_SG)
+    def taken(places: int) -> float:
+        return seconds(lambda: pad_to_maximum(model, config, requests, places))
 
-    steps(5)
-    return seconds(lambda: steps(LOOP_STEPS)) / LOOP_STEPS
+    taken(FEW_STEPS)  # kernels set themselves up
+    return (taken(FEW_STEPS + LOOP_STEPS) - taken(FEW_STEPS)) / LOOP_STEPS
 
 
 if __name__ == "__main__":

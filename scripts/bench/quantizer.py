@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -23,9 +22,11 @@ from torch import Tensor
 
 from tokenizer.blocks import quantizer as module
 from tokenizer.blocks.quantizer import ENTROPY_TEMPERATURE, VectorQuantizer
+from tokenizer.common.performance import peak_memory
 
 GOAL = 2.0
 CODES, WIDTH, REPEATS = 16384, 8, 3
+CPU = torch.device("cpu")
 
 
 def main() -> None:
@@ -63,12 +64,12 @@ def measure(side: str, latents: int) -> dict[str, float]:
         module.entropy_term = formula
     quantizer, z_LE = VectorQuantizer(CODES, WIDTH), torch.randn(latents, WIDTH, requires_grad=True)
     _step(VectorQuantizer(16, WIDTH), z_LE)  # loads what it needs
-    before, seconds = _peak(), []
+    before, seconds = peak_memory(CPU), []
     for _ in range(REPEATS):
         start = time.thread_time()
         _step(quantizer, z_LE)
         seconds.append(time.thread_time() - start)
-    return {"rise_gb": round((_peak() - before) / 1e9, 4), "seconds": round(min(seconds), 4)}
+    return {"rise_gb": round((peak_memory(CPU) - before) / 1e9, 4), "seconds": round(min(seconds), 4)}
 
 
 def formula(z_LE: Tensor, codes_VE: Tensor) -> Tensor:
@@ -83,11 +84,6 @@ def formula(z_LE: Tensor, codes_VE: Tensor) -> Tensor:
 def _step(quantizer: VectorQuantizer, z_LE: Tensor) -> None:
     out = quantizer(z_LE)
     (out.latent_LE.square().sum() + torch.stack(list(out.terms.values())).sum()).backward()
-
-
-def _peak() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

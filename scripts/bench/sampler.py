@@ -74,7 +74,7 @@ def bench_sampling(levels: list[int]) -> tuple[float, dict[str, object]]:
     config = SamplingConfig(SLOTS, guidance=(2.25,))
     sampler = Sampler(model, config)
     before = _thread_seconds(lambda: pad_to_maximum(model, config, requests[:SLOTS]))
-    ours = _thread_seconds(lambda: _exhaust(sampler, requests))
+    ours = _thread_seconds(lambda: exhaust(sampler, requests))
     after = _thread_seconds(lambda: pad_to_maximum(model, config, requests[-SLOTS:]))
     seconds = {"sampler": ours, "padded": min(before, after) * (CLIPS // SLOTS)}
     tokens = sum(sum(request.rule.forced) + model.layout.num_blocks for request in requests)
@@ -99,30 +99,30 @@ def drawn_requests(model: GPT, num: int) -> list[Request]:
 
 
 @torch.inference_mode()
-def pad_to_maximum(model: GPT, config: SamplingConfig, requests: list[Request]) -> None:
-    """Batches that run to the longest sequence there can be, over the full cache, with a look at every id.
+def pad_to_maximum(model: GPT, config: SamplingConfig, batch: list[Request], places: int | None = None) -> None:
+    """A full batch that runs to the longest sequence there can be, over the full cache, with a look at every id.
 
-    Same model, same verbs. A clip's own ids are as good as the sampler's; everything past them is thrown away.
+    Same model, same verbs. A clip's own ids are as good as the sampler's; everything past them is thrown away. Each of
+    its steps costs the same, so `places` of them say what all cost.
     """
-    layout, places = model.layout, model.layout.max_length - 1
-    word_V, scale_S = id_words(layout.num_ids), torch.full((SLOTS,), config.guidance[0])
-    bias_SV = torch.zeros(SLOTS, layout.num_ids)
-    for start in range(0, len(requests), SLOTS):
-        batch = requests[start : start + SLOTS]
-        cache = model.new_cache(SLOTS, config.streams)
-        key_S2 = torch.tensor([key_words(config.seed, *request.key) for request in batch])
-        input_SG = torch.tensor([[layout.condition_id(request.label), layout.open_id] for request in batch])
-        written: list[list[int]] = []
-        for place in range(places):
-            position_S = torch.full((SLOTS,), place)
-            logits_RV = model.step(input_SG.flatten(), position_S, layout.max_length, cache)
-            logits_SV = guide(logits_RV.unflatten(0, input_SG.shape), scale_S)
-            next_S = pick(logits_SV, bias_SV, gumbel(key_S2, position_S, word_V))
-            written.append(next_S.tolist())  # the look at every step
-            input_SG = next_S[:, None].expand_as(input_SG)
+    layout, device, slots = model.layout, model.device, len(batch)
+    word_V, scale_S = id_words(layout.num_ids, device), torch.full((slots,), config.guidance[0], device=device)
+    bias_SV = torch.zeros(slots, layout.num_ids, device=device)
+    cache = model.new_cache(slots, config.streams)
+    key_S2 = torch.tensor([key_words(config.seed, *request.key) for request in batch], device=device)
+    heads = [[layout.condition_id(request.label), layout.open_id] for request in batch]
+    input_SG = torch.tensor(heads, device=device)
+    written: list[list[int]] = []
+    for place in range(places or layout.max_length - 1):
+        position_S = torch.full((slots,), place, device=device)
+        logits_RV = model.step(input_SG.flatten(), position_S, layout.max_length, cache)
+        logits_SV = guide(logits_RV.unflatten(0, input_SG.shape), scale_S)
+        next_S = pick(logits_SV, bias_SV, gumbel(key_S2, position_S, word_V))
+        written.append(next_S.tolist())  # the look at every step
+        input_SG = next_S[:, None].expand_as(input_SG)
 
 
-def _exhaust(sampler: Sampler, requests: list[Request]) -> None:
+def exhaust(sampler: Sampler, requests: list[Request]) -> None:
     assert sum(1 for _ in sampler.run(requests)) == len(requests)
 
 
@@ -134,7 +134,7 @@ def slot_utilisation() -> float:
     levels = [level // 8 for level in PAPER_LEVELS]  # the same proportions, an eighth of the steps
     model = GPT(replace(PRESETS["GPT-debug"], layers=1, levels=levels)).eval()  # the head begins as zeros
     sampler = Sampler(model, SamplingConfig(SLOTS))
-    _exhaust(sampler, [Request(("clip", i), 0, rule=LengthRule()) for i in range(16 * SLOTS)])
+    exhaust(sampler, [Request(("clip", i), 0, rule=LengthRule()) for i in range(16 * SLOTS)])
     return sampler.counts.utilisation(SLOTS)
 
 

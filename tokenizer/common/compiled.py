@@ -45,6 +45,11 @@ def compile_layers(model: nn.Module, device: torch.device, asked_by: str, instea
             module.compiled = True
 
 
+def has_triton() -> bool:
+    """Whether kernels can be written for a GPU; torch brings Triton along on Linux with CUDA."""
+    return importlib.util.find_spec("triton") is not None
+
+
 @contextmanager
 def not_compiled() -> Iterator[None]:
     """Inside the `with` every layer runs as it is written: to count its operations, or for a few batches only."""
@@ -59,7 +64,7 @@ def not_compiled() -> Iterator[None]:
 def check_can_compile(device: torch.device, asked_by: str, instead: str) -> None:
     """Raises UserError where what writes the kernels is missing: Triton for a GPU, a C++ compiler for a CPU."""
     if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
+        if not has_triton():
             raise UserError(f"{asked_by} for {device} needs the package triton: install it, or {instead}")
         return
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")

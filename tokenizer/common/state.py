@@ -148,9 +148,8 @@ class TrainState:
         device = pick_device(run.device)
         model = model.to(device)
         if run.compile:
-            compile_layers(model, device, "run.compile=true", "train without it")
-            if adversary is not None:
-                compile_layers(adversary.module, device, "run.compile=true", "train without it")
+            for module in [model] if adversary is None else [model, adversary.module]:
+                compile_layers(module, device, "run.compile=true", "train without it")
         trained = model if companion is None else nn.ModuleDict({"model": model, "companion": companion.to(device)})
         # with several processes this makes all weights those of rank 0
         learner = Player(trained, optim, run, device, idle_parts=companion is not None)
