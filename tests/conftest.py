@@ -5,6 +5,7 @@ is tested apart, and only where it is asked for: GPU_TESTS=1 bash scripts/test.s
 """
 
 import os
+import signal
 
 if os.environ.get("GPU_TESTS") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -16,3 +17,6 @@ os.environ["WANDB_MODE"] = "offline"
 import torch
 
 torch.set_num_threads(1)
+
+# What a shell starts in the background ignores Ctrl-C, and so would the commands that the tests stop with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
