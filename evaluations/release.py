@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from evaluations import mini_generation
 from tokenizer import mini_figures
-from tokenizer.common.checkpoint import atomic_write, file_sha256, read_model
+from tokenizer.common.checkpoint import atomic_write, file_sha256, read_model, save_model
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.markdown_text import between_markers
 from tokenizer.router.reward import stats_of
@@ -29,28 +31,34 @@ _TABLE = "heldout_table.safetensors"
 
 @dataclass(frozen=True)
 class Part:
-    """What is shipped together: weights, how their figures are measured and shown, and how large they may be."""
+    """What is shipped together: weights, in which precision (None: as trained), how their figures are measured and
+    shown, and how large they may be."""
 
     weights: tuple[str, ...]
+    stored: torch.dtype | None
     measure: Callable[[Path], dict[str, Any]]
     show: Callable[[dict[str, Any]], str]
     most_bytes: int
 
 
 PARTS = {
-    "tokenizer": Part(("final", "router"), mini_figures.held_out_figures, mini_figures.as_markdown, 25 << 20),
+    # a tokenizer's codes would change with its precision
+    "tokenizer": Part(("final", "router"), None, mini_figures.held_out_figures, mini_figures.as_markdown, 25 << 20),
     "generation": Part(
-        ("gpt_c2v", "gpt_fp"), mini_generation.generation_figures, mini_generation.as_markdown, 20 << 20
+        ("gpt_c2v", "gpt_fp"), torch.bfloat16, mini_generation.generation_figures, mini_generation.as_markdown, 20 << 20
     ),
 }
 
 
-def release(name: str, results: Path, target: Path, readme: Path) -> None:
-    """Copy, measure, write the card, and put the figures between the markers of the README."""
+def release(name: str, results: Path, target: Path, readme: Path, note: str = "") -> None:
+    """Copy, measure, write the card, and put the figures between the markers of the README.
+
+    `note`: what the card must say about this training, where it was not the plain command on one machine.
+    """
     part = PARTS[name]
     target.mkdir(parents=True, exist_ok=True)
     for weights in part.weights:
-        shutil.copyfile(results / weights / "final" / "model.safetensors", target / f"{weights}.safetensors")
+        _ship_weights(results / weights / "final" / "model.safetensors", target / f"{weights}.safetensors", part.stored)
     if name == "tokenizer":
         _ship_table(results, target / _TABLE)
         _drop_what_no_longer_fits(target)
@@ -61,6 +69,7 @@ def release(name: str, results: Path, target: Path, readme: Path) -> None:
     figures["trained"] = {weights: _training_of(results / weights) for weights in part.weights}
     if name == "tokenizer":
         figures["trained"]["proxy"] = _training_of(results / "proxy")
+    figures["note"] = note
     atomic_write(_figures_path(target, name), (json.dumps(figures, indent=1) + "\n").encode())
     atomic_write(target / "README.md", card(target).encode())
     text = readme.read_text(encoding="utf-8")
@@ -90,8 +99,18 @@ def card(folder: Path) -> str:
             seconds = "not known" if trained["seconds"] is None else f"{trained['seconds']:.0f}"
             lines.append(f"| {shown} | {trained['steps']} | {seconds} |")
     for name, some in figures.items():
-        lines += ["", f"## {name.capitalize()}", "", PARTS[name].show(some)]
+        lines += ["", f"## {name.capitalize()}", "", *([some["note"], ""] if some.get("note") else [])]
+        lines.append(PARTS[name].show(some))
     return "\n".join([*lines, ""])
+
+
+def _ship_weights(source: Path, path: Path, stored: torch.dtype | None) -> None:
+    if stored is None:
+        shutil.copyfile(source, path)
+        return
+    file = read_model(source)
+    card = {**file.card, "stored_in": str(stored).removeprefix("torch.")}
+    save_model(path, {name: tensor.to(stored) for name, tensor in file.tensors.items()}, file.config, card)
 
 
 def _ship_table(results: Path, path: Path) -> None:
@@ -136,8 +155,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results/mini"))
     parser.add_argument("--target", type=Path, default=Path("ckpts/mini"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--note", default="", help="a sentence for the card, say on which machines which part was made")
     args = parser.parse_args()
-    release(args.part, args.results, args.target, args.readme)
+    release(args.part, args.results, args.target, args.readme, args.note)
 
 
 if __name__ == "__main__":

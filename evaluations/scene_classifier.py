@@ -2,8 +2,9 @@
 
 It answers one question: does a clip that was generated for a class show that class? It is trained on freshly rendered
 scenes and real clips of the training split alone, in some minutes, from a fixed seed; no weights are kept. So that it
-judges shape and motion and not how sharp a codec is, it looks at small pictures, and noise of low frequency, another in
-each temporal block, lies over every clip that it learns from.
+judges shape and motion and not how sharp a codec is, it looks at small pictures, and what it learns from is disturbed
+as any codec of blocks disturbs: each clip, by another amount, is held still within its temporal blocks, flattened
+within its patches, and overlaid with spots and patches of wrong colour, others in each block.
 
 Letters: B clips, C T H W, A classes.
 """
@@ -26,7 +27,8 @@ from tokenizer.data.loader import batches
 REAL = "real"  # the class of every clip that no one rendered
 NAMES = (*CLASS_NAMES, REAL)
 _SIDE = 16  # pixels that the classifier looks at
-_NOISE = 0.06  # standard deviation, at most, of what lies over a training clip: 4x4 spots, 4 in a clip's time
+_BLOCKS, _PATCHES = 4, 8  # of a codec: temporal blocks of a clip, patches along a side
+_SPOTS, _SPECKS = 0.08, 0.08  # deviation, at most, of wrong colours in a block: over soft 4x4 spots, over patches
 _STEPS, _BATCH, _RATE = 700, 32, 2e-3
 
 
@@ -70,11 +72,17 @@ def train_scene_classifier(size: int = 64, num_frames: int = 16, steps: int = _S
 
 
 def _disturbed(video_BCTHW: Tensor) -> Tensor:
-    """Clips under soft spots that change from block to block, each clip's of another strength."""
-    num_clips = len(video_BCTHW)
-    strength = _NOISE * torch.rand(num_clips, 1, 1, 1, 1)
-    spots = F.interpolate(torch.randn(num_clips, 3, 4, 4, 4), (4, *video_BCTHW.shape[3:]), mode="trilinear")
-    return video_BCTHW + strength * spots.repeat_interleave(video_BCTHW.shape[2] // 4, dim=2)
+    """Clips as a codec of temporal blocks and patches might show them, each clip disturbed by another amount."""
+    num_clips, _, num_frames, height, width = video_BCTHW.shape
+    in_blocks = video_BCTHW.unflatten(2, (_BLOCKS, num_frames // _BLOCKS))  # B C N t H W
+    hold, flatten, spots, specks = torch.rand(4, num_clips, 1, 1, 1, 1, 1)
+    shown = torch.lerp(in_blocks, in_blocks.mean(dim=3, keepdim=True), hold).flatten(2, 3)  # B C T H W
+    patches = F.adaptive_avg_pool3d(shown, (num_frames, _PATCHES, _PATCHES))
+    shown = torch.lerp(shown, F.interpolate(patches, shown.shape[2:]), flatten[..., 0])
+    soft = F.interpolate(torch.randn(num_clips, 3, _BLOCKS, 4, 4), (_BLOCKS, height, width), mode="trilinear")
+    hard = F.interpolate(torch.randn(num_clips, 3, _BLOCKS, _PATCHES, _PATCHES), (_BLOCKS, height, width))
+    wrong = _SPOTS * spots[..., 0] * soft + _SPECKS * specks[..., 0] * hard
+    return shown + wrong.repeat_interleave(num_frames // _BLOCKS, dim=2)
 
 
 @torch.no_grad()

@@ -12,7 +12,13 @@ set -euo pipefail
 no_arguments "$@"
 bash "$ROOT/scripts/env_install.sh"
 cd "$ROOT"
+# what other weights made, before an update, would be refused as the beginning of this run
+if [ -d results/quickstart ] && ! cmp -s ckpts/mini/SHA256SUMS results/.quickstart_weights; then
+  echo "quick start: the weights in ckpts/mini are new; removing what the ones before made (results/quickstart*)"
+  rm -rf results/quickstart results/quickstart_samples results/quickstart_frames
+fi
 mkdir -p results/quickstart_clips
+cp ckpts/mini/SHA256SUMS results/.quickstart_weights
 cp tokenizer/data/bundled/{bottle,tree}_*.mp4 results/quickstart_clips/
 "$VENV/bin/python" tokenizer/router/reconstruction_qual_with_router.py --vid_path results/quickstart_clips --save_dir results/quickstart \
   --router_config configs/mini/router.yaml --router_ckpt ckpts/mini/router.safetensors \

@@ -1,6 +1,7 @@
 """Rendered scenes with a class: one shape, how it moves, how fast. Simple enough for a miniature GPT to learn.
 
-    shape     disc or upright bar, of one colour, over a soft background: a blurred bundled photograph of the split
+    shape     disc or upright bar, of one colour, over a soft background: a bundled photograph of the split, blurred and
+              recoloured (the mean colour is drawn, so that a few films do not decide it)
     motion    still; slide: to the left or right, off the borders; pulse: growing and shrinking on the spot
     speed     slow or fast
 
@@ -19,12 +20,13 @@ from tokenizer.data.transforms import resize, rng_for
 
 MOTIONS = ("still", "slide slow", "slide fast", "pulse slow", "pulse fast")
 CLASS_NAMES = tuple(f"{shape} {motion}" for shape in ("disc", "bar") for motion in MOTIONS)
-SLIDE_SPEED = {"slow": (0.012, 0.018), "fast": (0.05, 0.08)}  # sides of the picture per frame
-PULSE_CYCLES = {"slow": (0.5, 0.7), "fast": (1.5, 2.5)}  # in 16 frames
-RADIUS = (0.15, 0.22)  # in sides, at rest
+SLIDE_SPEED = {"slow": (0.010, 0.015), "fast": (0.045, 0.06)}  # sides of the picture per frame
+PULSE_CYCLES = {"slow": (0.5, 0.7), "fast": (1.4, 1.9)}  # in 16 frames
+RADIUS = (0.18, 0.25)  # in sides, at rest
 _SWING = 0.45  # of the radius while it pulses
 _BAR = (1.3, 0.5)  # half height and half width of a bar, in radii
 _BACKGROUND_CELLS = 2  # across the picture: hardly more than a slope of colour
+_MEAN_LEVEL = (40.0, 215.0)  # grey levels of the background's mean, drawn for each colour
 _CONTRAST = 110.0  # grey levels between shape and background, at least, in one colour
 
 
@@ -48,7 +50,7 @@ def draw_classed_scene(seed: int, split: str) -> ClassedScene:
     label = CLASS_NAMES[seed % len(CLASS_NAMES)]
     _, motion, *speed = label.split()
     clip = int(rng.integers(len(bundled_videos(split))))
-    background_HWC = resize(kept_frames(split, clip)[:1], _BACKGROUND_CELLS, _BACKGROUND_CELLS)[0]
+    background_HWC = _recoloured(resize(kept_frames(split, clip)[:1], _BACKGROUND_CELLS, _BACKGROUND_CELLS)[0], rng)
     spans = {"slide": SLIDE_SPEED, "pulse": PULSE_CYCLES}
     return ClassedScene(
         label=label,
@@ -92,6 +94,11 @@ def _frame(scene: ClassedScene, t: int, ground_HWC: np.ndarray) -> np.ndarray:
         inside_HW = np.minimum(_BAR[0] * radius - rows_H1, _BAR[1] * radius - columns_1W)
     cover_HW1 = np.clip(inside_HW * size + 0.5, 0, 1)[..., None]
     return ground_HWC + cover_HW1 * (np.asarray(scene.colour, np.float32) - ground_HWC)
+
+
+def _recoloured(background_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    moved_HWC = background_HWC - background_HWC.mean(axis=(0, 1)) + rng.uniform(*_MEAN_LEVEL, 3)
+    return np.clip(moved_HWC + 0.5, 0, 255).astype(np.uint8)
 
 
 def _contrasting_colour(background_HWC: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float]:

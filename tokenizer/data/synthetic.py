@@ -2,14 +2,15 @@
 
 A scene is one camera pose per frame over a still photograph (a small, soft copy of a crop of a bundled clip of the same
 split, stretched to the same contrast and continued by reflection; in the training split every other time a picture of
-dead leaves), with textured shapes gliding over it. Six consecutive scenes show the same photograph, one of each kind,
-so what differs between kinds is the motion and not the texture. In the order of what they should cost in tokens:
+dead leaves), with one or two textured shapes over it. Six consecutive scenes show the same photograph and the same
+shapes, one of each kind, so what differs between kinds is the motion and not the detail. In the order of what they
+should cost in tokens:
 
     still   nothing changes, to the bit
-    slow    the camera drifts by a fraction of a pixel a frame
-    shapes  the camera rests; one or two shapes travel and bounce
-    mixed   some temporal blocks stand still to the bit, the others move fast
-    fast    the camera pans, turns and zooms by a few pixels a frame
+    slow    the camera drifts, and the shapes with it, by a fraction of a pixel a frame
+    shapes  the camera rests; the shapes travel and bounce, by a few pixels a frame
+    mixed   some temporal blocks stand still to the bit, in the others everything moves fast
+    fast    the camera pans, turns and zooms and the shapes travel, by a few pixels a frame
     cuts    one to three abrupt changes of photograph, at block borders or anywhere, calm in between
 
 Lengths are in sides of the picture and times in frames, so a seed gives the same scene at every size.
@@ -30,12 +31,12 @@ from tokenizer.data.classed_scenes import bounce
 from tokenizer.data.dead_leaves import NUM_PICTURES, dead_leaves
 from tokenizer.data.transforms import resize, rng_for
 
-SCENES = 3  # raised whenever a seed renders another scene, classed ones included: what was made of the old ones ends
+SCENES = 4  # raised whenever a seed renders another scene, classed ones included: what was made of the old ones ends
 KINDS = ("still", "slow", "shapes", "mixed", "fast", "cuts")
 NUM_BLOCKS = 4
 SLOW_SPEED = (0.002, 0.008)  # sides of the picture per frame: 0.1 .. 0.5 pixels of 64
 FAST_SPEED = (0.025, 0.05)  # 1.6 .. 3.2 pixels of 64
-TEXELS_ACROSS = (5.0, 10.0)  # points of the soft copy under the picture: about one to a patch, at 64 pixels
+TEXELS_ACROSS = (3.5, 7.0)  # points of the soft copy under the picture: at most one to a patch, at 64 pixels
 _CROP = (48, KEPT_SIDE)  # side of the crop, in source pixels
 CONTRAST = 45.0  # grey levels of deviation that every photograph is stretched to
 _MOST_GAIN = 3.0  # noise of flat crops is not stretched further
@@ -100,7 +101,7 @@ def draw_scene(seed: int, split: str, num_frames: int = 16) -> Scene:
     number, turn = divmod(seed, len(KINDS))
     kind, rng, own_rng = KINDS[turn], rng_for(number, "scene", split), rng_for(seed, "scene of a kind", split)
     texels = float(np.exp(rng.uniform(*np.log(TEXELS_ACROSS))))
-    photo = _draw_photo(rng, split, texels)
+    photo, shapes = _draw_photo(rng, split, texels), _draw_shapes(rng, split)
     cuts = _draw_cuts(own_rng, num_frames) if kind == "cuts" else ()
     return Scene(
         split=split,
@@ -113,7 +114,7 @@ def draw_scene(seed: int, split: str, num_frames: int = 16) -> Scene:
         heading=float(rng.uniform(0, 2 * np.pi)),
         turn=float(rng.uniform(-0.6, 0.6)),
         zoom=float(rng.uniform(-0.6, 0.6)),
-        shapes=_draw_shapes(own_rng, split) if kind == "shapes" or (kind == "mixed" and own_rng.random() < 0.5) else (),
+        shapes=shapes,
     )
 
 
@@ -124,8 +125,7 @@ def render(scene: Scene, size: int) -> np.ndarray:
     frames_THWC = np.empty((scene.num_frames, size, size, 3), np.float32)
     for shot, photo in enumerate(scene.photos):
         shown_T = shot_T == shot
-        moves = not scene.shapes or scene.kind == "mixed"
-        pose_T4 = _poses(scene, travel_T[shown_T] if moves else np.zeros(shown_T.sum()))
+        pose_T4 = _poses(scene, np.zeros(shown_T.sum()) if scene.kind == "shapes" else travel_T[shown_T])
         frames_THWC[shown_T] = _photograph(photo, scene.split, pose_T4, scene.texels_across, size)
     for shape in scene.shapes:
         _paint(frames_THWC, shape, scene.split, travel_T)
@@ -189,9 +189,9 @@ def _draw_photo(rng: np.random.Generator, split: str, texels: float) -> Photo:
 def _draw_shapes(rng: np.random.Generator, split: str) -> tuple[Shape, ...]:
     return tuple(
         Shape(
-            photo=_draw_photo(rng, split, float(rng.uniform(*TEXELS_ACROSS)) / 2),
+            photo=_draw_photo(rng, split, float(rng.uniform(*TEXELS_ACROSS)) / 4),
             round=bool(rng.random() < 0.5),
-            radius=float(rng.uniform(0.12, 0.2)),
+            radius=float(rng.uniform(0.16, 0.26)),
             start=(float(rng.random()), float(rng.random())),
             velocity=(float(np.sin(angle)), float(np.cos(angle))),
         )
