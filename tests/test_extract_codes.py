@@ -19,7 +19,7 @@ from tokenizer.presets import build_tokenizer, load_tokenizer
 from tokenizer.router.model import Router, RouterConfig
 from tokenizer.router.predict import load_router
 
-SCENES = DataConfig(sources=["synthetic:train:5", "synthetic:heldout:2"], size=32)
+SCENES = DataConfig(sources=["classed:train:5", "synthetic:heldout:2"], size=32)
 
 
 @pytest.fixture(scope="module")
