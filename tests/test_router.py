@@ -53,9 +53,9 @@ def motion_table(data: DataConfig) -> QualityTable:
     return QualityTable(lpips_BA, 1 - lpips_BA, lpips_BA**2, clips.names, tuple(TINY.levels), TINY.num_blocks)
 
 
-def toy_config(folder: Path, labels: str = "soft", steps: int = 150) -> RouterTrainConfig:
+def toy_config(folder: Path, labels: str = "soft", steps: int = 500) -> RouterTrainConfig:
     """A config whose two tables are written into `folder`."""
-    sources = {"table": "classed:train:60", "val_table": "classed:heldout:20"}
+    sources = {"table": "classed:train:400", "val_table": "classed:heldout:20"}
     data = {name: DataConfig([source], 8, 16, augment=False) for name, source in sources.items()}
     for name, each in data.items():
         if not (folder / name).exists():
