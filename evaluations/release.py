@@ -44,6 +44,7 @@ class Part:
 PARTS = {
     # a tokenizer's codes would change with its precision
     "tokenizer": Part(("final", "router"), None, mini_figures.held_out_figures, mini_figures.as_markdown, 25 << 20),
+    # in float32 they would be larger than that
     "generation": Part(
         ("gpt_c2v", "gpt_fp"), torch.bfloat16, mini_generation.generation_figures, mini_generation.as_markdown, 20 << 20
     ),
@@ -99,7 +100,7 @@ def card(folder: Path) -> str:
             seconds = "not known" if trained["seconds"] is None else f"{trained['seconds']:.0f}"
             lines.append(f"| {shown} | {trained['steps']} | {seconds} |")
     for name, some in figures.items():
-        lines += ["", f"## {name.capitalize()}", "", *([some["note"], ""] if some.get("note") else [])]
+        lines += ["", f"## {name.capitalize()}", "", *([some["note"], ""] if some["note"] else [])]
         lines.append(PARTS[name].show(some))
     return "\n".join([*lines, ""])
 

@@ -75,13 +75,13 @@ def _disturbed(video_BCTHW: Tensor) -> Tensor:
     """Clips as a codec of temporal blocks and patches might show them, each clip disturbed by another amount."""
     num_clips, _, num_frames, height, width = video_BCTHW.shape
     in_blocks = video_BCTHW.unflatten(2, (_BLOCKS, num_frames // _BLOCKS))  # B C N t H W
-    hold, flatten, spots, specks = torch.rand(4, num_clips, 1, 1, 1, 1, 1)
-    shown = torch.lerp(in_blocks, in_blocks.mean(dim=3, keepdim=True), hold).flatten(2, 3)  # B C T H W
+    hold, flatten, spots, specks = torch.rand(4, num_clips, 1, 1, 1, 1)
+    shown = torch.lerp(in_blocks, in_blocks.mean(dim=3, keepdim=True), hold[..., None]).flatten(2, 3)  # B C T H W
     patches = F.adaptive_avg_pool3d(shown, (num_frames, _PATCHES, _PATCHES))
-    shown = torch.lerp(shown, F.interpolate(patches, shown.shape[2:]), flatten[..., 0])
+    shown = torch.lerp(shown, F.interpolate(patches, shown.shape[2:]), flatten)
     soft = F.interpolate(torch.randn(num_clips, 3, _BLOCKS, 4, 4), (_BLOCKS, height, width), mode="trilinear")
     hard = F.interpolate(torch.randn(num_clips, 3, _BLOCKS, _PATCHES, _PATCHES), (_BLOCKS, height, width))
-    wrong = _SPOTS * spots[..., 0] * soft + _SPECKS * specks[..., 0] * hard
+    wrong = _SPOTS * spots * soft + _SPECKS * specks * hard
     return shown + wrong.repeat_interleave(num_frames // _BLOCKS, dim=2)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The miniature, all stages on CPU: what made ckpts/mini. Kill it whenever you like; started again it goes on from there.
+# The miniature, all stages: the commands that made ckpts/mini. Kill it whenever you like; started again it goes on from there.
 #
 #   bash scripts/train/mini.sh
 #

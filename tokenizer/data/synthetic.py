@@ -189,7 +189,7 @@ def _draw_photo(rng: np.random.Generator, split: str, texels: float) -> Photo:
 def _draw_shapes(rng: np.random.Generator, split: str) -> tuple[Shape, ...]:
     return tuple(
         Shape(
-            photo=_draw_photo(rng, split, float(rng.uniform(*TEXELS_ACROSS)) / 4),
+            photo=_draw_photo(rng, split, float(rng.uniform(*TEXELS_ACROSS)) / 4),  # it is about a third as wide
             round=bool(rng.random() < 0.5),
             radius=float(rng.uniform(0.16, 0.26)),
             start=(float(rng.random()), float(rng.random())),
