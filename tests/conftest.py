@@ -6,6 +6,7 @@ is tested apart, and only where it is asked for: GPU_TESTS=1 bash scripts/test.s
 
 import os
 import signal
+import threading
 
 if os.environ.get("GPU_TESTS") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -15,8 +16,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
 import torch
+from tqdm import tqdm
 
 torch.set_num_threads(1)
 
 # What a shell starts in the background ignores Ctrl-C, and so would the commands that the tests stop with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# tqdm shares one lock with all forked processes: a child that a test kills while it holds the lock would stop them all.
+os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
