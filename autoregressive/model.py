@@ -113,13 +113,15 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """How every weight begins.
 
-        linear, embedding, positions   N(0, 0.02)
-        head                           0, so that training starts from equal probabilities: loss = ln V
-        gains of the norms             1
+        linear                 N(0, 1 / inputs): as large out as in, however wide the model
+        embedding, positions   N(0, 0.02^2)
+        head                   0, so that training starts from equal probabilities: loss = ln V
+        gains of the norms     1
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.02)
         nn.init.zeros_(self.head.weight)
 

@@ -115,6 +115,7 @@ def test_an_impossible_combination_is_named(refuse: Callable[..., str], text: st
     [
         ("run.steps", ["override 'run.steps'", "key.sub=value"]),
         ("=3", ["override '=3'", "key.sub=value"]),
+        ("run.dir=", ["override 'run.dir='", "run.dir=null", "run.dir=''"]),
         ("run=3", ["override 'run=3'", "is a section"]),
         ("run.stps=3", ["override 'run.stps=3'", "did you mean 'run.steps'?"]),
         ("run.steps=[1,2", ["override 'run.steps=[1,2'"]),

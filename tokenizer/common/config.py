@@ -116,6 +116,8 @@ def _read_override(schema: type, item: str) -> Any:
     """`key.sub=value` -> nested data, checked on its own so that a message names the override."""
     if "=" not in item or item.startswith("="):
         raise ConfigError(f"override {item!r}: write it as key.sub=value")
+    if item.endswith("="):
+        raise ConfigError(f"override {item!r} has no value; for none write {item}null, for an empty text \"{item}''\"")
     try:
         data = OmegaConf.to_container(OmegaConf.from_dotlist([item]), resolve=False)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
