@@ -24,6 +24,7 @@ from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig, lon
 from autoregressive.sequence import LengthRule, length_rule
 from tokenizer.common.arguments import Parser, at_least, positive
 from tokenizer.common.errors import UserError
+from tokenizer.common.launcher import adopt_slurm
 from tokenizer.common.runtime import PRECISIONS, pick_device, pick_dtype
 from tokenizer.data.video_io import display_name, to_uint8
 from tokenizer.model import parameters_by_part
@@ -54,6 +55,7 @@ class Process:
 
     @staticmethod
     def from_environment() -> Process:
+        adopt_slurm(os.environ)
         rank, world = (_whole_number(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
         if rank >= world:
             raise UserError(f"RANK={rank} must be below WORLD_SIZE={world}")
@@ -105,7 +107,7 @@ class SampleJob:
         self.process = Process.from_environment()
         if args.overwrite and self.process.world > 1:
             raise UserError("--overwrite with several processes: remove the folder yourself, then start them")
-        device = pick_device(_own_device(args.device))
+        device = pick_device(args.device)
         self.tokenizer = load_tokenizer(args.vq_ckpt, device, args.tok_config)
         self.gpt = load_gpt(args.gpt_ckpt, device, args.gpt_model)
         check_tokenizer_fits(self.gpt, self.tokenizer)
@@ -253,12 +255,6 @@ def parse_guidance(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"--cfg-scale {text!r}: give a number, or one for each block with commas between") from None
-
-
-def _own_device(name: str) -> str:
-    """Under a launcher each process takes the GPU of its LOCAL_RANK."""
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if local and name in ("auto", "cuda") and torch.cuda.is_available() else name
 
 
 def _whole_number(name: str, default: str) -> int:

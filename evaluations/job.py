@@ -21,7 +21,6 @@ from typing import Any
 from typing import Protocol as Interface
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,6 +38,8 @@ from tokenizer.data.video_io import VideoError
 from tokenizer.model import VideoTokenizer
 from tokenizer.router.clip_pictures import filmstrip
 from tokenizer.router.summary import versions
+
+_SEVERAL = ("WORKERS", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # how launchers say that there are several processes
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class Evaluation:
         """Raises UserError where protocol, data or the weights that judge are not at hand."""
         fields = {name: getattr(args, name) for name in ("extractor", "perceptual", "count", "draws")}
         self.protocol: Protocol = find_protocol(args.protocol, task).change(**fields)
-        self.args, self.device = args, pick_device(own_device(args.device))
-        if args.overwrite and any(os.environ.get(name, "1") != "1" for name in ("WORKERS", "WORLD_SIZE")):
+        self.args, self.device = args, pick_device(args.device)
+        if args.overwrite and any(os.environ.get(name, "1") != "1" for name in _SEVERAL):
             raise UserError("--overwrite with several processes: remove the folder yourself, then start them")
         self.cache = Path(args.cache)
         self.clips: ClipList = list_clips(self.protocol, args.data, self.cache, args.num_workers)
@@ -249,12 +250,6 @@ class FolderMaker:
         """Read them."""
         for clip in clips:
             yield Made(clip, read_frames(self.files[clip.index], self.num_frames, self.force))
-
-
-def own_device(name: str) -> str:
-    """Under a launcher each process takes the GPU of its LOCAL_RANK."""
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if local and name in ("auto", "cuda") and torch.cuda.is_available() else name
 
 
 def code_version() -> str:

@@ -34,7 +34,7 @@ from evaluations.curve_points import (
     summaries,
     wanted_keys,
 )
-from evaluations.job import check_tokenizer, code_version, own_device
+from evaluations.job import check_tokenizer, code_version
 from evaluations.metrics.extractors import load_extractor
 from evaluations.metrics.image_quality import lower_is_better
 from evaluations.metrics.names import NAMES
@@ -131,7 +131,7 @@ def main() -> None:
         raise UserError("--vq-ckpt is missing: give the weights of the tokenizer to be measured")
     protocol = settle_protocol(args)
     torch.set_num_threads(args.num_threads)
-    device = pick_device(own_device(args.device))
+    device = pick_device(args.device)
     tokenizer = load_tokenizer(args.vq_ckpt, device, args.tok_config)
     routers = load_routers(args, tokenizer)
     codecs = () if args.codecs == "none" else pick_codecs(args.codecs.split(","))

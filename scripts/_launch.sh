@@ -69,7 +69,7 @@ train_stage() {
     --max-restarts "${MAX_RESTARTS:-0}" -m "$module" "$@"
 }
 
-# run_workers MODULE [arguments]: WORKERS=n independent processes over the same work units, sharing the cores.
+# run_workers MODULE [arguments]: WORKERS=n independent processes over the same work units, sharing the cores and the GPUs.
 run_workers() {
   local module=$1 workers=${WORKERS:-1} worker pid python cores failed=0 pids=()
   shift
@@ -81,7 +81,7 @@ run_workers() {
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > workers ? cores / workers : 1))}
   trap 'kill "${pids[@]}" 2>/dev/null; exit 130' INT TERM # bash hides Ctrl-C from processes in the background
   for ((worker = 0; worker < workers; worker++)); do
-    "$python" -m "$module" "$@" &
+    LOCAL_RANK=$((${SLURM_LOCALID:-0} * workers + worker)) "$python" -m "$module" "$@" & # its GPU, see pick_device
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid" || failed=$((failed + 1)); done

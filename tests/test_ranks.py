@@ -194,20 +194,6 @@ def test_the_order_of_clips_depends_on_neither_workers_nor_ranks(tmp_path: Path)
     assert [left + right for left, right in zip(*halves, strict=True)] == whole
 
 
-def test_slurm_is_read_where_srun_started_several_tasks() -> None:
-    step = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41007"}
-    step |= {"SLURM_STEP_NODELIST": "gpu[03-04,9],login1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
-    ranks.adopt_slurm(step)
-    found = [
-        step[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    ]
-    assert found == ["9", "16", "1", "8", "gpu03", "21007"]
-    assert ranks.first_node("a1,b2") == "a1" and ranks.first_node("n[007]-ib") == "n007-ib"
-    alone = {"SLURM_NTASKS": "16", "SLURM_PROCID": "0"}  # the batch script itself
-    ranks.adopt_slurm(alone)
-    assert "RANK" not in alone
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The debug proxy, trained undisturbed by two processes."""

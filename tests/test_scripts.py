@@ -151,6 +151,9 @@ def test_shared_work_starts_any_number_of_workers(script: str, tmp_path: Path, e
     assert bash(script, str(config), PYPATH=echo_python).stdout.count(module) == 1
     assert_refuses(bash(script, str(config), PYPATH=echo_python, WORKERS="many"), "WORKERS", "'many'")
 
+    ranks = str(executable(tmp_path / "ranks", "echo $LOCAL_RANK"))  # decides which GPU a worker takes
+    assert sorted(bash(script, str(config), PYPATH=ranks, WORKERS="3").stdout.split()) == ["0", "1", "2"]
+
     broken = str(executable(tmp_path / "broken", "exit 3"))
     assert_refuses(bash(script, str(config), PYPATH=broken, WORKERS="2"), "2 of 2 workers failed")
 

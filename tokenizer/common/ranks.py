@@ -7,8 +7,7 @@ process everything here is the identity, so code that calls it needs no second p
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import TypeVar
 
@@ -18,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, distributed
 
 from tokenizer.common.errors import UserError
+from tokenizer.common.launcher import adopt_slurm
 
 T = TypeVar("T")
 
@@ -30,31 +30,17 @@ def join(on_cpu: bool) -> PartialState:
     if _several():
         return PartialState()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and not on_cpu:
+        _check_gpus(os.environ, torch.cuda.device_count())
     options = InitProcessGroupKwargs(timeout=_PATIENCE).to_kwargs() if several else {}
     return PartialState(cpu=on_cpu, **options)
 
 
-def adopt_slurm(environment: MutableMapping[str, str]) -> None:
-    """Under plain `srun`, say in the words of torchrun who this is; elsewhere, and for one task, do nothing."""
-    if "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
-        return
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
-    if not nodes:
-        raise UserError("SLURM_STEP_NUM_TASKS is set but SLURM_STEP_NODELIST is not: start with srun or torchrun")
-    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
-    environment["RANK"] = environment["SLURM_PROCID"]
-    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-    environment["LOCAL_WORLD_SIZE"] = environment.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].split(",")[0]
-    environment.setdefault("MASTER_ADDR", first_node(nodes))
-    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
-
-
-def first_node(nodes: str) -> str:
-    """The first host of SLURM's short list: `gpu[03-06,9],login1` -> gpu03."""
-    match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
-    if match is None:
-        raise UserError(f"SLURM_STEP_NODELIST={nodes!r}: no host name at its start; set MASTER_ADDR")
-    return "".join(part or "" for part in match.groups())
+def _check_gpus(environment: Mapping[str, str], visible: int) -> None:
+    """UserError for more processes than GPUs on this machine, unless SLURM shows every task a GPU of its own."""
+    here = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if here > visible and not (visible == 1 and "SLURM_LOCALID" in environment):
+        raise UserError(f"{here} processes on this machine, but torch sees {visible} GPUs: start one for each, GPUS=n")
 
 
 def rank() -> int:

@@ -9,6 +9,7 @@ import random
 import torch
 
 from tokenizer.common.errors import UserError
+from tokenizer.common.launcher import local_rank
 
 PRECISIONS: dict[str, torch.dtype] = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -16,17 +17,20 @@ PRECISIONS: dict[str, torch.dtype] = {"none": torch.float32, "bf16": torch.bfloa
 def pick_device(name: str) -> torch.device:
     """`auto` (the GPU if there is one), `cpu`, `cuda` or `cuda:N`. UserError for a device that is not there.
 
-    Of several processes on a machine each takes the GPU of its local rank, unless the name holds a number.
+    Of several processes on a machine each takes the GPU of its local rank, unless the name holds a number; where there
+    are more processes than visible GPUs they are dealt round. A GPU becomes the current one: kernels start there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if name == "cuda":
+        name = f"cuda:{local_rank() % max(1, torch.cuda.device_count())}"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+    if kind not in ("cpu", "cuda") or not (index.isdigit() or name == "cpu"):
         raise UserError(f"device={name!r}: must be auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={name!r}: torch sees {torch.cuda.device_count()} GPUs here; use auto or cpu")
+    if kind == "cuda":
+        if int(index) >= torch.cuda.device_count():
+            raise UserError(f"device={name!r}: torch sees {torch.cuda.device_count()} GPUs here; use auto or cpu")
+        torch.cuda.set_device(int(index))
     return torch.device(name)
 
 
