@@ -23,6 +23,7 @@ from tokenizer.common.loop import RunConfig, TrainState, fit
 from tokenizer.common.metrics_log import MetricsLog
 from tokenizer.common.optim import OptimConfig
 from tokenizer.common.runtime import generator_for
+from tokenizer.common.survive import claim
 
 STEPS = 12
 
@@ -240,6 +241,19 @@ def test_other_config_is_refused_and_steps_may_grow(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"another config .*optim\.lr: 0\.05 / 0\.01"):
         train(tmp_path, steps=2, lr=0.01)
     assert train(tmp_path, steps=4, num_threads=1, log_every=2).step == 4
+
+
+def test_a_run_goes_on_with_other_settings_where_that_is_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, steps=2)
+    assert train(tmp_path, steps=3, lr=0.01, allow_changes=True).step == 3
+    assert "optim.lr: 0.05 / 0.01" in capsys.readouterr().out
+    assert "0.05" in (tmp_path / "config.1.yaml").read_text() and "0.01" in (tmp_path / "config.yaml").read_text()
+    (tmp_path / "other").mkdir()
+    claim(tmp_path / "other", {"model": {"width": 4}})
+    with pytest.raises(UserError, match=r"model\.width: 4 / 8; choose run\.dir=OTHER$"):
+        claim(tmp_path / "other", {"model": {"width": 8}}, allow_changes=True)
 
 
 def test_nan_loss_names_step_and_term(tmp_path: Path) -> None:

@@ -139,11 +139,11 @@ def test_the_codebook_starts_from_latents_that_occur(num_latents: int) -> None:
 
 
 def test_usage_and_perplexity_by_hand() -> None:
-    figures = code_usage(torch.tensor([0, 0, 1, 1]), num_codes=8)
-    assert figures["code_usage"] == pytest.approx(2 / 8)
+    figures = code_usage(torch.tensor([2, 2, 0, 0, 0, 0, 0, 0]))
+    assert (figures["code_usage"], figures["dead_codes"]) == (2 / 8, 6)
     assert figures["perplexity"] == pytest.approx(2, rel=1e-5)
-    figures = code_usage(torch.tensor([[0, 0, 0], [0, 1, 2]]), num_codes=4)
-    assert figures["code_usage"] == pytest.approx(3 / 4)
+    figures = code_usage(torch.tensor([4.0, 1.0, 1.0, 0.0]))
+    assert (figures["code_usage"], figures["dead_codes"]) == (3 / 4, 1)
     shares = [4 / 6, 1 / 6, 1 / 6]
     assert figures["perplexity"] == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)), rel=1e-5)
-    assert code_usage(torch.arange(32), 32) == pytest.approx({"code_usage": 1.0, "perplexity": 32.0}, rel=1e-5)
+    assert code_usage(torch.ones(32)) == pytest.approx({"code_usage": 1.0, "perplexity": 32.0, "dead_codes": 0})

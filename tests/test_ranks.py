@@ -244,11 +244,9 @@ def test_two_processes_play_the_game_that_one_does(tmp_path: Path) -> None:
         {line["step"]: line for line in logged(tmp_path / name) if "loss" in line} for name in ("one", "two")
     )
     for step, line in first.items():
-        shared = [name for name in line if name not in ("code_usage", "perplexity", "dead_codes")]  # of rank means
-        for name in shared:
-            assert other[step][name] == (
-                line[name] if isinstance(line[name], list) else pytest.approx(line[name], rel=2e-5, abs=1e-6)
-            ), name
+        for name, value in line.items():
+            close = value if isinstance(value, list) else pytest.approx(value, rel=2e-5, abs=1e-6)
+            assert other[step][name] == close, name
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

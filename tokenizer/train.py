@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tokenizer.assignment import pack
 from tokenizer.blocks.quantizer import code_usage
+from tokenizer.common import ranks
 from tokenizer.common.config import to_dict
 from tokenizer.common.entry import parse_training_arguments, rehearse
 from tokenizer.common.errors import UserError, run_cli
@@ -29,6 +30,7 @@ from tokenizer.common.optim import OptimConfig
 from tokenizer.common.picture import save_comparison
 from tokenizer.common.runtime import generator_for
 from tokenizer.common.sharing import Places
+from tokenizer.common.step import Tally, Terms
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.loader import ClipBatch, batches
 from tokenizer.frozen.weights import marked
@@ -114,7 +116,7 @@ class TokenizerTraining:
         drawn = self.policy(torch.empty(run.batch_size), generator_for(run.seed, "loss", step))
         return drawn.sum(dim=1).tolist()
 
-    def loss(self, batch: ClipBatch, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def loss(self, batch: ClipBatch, step: int) -> tuple[Tensor, Terms]:
         """One batch -> the loss, and everything worth a log line."""
         generator = generator_for(self.config.run.seed, "loss", step)
         video_BCTHW = batch.video_BCTHW.to(self.device, non_blocking=True)
@@ -122,17 +124,16 @@ class TokenizerTraining:
         output = self.model(video_BCTHW, length_BN, self.alignment.layer if self.alignment else 0)
         others = self.terms_of_others(output, video_BCTHW, step, batch.places)
         loss, terms = tokenizer_loss(self.config.loss, output, video_BCTHW, self.perceptual, generator, others)
-        usage = code_usage(output.quantized.code_L, self.config.model.codebook_size)
-        usage["dead_codes"] = round((1 - usage["code_usage"]) * self.config.model.codebook_size)
+        code_L, num_codes = output.quantized.code_L, self.config.model.codebook_size
         level_K = torch.tensor(self.config.model.levels)
-        figures: dict[str, Tensor | float] = {
+        figures: Terms = {
             **terms,
-            **usage,
+            "codes": Tally(torch.bincount(code_L.flatten(), minlength=num_codes), code_usage),
             "tokens_per_clip": float(length_BN.sum()) / len(length_BN),
             # how many blocks got each level
             "tokens_histogram": (length_BN.flatten()[:, None] == level_K).sum(dim=0),
         }
-        return loss, figures | self.mark
+        return loss, {**figures, **self.mark}
 
     def terms_of_others(
         self, output: TokenizerOutput, video_BCTHW: Tensor, step: int, places: Places
@@ -180,8 +181,9 @@ class TokenizerTraining:
         config, measured = self.config, defaultdict[str, list[Tensor]](list)
         generator = generator_for(config.run.seed, "validate")
         chosen = self._validation_clips()
-        for start in range(0, len(chosen), config.run.batch_size):
-            some = chosen[start : start + config.run.batch_size]
+        at_once = max(1, config.run.batch_size // (ranks.num_ranks() * config.run.accumulate))  # as many as a step has
+        for start in range(0, len(chosen), at_once):
+            some = chosen[start : start + at_once]
             real = torch.stack([self.val_data.get(i).video_CTHW for i in some]).to(self.device)
             shape = (len(some), config.model.num_blocks)
             assignments = {f"at_{level}": torch.full(shape, level) for level in config.model.levels}

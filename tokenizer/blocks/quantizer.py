@@ -150,9 +150,9 @@ def _token_mean(error_LE: Tensor) -> Tensor:
     return mean_of_rows(error_LE).mean() if num_ranks() > 1 else error_LE.mean()
 
 
-def code_usage(code_L: Tensor, num_codes: int) -> dict[str, float]:
-    """Share of the codebook that occurs in `code_L`, and the perplexity of its histogram (1 .. num_codes)."""
-    count_V = torch.bincount(code_L.flatten(), minlength=num_codes).float()
-    share_V = count_V / count_V.sum()
+def code_usage(count_V: Tensor) -> dict[str, float]:
+    """From how often each code occurs: the share of codes in use, the perplexity (1 .. V), how many codes are dead."""
+    share_V = count_V.double() / count_V.sum()
     perplexity = float(torch.exp(-(share_V * (share_V + 1e-12).log()).sum()))
-    return {"code_usage": float((count_V > 0).float().mean()), "perplexity": perplexity}
+    used = int((count_V > 0).sum())
+    return {"code_usage": used / len(count_V), "perplexity": perplexity, "dead_codes": len(count_V) - used}

@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,6 +213,7 @@ def _model_of_checkpoint(run_dir: Path) -> ModelFile:
     weights = "ema" if (folder / "ema.safetensors").is_file() else "model"
     file = folder / f"{weights}.safetensors"
     body = _read_json(folder / "state.json")
+    print(f"note: {run_dir} has not ended; its newest checkpoint is taken, step {body['step']}", file=sys.stderr)
     card = {**body["state"].get("card", {}), "weights": weights, "step": str(body["step"])}
     return ModelFile(load_file(file), body["config"], card, file_sha256(file))
 

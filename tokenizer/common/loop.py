@@ -24,7 +24,7 @@ from tokenizer.common.errors import UserError
 from tokenizer.common.optim import OptimConfig
 from tokenizer.common.reporter import Reporter
 from tokenizer.common.run_config import RunConfig
-from tokenizer.common.runtime import autocast, pick_device, set_deterministic
+from tokenizer.common.runtime import pick_device, set_deterministic
 from tokenizer.common.state import Adversary, TrainState
 from tokenizer.common.step import LossFn, Summed, TooManySkipped, train_step
 from tokenizer.common.survive import claim, note_unreadable, only_run_in, stop_signals
@@ -68,7 +68,7 @@ def fit(
     start_run(run)
     with only_run_in(folder) if ranks.is_main() else nullcontext():
         if ranks.is_main():
-            claim(folder, config)
+            claim(folder, config, run.allow_changes)
         store = CheckpointStore(folder / "checkpoints", run.keep_last, run.keep_every)
         if state.load(store) and ranks.is_main():
             print(f"resuming {folder} after step {state.step}", file=sys.stderr, flush=True)
@@ -80,7 +80,7 @@ def fit(
             _write_final(folder / "final", state, config)
             print(f"{state.step} steps done: {folder / 'final' / 'model.safetensors'}", flush=True)
             if finish is not None:
-                with _averaged_weights(run, state):
+                with _averaged_weights(state):
                     finish()
         ranks.wait_for_all()
 
@@ -119,8 +119,12 @@ def _train(
 
             # validate: on rank 0, while the others wait in their next step
             if validate is not None and ranks.is_main() and (state.step % run.validate_every == 0 or last):
-                with _averaged_weights(run, state):
-                    measured = validate(state.step)
+                try:
+                    with _averaged_weights(state):
+                        measured = validate(state.step)
+                except Exception:  # of memory, say: it must not cost the steps before it
+                    _save(state, config, reporter, writer)
+                    raise
                 reporter.validated(state.step, measured)
 
             # save
@@ -155,11 +159,11 @@ def _joined(writer: BackgroundWriter) -> Iterator[None]:
 
 
 @contextmanager
-def _averaged_weights(run: RunConfig, state: TrainState) -> Iterator[None]:
-    """The model as it will be used: averaged weights, eval mode, no gradients; afterwards training goes on."""
+def _averaged_weights(state: TrainState) -> Iterator[None]:
+    """The model as it will be used: averaged weights, fp32, eval mode, no gradients; afterwards training goes on."""
     state.train_mode(False)
     try:
-        with state.ema.applied(state.model), torch.no_grad(), autocast(state.device, run.precision), not_compiled():
+        with state.ema.applied(state.model), torch.no_grad(), not_compiled():
             yield
     finally:
         state.train_mode(True)

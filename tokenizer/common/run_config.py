@@ -12,9 +12,10 @@ FREE_TO_CHANGE = {
     f"run.{name}"
     for name in (
         *("dir", "steps", "device", "compile", "num_workers", "num_threads", "keep_last", "keep_every", "accumulate"),
-        *("log_every", "validate_every", "checkpoint_every", "max_skipped", "trackers", "reference"),
+        *("log_every", "validate_every", "checkpoint_every", "max_skipped", "trackers", "reference", "allow_changes"),
     )
-}
+} | {"val_clips", "samples"}
+NEVER_TO_CHANGE = ("model", "tokens")  # sections: the weights, and the ids that they have learned
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -39,6 +40,7 @@ class RunConfig:
     num_threads: int | None = None  # threads of torch; None leaves torch's own choice
     ema_decay: float = 0.9999
     max_skipped: int = 0  # updates in a row that may be skipped because a number is not finite; 0 stops at the first
+    allow_changes: bool = False  # go on in a run folder with other settings than those it was begun with
     overfit_one_batch: bool = False  # train on the first batch again and again: can the model learn at all?
     trackers: list[str] = field(default_factory=list)  # tensorboard | wandb, beside metrics.jsonl; none by default
     reference: str = ""  # a metrics.jsonl to compare with while training: a warning where this run drifts from it

@@ -31,9 +31,17 @@ class Summed(NamedTuple):
     weight: float | Tensor
 
 
-LossFn = Callable[[Any, int], tuple[Tensor | Summed, Mapping[str, Tensor | float]]]
+class Tally(NamedTuple):
+    """Counts of which only some figures are wanted, those of the sum over all parts and processes."""
+
+    count_K: Tensor
+    read: Callable[[Tensor], Mapping[str, float]]
+
+
+Terms = Mapping[str, Tensor | float | Tally]
+LossFn = Callable[[Any, int], tuple[Tensor | Summed, Terms]]
 """(batch, step) -> the loss and its terms: detached scalars, averaged over parts and processes by weight, and vectors
-of counts, which are added up."""
+of counts, which are added up, a Tally to be read then."""
 
 Values = dict[str, Any]  # what a step logs: floats, and lists of counts
 
@@ -167,11 +175,14 @@ class _Figures:
         self.weight = 0.0
         self._scalars: dict[str, float] = {}
         self._counts: dict[str, Tensor] = {}
+        self._readers: dict[str, Callable[[Tensor], Mapping[str, float]]] = {}
 
-    def add(self, total: Tensor, weight: float, terms: Mapping[str, Tensor | float]) -> float:
+    def add(self, total: Tensor, weight: float, terms: Terms) -> float:
         """Take in one part of every process; returns the weight of these parts together."""
-        counts = {name: x.detach().cpu().double() for name, x in terms.items() if isinstance(x, Tensor) and x.ndim == 1}
-        means = {name: float(value) for name, value in terms.items() if name not in counts}
+        self._readers = {name: term.read for name, term in terms.items() if isinstance(term, Tally)}
+        plain = {name: term.count_K if isinstance(term, Tally) else term for name, term in terms.items()}
+        counts = {name: x.detach().cpu().double() for name, x in plain.items() if isinstance(x, Tensor) and x.ndim == 1}
+        means = {name: float(value) for name, value in plain.items() if name not in counts}
         row = [weight, float(total.detach()), *(weight * value for value in means.values())]
         flat = ranks.sum_over_ranks(torch.cat([torch.tensor(row, dtype=torch.float64), *counts.values()]))
         scalars = dict(zip(("loss", *means), flat[1 : len(row)].tolist(), strict=True))
@@ -182,9 +193,11 @@ class _Figures:
         return float(flat[0])
 
     def values(self) -> Values:
-        """Means by weight, and counts."""
-        means = {name: value / self.weight for name, value in self._scalars.items()}
-        return means | {name: count.tolist() for name, count in self._counts.items()}
+        """Means by weight, counts, and what is read off them."""
+        values: Values = {name: value / self.weight for name, value in self._scalars.items()}
+        for name, count_K in self._counts.items():
+            values |= self._readers[name](count_K) if name in self._readers else {name: count_K.tolist()}
+        return values
 
 
 def _check(values: Values) -> None:
@@ -202,8 +215,9 @@ def _skip(run: RunConfig, state: TrainState, problem: NotFinite) -> None:
             player.optimizer.zero_grad(set_to_none=True)
     if run.max_skipped == 0:
         raise UserError(
-            f"step {state.step}: {problem}; the run stopped before this update. Lower optim.lr or check the data, "
-            "then start again: it resumes from the last checkpoint"
+            f"step {state.step}: {problem}; the run stopped before this update. Started again it resumes from the last "
+            "checkpoint: with run.max_skipped=3 it steps over bad batches, with run.allow_changes=true optim.lr=LOWER "
+            "it goes on with another rate"
         ) from problem
     state.skipped += 1
     state.skipped_in_a_row += 1
@@ -211,5 +225,6 @@ def _skip(run: RunConfig, state: TrainState, problem: NotFinite) -> None:
         state.step += 1
         raise TooManySkipped(
             f"step {state.step - 1}: {problem}; {state.skipped_in_a_row} steps in a row without an update "
-            f"(run.max_skipped={run.max_skipped}). The weights before them are saved; lower optim.lr or check the data"
+            f"(run.max_skipped={run.max_skipped}). The weights before them are saved; check the data, or go on with "
+            "run.allow_changes=true optim.lr=LOWER"
         ) from problem

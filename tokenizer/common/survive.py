@@ -15,7 +15,7 @@ import yaml
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import differences
 from tokenizer.common.errors import UserError
-from tokenizer.common.run_config import FREE_TO_CHANGE
+from tokenizer.common.run_config import FREE_TO_CHANGE, NEVER_TO_CHANGE
 
 
 @contextmanager
@@ -51,17 +51,27 @@ def only_run_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def claim(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write `config.yaml`; a folder that was made with another config is refused."""
+def claim(folder: Path, config: Mapping[str, Any], allow_changes: bool = False) -> None:
+    """Write `config.yaml`. UserError for a folder that was made with another config.
+
+    With `allow_changes` what differs is said, the old config is kept as `config.<n>.yaml`, and only another model or
+    other tokens are refused.
+    """
     text = yaml.safe_dump(dict(config), sort_keys=False)
     path = folder / "config.yaml"
     if path.exists():
         found = differences(yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text))
         changed = [line for line in found if line.partition(":")[0] not in FREE_TO_CHANGE]
-        if changed:
+        fatal = [line for line in changed if line.partition(":")[0].partition(".")[0] in NEVER_TO_CHANGE]
+        if changed and (fatal or not allow_changes):
+            way_out = "choose run.dir=OTHER" if fatal else "choose run.dir=OTHER, or go on with run.allow_changes=true"
             raise UserError(
-                f"{folder}: was made with another config (there / here): {'; '.join(changed)}; choose run.dir=OTHER"
+                f"{folder}: was made with another config (there / here): {'; '.join(fatal or changed)}; {way_out}"
             )
+        if changed:
+            kept = folder / f"config.{len(list(folder.glob('config.*.yaml'))) + 1}.yaml"
+            atomic_write(kept, path.read_bytes())
+            print(f"{folder}: goes on with changes (before / now): {'; '.join(changed)}; {kept.name} is the old config")
     atomic_write(path, text.encode())
 
 

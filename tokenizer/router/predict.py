@@ -18,6 +18,7 @@ from tokenizer.budget import Budget, choose_rows, parse_budget
 from tokenizer.common.checkpoint import load_strict, read_model
 from tokenizer.common.config import differences, from_dict, load_section, to_dict
 from tokenizer.common.errors import UserError
+from tokenizer.common.runtime import autocast
 from tokenizer.model import TokenizerConfig
 from tokenizer.router.model import Router, RouterConfig
 from tokenizer.router.stem import build_stem
@@ -47,13 +48,15 @@ class TrainedRouter:
         """Pixels in [0, 1] -> score_BA, float32 on the CPU; higher is better, differences within a clip count.
 
         Clip by clip: a matrix product rounds differently for other batch sizes, and two rows may be that close. So a
-        score does not depend on the batch in its last bit either. Raises UserError for clips of another shape.
+        score does not depend on the batch in its last bit either, nor on the precision of a training that asks: bf16
+        would make equals of near-best rows. Raises UserError for clips of another shape.
         """
         wanted = (3, self.config.num_frames, self.config.size, self.config.size)
         if video_BCTHW.ndim != 5 or tuple(video_BCTHW.shape[1:]) != wanted:
             raise UserError(f"{self.origin} reads clips of shape {wanted}, not {tuple(video_BCTHW.shape[1:])}")
         device = next(self.model.parameters()).device
-        return torch.cat([self.model(self.stem(clip.to(device))).float().cpu() for clip in video_BCTHW.split(1)])
+        with autocast(device, "none"):
+            return torch.cat([self.model(self.stem(clip.to(device))).float().cpu() for clip in video_BCTHW.split(1)])
 
     def assign(self, video_BCTHW: Tensor, budget: str | Budget = "router", price: float | None = None) -> Tensor:
         """length_BN, int64 on the CPU: the assignment of each clip under `budget` (forms: see tokenizer.budget).

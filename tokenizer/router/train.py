@@ -12,6 +12,7 @@ Letters: B clips of a batch, S clips of a table, C T H W, A assignments (rows).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizer.assignment import AssignmentSpace
+from tokenizer.common import ranks
+from tokenizer.common.checkpoint import file_sha256
 from tokenizer.common.config import to_dict
 from tokenizer.common.entry import parse_training_arguments, rehearse
 from tokenizer.common.errors import UserError, run_cli
@@ -27,6 +30,7 @@ from tokenizer.common.optim import OptimConfig
 from tokenizer.common.runtime import generator_for
 from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset
 from tokenizer.data.loader import ClipBatch, batches
+from tokenizer.data.video_io import VideoError
 from tokenizer.frozen.weights import marked
 from tokenizer.model import parameters_by_part
 from tokenizer.router.augment import draw_patches, recolour, zoom_and_turn
@@ -56,6 +60,7 @@ class RouterTrainConfig:
     colours: bool = False  # small tables: colours in any order, and negatives
     seen_patches: float = 1.0  # share of the patches that a training step shows; small tables: 0.1 to 0.25
     feature_cache: str = ""  # with model.stem = vjepa2: a folder for the features, 4 MiB a clip
+    table_sha256: str = ""  # of `table`; a run fills it in, so that it never resumes with other labels
 
     def __post_init__(self) -> None:
         if self.labels not in ("hard", "soft", "threshold"):
@@ -117,6 +122,10 @@ class RouterTraining:
         self.config, run = config, config.run
         self.space = config.model.space
         table, val_table = (self._read_table(path) for path in (config.table, config.val_table))
+        found = file_sha256(config.table)
+        if config.table_sha256 not in ("", found):
+            raise UserError(f"table_sha256={config.table_sha256} is not that of {config.table}, {found}")
+        config.table_sha256 = found
         self.clips = TableClips(config.data, run.seed, table, config.table)
         self.val_clips = TableClips(config.val_data, run.seed, val_table, config.val_table)
         stats = stats_of(table)  # those of training rate both sets, or a weight would mean two things
@@ -155,13 +164,18 @@ class RouterTraining:
 
     def validate(self, step: int) -> dict[str, float]:
         """What the router does on the clips of the validation table, see `measure`."""
-        size = self.config.run.batch_size
-        scores = []
-        for start in range(0, len(self.val_clips), size):
-            clips = [self.val_clips.get(i).video_CTHW for i in range(start, min(start + size, len(self.val_clips)))]
-            seen = self.stem(torch.stack(clips).to(self.state.device))
-            scores.append(self.state.model(seen).float().cpu())
-        return measure(torch.cat(scores), self.val_reward_SA, self.space) | self.mark
+        run, num = self.config.run, len(self.val_clips)
+        at_once = max(1, run.batch_size // (ranks.num_ranks() * run.accumulate))  # as many as a step has
+        readable: list[int] = []
+        scores: list[Tensor] = []
+        for start in range(0, num, at_once):
+            clips = self._validation_clips(range(start, min(start + at_once, num)))
+            if clips:
+                readable += clips
+                seen = self.stem(torch.stack([*clips.values()]).to(self.state.device))
+                scores.append(self.state.model(seen).float().cpu())
+        lost = {"unreadable": float(num - len(readable))} if len(readable) < num else {}
+        return measure(torch.cat(scores), self.val_reward_SA[readable], self.space) | lost | self.mark
 
     def fit(self) -> None:
         """Train to the end of `run.steps`, from wherever `run.dir` stands."""
@@ -177,6 +191,14 @@ class RouterTraining:
     def mark(self) -> dict[str, float]:
         """What every log line says of a run whose V-JEPA 2 has random weights."""
         return {"random_frozen_encoders": 1.0} if self.stem.is_random else {}
+
+    def _validation_clips(self, places: range) -> dict[int, Tensor]:
+        """Those that can be read, by their place in the table; another clip would be rated by the wrong row."""
+        clips: dict[int, Tensor] = {}
+        for place in places:
+            with suppress(VideoError):  # the set has reported it
+                clips[place] = self.val_clips.get_this(place).video_CTHW
+        return clips
 
     def _read_table(self, path: str) -> QualityTable:
         table = QualityTable.load(path)
