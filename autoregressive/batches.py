@@ -33,6 +33,8 @@ class TokenBatch:
     layout: SequenceLayout
     sequences: list[Tensor]
     width: int  # of the model that reads them
+    num_in_step: int = 0  # sequences of all ranks together
+    part_sizes: tuple[int, ...] = ()  # how many sequences each part has, in order; (): they are shared out by `split`
 
     @cached_property
     def packed(self) -> PackedSequences:
@@ -45,6 +47,10 @@ class TokenBatch:
 
     def split(self, num_parts: int) -> list[TokenBatch]:
         """Parts of nearly equal cost, for gradients that are added up (run.accumulate)."""
+        if len(self.part_sizes) == num_parts:
+            rest = iter(self.sequences)
+            parts = [list(itertools.islice(rest, size)) for size in self.part_sizes]
+            return [TokenBatch(self.layout, part, self.width) for part in parts]
         if num_parts > len(self.sequences):
             raise UserError(f"run.accumulate={num_parts} parts, but a process has {len(self.sequences)} clips a step")
         shares = share_out([cost(len(id_Q), self.width) for id_Q in self.sequences], num_parts)
@@ -61,6 +67,7 @@ class BatchRule:
     class_dropout: float = 0.0  # part of the clips whose class is hidden, for guidance
     rank: int = 0
     num_ranks: int = 1
+    num_parts: int = 1  # run.accumulate: into which each rank's share of `clips` is cut
 
 
 def token_batches(
@@ -75,9 +82,11 @@ def token_batches(
         # drawn for the whole step, so that whose class is hidden does not depend on the number of ranks
         generator = generator_for(rule.seed, "class dropout", step)
         hidden = (torch.rand(len(clips), generator=generator) < rule.class_dropout).tolist()
-        mine = [(archive.clip(clips[place]), hidden[place]) for place in shares[rule.rank]]
+        parts = shares[rule.rank :: rule.num_ranks]
+        mine = [(archive.clip(clips[place]), hidden[place]) for part in parts for place in part]
         shown = [replace(clip, label=None) if hide else clip for clip, hide in mine]
-        yield TokenBatch(layout, [layout.encode(clip) for clip in shown], width)
+        sequences = [layout.encode(clip) for clip in shown]
+        yield TokenBatch(layout, sequences, width, len(clips), tuple(map(len, parts)))
 
 
 def cost(num_ids: int, width: int) -> float:
@@ -118,14 +127,21 @@ def fill_bins(clips: Iterable[int], size_of: Callable[[int], int], room: int) ->
 def _plan(
     num_inputs: Sequence[int], width: int, rule: BatchRule, start_step: int
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """For each step from `start_step` on: its clips, and for each rank the places of its own among them."""
+    """For each step from `start_step` on: its clips, and for each part the places of its own among them.
+
+    Part p of rank r is number p x num_ranks + r: the dearest clip goes to part 0 of rank 0, the next to that of rank 1.
+    """
+    num_shares = rule.num_ranks * rule.num_parts
     if not rule.most_ids:
-        if rule.clips < rule.num_ranks:
-            raise UserError(f"run.batch_size={rule.clips} clips for {rule.num_ranks} processes: give at least one each")
+        if rule.clips < num_shares:
+            raise UserError(
+                f"run.batch_size={rule.clips} clips for {rule.num_ranks} processes x run.accumulate={rule.num_parts}: "
+                "give each part at least one"
+            )
         row = _endless_row(len(num_inputs), rule.seed, start_step * rule.clips)
         while True:
             clips = list(itertools.islice(row, rule.clips))
-            yield clips, share_out([cost(num_inputs[clip], width) for clip in clips], rule.num_ranks)
+            yield clips, share_out([cost(num_inputs[clip], width) for clip in clips], num_shares)
     if max(num_inputs) > rule.most_ids:
         raise UserError(f"batch_ids={rule.most_ids} is less than the {max(num_inputs)} ids of the longest clip")
     # what a bin holds depends on all before it: they are counted again, about a second for a million clips

@@ -69,9 +69,10 @@ def check_memory(slots: int, slot_bytes: int, device: torch.device) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on `device`."""
+    """Memory that can still be allocated on `device`, what torch keeps of a GPU for later included."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     lines = _MEMINFO.read_text().splitlines() if _MEMINFO.exists() else []
     available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     return available[0] if available else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

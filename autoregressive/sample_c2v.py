@@ -23,15 +23,17 @@ from tokenizer.common.errors import UserError, run_cli
 
 @dataclass(frozen=True)
 class Class:
-    """A class with the samples that are wanted of it."""
+    """A class with the samples that are wanted of it; a model without classes has one, of label None."""
 
-    label: int
+    label: int | None
     class_name: str
     num_samples: int
 
     @property
     def title(self) -> str:
         """Safe in a path."""
+        if self.label is None:
+            return self.class_name
         return f"class_{self.label:03d}_{re.sub(r'[^A-Za-z0-9]+', '_', self.class_name)}"
 
     @property
@@ -54,12 +56,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     job = SampleJob(args, parse_guidance(args.cfg_scale))
-    if job.layout.num_classes == 0:
-        raise UserError(
-            f"{args.gpt_ckpt}: is a model of frame prediction; use scripts/test/frame_pred_visualization.sh"
-        )
-    class_names = names_of(job.gpt.class_names, job.layout.num_classes)
-    classes = [Class(i, class_names[i], args.qual_num) for i in parse_classes(args.class_idx, class_names)]
+    classes = wanted_classes(job, args)
     job.start(task="class-to-video")
     wanted = [each for each in wanted_clips(job, classes, args.fps) if job.folder.record(each.name) is None]
     if wanted:
@@ -67,11 +64,26 @@ def main() -> None:
     job.finish({each.title: each.names for each in classes}, args.fps)
 
 
+def wanted_classes(job: SampleJob, args: argparse.Namespace) -> list[Class]:
+    """Those of --class-idx. UserError for a model of the other kind, and for a class that the model does not have."""
+    if job.layout.condition_lengths:
+        raise UserError(
+            f"{args.gpt_ckpt}: is a model of frame prediction; use scripts/test/frame_pred_visualization.sh"
+        )
+    if job.layout.num_classes == 0:
+        if args.class_idx is not None:
+            raise UserError(f"--class-idx {args.class_idx}: {args.gpt_ckpt} was trained without classes; leave it out")
+        return [Class(None, "clips", args.qual_num)]
+    class_names = names_of(job.gpt.class_names, job.layout.num_classes)
+    return [Class(i, class_names[i], args.qual_num) for i in parse_classes(args.class_idx, class_names)]
+
+
 def wanted_clips(job: SampleJob, classes: list[Class], fps: float) -> Iterator[Wanted]:
     """The share of this process, in the order of the classes. A clip's numbers depend on its class and its index."""
     everything = [(each, i) for each in classes for i in range(each.num_samples)]
     for each, i in everything[job.process.rank :: job.process.world]:
-        request = Request(("class", each.label, i), each.label, rule=job.rule)
+        key = ("class", each.label, i) if each.label is not None else ("clip", i)
+        request = Request(key, each.label, rule=job.rule)
         yield Wanted(each.names[i], request, {"class": each.label, "class_name": each.class_name, "index": i}, fps)
 
 

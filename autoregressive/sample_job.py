@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +34,7 @@ from tokenizer.model import parameters_by_part
 from tokenizer.presets import load_tokenizer
 
 MOST_IN_GRID = 64  # clips; more are still written, one by one
+_MOST_UNWRITTEN = 8  # clips that wait for the disk
 REQUIRED = ("tok_config", "vq_ckpt", "gpt_model", "gpt_ckpt", "sample_dir")
 
 
@@ -87,7 +91,7 @@ def add_common_flags(parser: Parser) -> None:
     precision = os.environ.get("PRECISION", "none")
     add("--precision", default=precision, help=f"of the GPT: {' | '.join(PRECISIONS)} (default: PRECISION, else none)")
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
-    add("--compile", action="store_true", help="compile the step, and on a GPU replay CUDA graphs: for many clips")
+    add("--compile", action="store_true", help="torch.compile the step: slower to start, for many clips")
     add("--overwrite", action="store_true", help="remove the earlier samples in --sample-dir and start again")
 
 
@@ -137,7 +141,10 @@ class SampleJob:
         self.folder.start(self.settings, self._args.overwrite)
 
     def make(self, wanted: Iterable[Wanted], num_clips: int) -> None:
-        """Sample, decode and write the clips, with a progress bar; `wanted` is drawn from as slots become free."""
+        """Sample, decode and write the clips, with a progress bar; `wanted` is drawn from as slots become free.
+
+        Videos are coded and written in a thread, so that the sampler does not wait for the disk.
+        """
         sampler = self._sampler(num_clips)
         asked: dict[tuple, Wanted] = {}
 
@@ -148,12 +155,20 @@ class SampleJob:
 
         calm = 1 if sys.stderr.isatty() else 30  # seconds between two states of the bar; a log file needs few
         try:
-            with tqdm(desc="sampling", total=num_clips, unit="clip", mininterval=calm, smoothing=0) as bar:
+            with (
+                tqdm(desc="sampling", total=num_clips, unit="clip", mininterval=calm, smoothing=0) as bar,
+                ThreadPoolExecutor(max_workers=1) as disk,
+            ):
+                written: deque[Future[None]] = deque()
                 for sample in sampler.run(requests()):
-                    self._finish(asked.pop(sample.request.key), sample)
+                    written.append(disk.submit(self._write(asked.pop(sample.request.key), sample)))
+                    while len(written) > _MOST_UNWRITTEN:
+                        written.popleft().result()  # raises what went wrong, a full disk say
                     speed = sampler.counts.tokens / max(1e-9, bar.format_dict["elapsed"])
                     bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
                     bar.update()
+                while written:
+                    written.popleft().result()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted after {sampler.counts.clips} clips; the same command goes on from there"
@@ -220,8 +235,8 @@ class SampleJob:
         )
         return Sampler(model, config, places)
 
-    def _finish(self, wanted: Wanted, sample: Sample) -> None:
-        """Decode one clip and write it."""
+    def _write(self, wanted: Wanted, sample: Sample) -> Callable[[], None]:
+        """Decode one clip; what is returned writes it."""
         lengths, broken = sample.lengths, sample.broken
         record = {
             **wanted.record,
@@ -233,12 +248,11 @@ class SampleJob:
             "broken": broken,
         }
         if broken is not None:
-            self.folder.add(wanted.name, record, None, None, wanted.fps)
-            return
+            return partial(self.folder.add, wanted.name, record, None, None, wanted.fps)
         tokens = tokens_of([sample], self.layout, self.tokenizer)
         frames_THWC = to_uint8(self.tokenizer.decode(tokens)[0])
         clip = ShownClip(frames_THWC, lengths, wanted.real_THWC, wanted.num_given)
-        self.folder.add(wanted.name, record, clip, tokens, wanted.fps)
+        return partial(self.folder.add, wanted.name, record, clip, tokens, wanted.fps)
 
 
 def parse_lengths(flag: str, text: str) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ Q ids of one sequence, R = S * G rows of a step.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -156,7 +157,7 @@ class Sampler:
     def __init__(self, model: GPT, config: SamplingConfig, places: int | None = None) -> None:
         layout, slots, streams = model.layout, config.slots, config.streams
         if streams == 2 and layout.num_classes == 0:
-            raise UserError("guidance needs a model with classes; frame prediction is sampled with guidance 1")
+            raise UserError("guidance needs a model with classes, and this one has none: sample with --cfg-scale 1")
         if len(config.guidance) not in (1, layout.num_blocks):
             raise UserError(f"{len(config.guidance)} guidance scales: give one, or one for each of {layout.num_blocks}")
         assert not model.training, "call model.eval() first: dropout would change what is sampled"
@@ -182,9 +183,9 @@ class Sampler:
         if config.compile:
             compile_layers(model, device, "--compile", "sample without it")
         self._kernel_sees = device.type == "cuda" and has_triton()
-        self._run_step: Callable[[Live], None] = self._advance
+        self._run_step: Callable[[Live], None] = _weakly(self._advance)
         if device.type == "cuda":
-            self._run_step = RecordedStep(self._advance, (self._input_SG, self._position_S), CudaGraphs(device))
+            self._run_step = RecordedStep(self._run_step, (self._input_SG, self._position_S), CudaGraphs(device))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Samples in the order in which they end. Stopping early frees all slots."""
@@ -348,3 +349,15 @@ class Sampler:
         self.counts.clips += 1
         self.counts.broken += broken is not None
         return Sample(slot.request, id_Q, slot.grammar.lengths, broken)
+
+
+def _weakly(advance: Callable[[Live], None]) -> Callable[[Live], None]:
+    """A method that does not keep its sampler alive: cache and graphs are given back when nobody needs them."""
+    reference = weakref.WeakMethod(advance)
+
+    def call(live: Live) -> None:
+        method = reference()
+        assert method is not None, "a sampler runs its own steps"
+        method(live)
+
+    return call

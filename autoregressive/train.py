@@ -4,7 +4,7 @@
     python -m autoregressive.train configs/mini/gpt_fp.yaml run.steps=500 optim.lr=2e-4
 
 One loop for both: the archive of stage 5a says which. Started again with the same run.dir it resumes by itself, to the
-same result. `--dry-run` builds everything, runs two steps and says what the run would cost.
+same result. `--dry-run` builds everything, runs a few steps and says what the run would cost.
 
 Letters: L packed ids, V ids that the head can say.
 """
@@ -86,7 +86,9 @@ class GPTTraining:
     def batches(self, start_step: int) -> Iterator[TokenBatch]:
         c = self.config
         dropout = c.class_dropout if c.model.num_classes else 0.0
-        rule = BatchRule(c.run.seed, c.run.batch_size, c.batch_ids, dropout, ranks.rank(), ranks.num_ranks())
+        rule = BatchRule(
+            c.run.seed, c.run.batch_size, c.batch_ids, dropout, ranks.rank(), ranks.num_ranks(), c.run.accumulate
+        )
         return token_batches(self.archive, self.layout, c.model.width, rule, start_step)
 
     def loss(self, batch: TokenBatch, step: int) -> tuple[Summed, dict[str, Tensor | float]]:
@@ -113,10 +115,12 @@ class GPTTraining:
         """Train to the end of `run.steps`, from wherever `run.dir` stands."""
         c = self.config
         config = {**to_dict(c), "tokens": self.token_facts()}
+        if c.batch_ids:  # a step has so many ids on each process: how many there are decides what it sees
+            config["processes"] = ranks.num_ranks()
         fit(c.run, c.optim, config, self.state, self.batches, self.loss, self.validate)
 
     def rehearse(self) -> None:
-        """`--dry-run`: two steps, nothing written."""
+        """`--dry-run`: a few steps, nothing written."""
         config, parts = self.config, parameters_by_part(self.model)
         rehearse(config.run, config.optim, self.state, self.batches, self.loss, parts)
 
@@ -138,8 +142,10 @@ class GPTTraining:
     def _validation_batches(self) -> Iterator[PackedSequences]:
         num = min(self.config.val_clips, len(self.val_archive))
         chosen = [i * len(self.val_archive) // num for i in range(num)]
-        for start in range(0, num, self.config.run.batch_size):
-            clips = [self.val_archive.clip(i) for i in chosen[start : start + self.config.run.batch_size]]
+        run = self.config.run
+        at_once = max(1, run.batch_size // (ranks.num_ranks() * run.accumulate))  # as many as a step has
+        for start in range(0, num, at_once):
+            clips = [self.val_archive.clip(i) for i in chosen[start : start + at_once]]
             yield pack_sequences(self.layout, [self.layout.encode(clip) for clip in clips])
 
 

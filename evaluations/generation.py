@@ -43,7 +43,7 @@ def add_sampling_flags(parser: Parser) -> None:
     add("--precision", default=precision, help=f"of the GPT: {' | '.join(PRECISIONS)} (default: PRECISION, else none)")
     add("--check-special-token-mask", action="store_true", help="draw only what the grammar allows; else broken clips "
         "are counted and left out")  # fmt: skip
-    add("--compile", action="store_true", help="compile the sampler's step, and on a GPU replay CUDA graphs")
+    add("--compile", action="store_true", help="torch.compile the sampler's step")
 
 
 class Generator:

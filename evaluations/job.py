@@ -29,7 +29,7 @@ from evaluations.lossless import find_frames, read_frames
 from evaluations.metrics.names import NAMES
 from evaluations.protocols import Protocol, card_of, card_text, find_protocol
 from evaluations.scoring import Scorer, load_scorer, trained_as
-from evaluations.shards import SHARD, Features, RealCache, Record, ShardFolder
+from evaluations.shards import Features, RealCache, Record, ShardFolder, shard_size
 from evaluations.summary import per_clip_table, pick_shown, result_lines, summarise
 from tokenizer.common.arguments import Parser, at_least
 from tokenizer.common.errors import UserError
@@ -109,7 +109,8 @@ class Evaluation:
         self.cache = Path(args.cache)
         self.clips: ClipList = list_clips(self.protocol, args.data, self.cache, args.num_workers)
         self.scorer: Scorer = load_scorer(self.protocol, args, self.device)
-        self.folder = ShardFolder(args.out, len(self.clips.clips), SHARD)
+        num_clips, slots = len(self.clips.clips), vars(args).get("per_proc_batch_size") or 0
+        self.folder = ShardFolder(args.out, num_clips, shard_size(num_clips, slots))
 
     def run(self, maker: Maker) -> None:
         """Score clips until no shard is free; the process that finds all there writes the results."""

@@ -30,11 +30,17 @@ from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.units import WorkUnits, claim_folder, lock
 
 SHARD = 32  # clips; lost at most when a process is killed
+_REFILLS, _MOST_SHARED = 16, 32  # of a sampler's slots; processes that such shards still keep busy
 Record = dict[str, Any]
 Features = dict[str, dict[int, Tensor]]
 """Side (ours, real) -> place in the list -> feature [F]."""
 
 _KIND = "evatok.scored_clips"
+
+
+def shard_size(num_clips: int, slots: int = 0) -> int:
+    """Clips of a shard. A sampler of `slots` ends each with slots that stand idle, so it gets longer ones."""
+    return max(SHARD, min(_REFILLS * slots, num_clips // _MOST_SHARED))
 
 
 class ShardFolder:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoregressive.extract_codes import ExtractConfig
-from autoregressive.presets import check_size
+from autoregressive.presets import PRESETS, check_size
 from autoregressive.train import GPTTrainConfig
 from tokenizer.common.config import (
     ConfigError,
@@ -260,6 +261,8 @@ def test_a_gpt_has_a_named_size_and_archives_that_are_made(path: Path) -> None:
     config = load_config(GPTTrainConfig, path)
     preset = {"mini": "GPT-mini", "debug": "GPT-debug"}.get(path.parent.name) or "-".join(path.stem.split("_")[:2])
     check_size(config.model, preset, path.name)
+    if preset in ("GPT-mini", "GPT-debug") and config.model.num_classes:
+        assert replace(PRESETS[preset], dropout=config.model.dropout) == config.model
     extract = load_config(ExtractConfig, path.with_name(f"{Path(config.archive).name}.yaml"))
     assert extract.condition_lengths == config.model.condition_lengths
     assert extract.tokenizer == config.tokenizer

@@ -181,6 +181,23 @@ def test_packed_loss_equals_one_by_one(tmp_path: Path, tokenizer: str, model: GP
         batch.split(8)
 
 
+def test_every_part_of_every_process_has_a_clip(archives: dict[str, str]) -> None:
+    """However unequal the clips are: two processes of three parts share six clips."""
+    archive = TokenArchive(archives["archive"])
+    for step in range(4):
+        parts = []
+        for rank in range(2):
+            rule = BatchRule(2, clips=6, rank=rank, num_ranks=2, num_parts=3)
+            batch = next(token_batches(archive, MODEL.layout, MODEL.width, rule, step))
+            assert batch.num_in_step == 6
+            parts += [part.sequences for part in batch.split(3)]
+        assert [len(part) for part in parts] == [1] * 6
+        whole = next(token_batches(archive, MODEL.layout, MODEL.width, BatchRule(2, clips=6), step))
+        assert sorted(part[0].tolist() for part in parts) == sorted(id_Q.tolist() for id_Q in whole.sequences)
+    with pytest.raises(UserError, match=r"6 clips for 2 processes x run\.accumulate=4"):
+        next(token_batches(archive, MODEL.layout, MODEL.width, BatchRule(2, clips=6, num_ranks=2, num_parts=4)))
+
+
 def test_given_lengths_do_not_count_as_guessed() -> None:
     layout = FRAMES.layout
     target_L = torch.tensor([layout.length_id(n) for n in (8, 2, 4, 4)] + [5])

@@ -65,7 +65,7 @@ class Judge:
 
     def __init__(self, generator: nn.Module) -> None:
         self.generator, self.module = generator, nn.Linear(3, 1)
-        self.optim = OptimConfig(lr=0.01, warmup_steps=0)
+        self.optim, self.period = OptimConfig(lr=0.01, warmup_steps=0), 2
 
     def loss(self, batch: list[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]] | None:
         if step % 2:

@@ -38,6 +38,7 @@ class Judge:
     generator: nn.Module
     module: nn.Module
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=0.02, betas=[0.5, 0.9], warmup_steps=0))
+    period: int = 2
 
     def loss(self, batch: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]] | None:
         if step % 2:

@@ -22,7 +22,7 @@ PRESETS: dict[str, TokenizerConfig] = {
     "VQ_mini": TokenizerConfig(
         size=64,
         levels=[8, 16, 32, 64, 128],
-        codebook_size=1024,
+        codebook_size=2048,
         bottleneck_width=64,
         encoder=TransformerConfig(layers=3, width=128, heads=4),
         decoder=TransformerConfig(layers=4, width=192, heads=6),

@@ -205,7 +205,7 @@ class TokenizerTraining:
         fit(config.run, config.optim, to_dict(config), self.state, self.batches, self.loss, self.validate)
 
     def rehearse(self) -> None:
-        """`--dry-run`: two steps, nothing written."""
+        """`--dry-run`: a few steps, nothing written."""
         config, parts = self.config, parameters_by_part(self.model)
         beside = {
             "alignment head": self.alignment.head if self.alignment else None,

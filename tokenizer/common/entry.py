@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +13,12 @@ from typing import Any, TypeVar
 
 from tokenizer.common import ranks
 from tokenizer.common.config import load_config
-from tokenizer.common.loop import LossFn, RunConfig, TrainState, train_step
+from tokenizer.common.errors import UserError
+from tokenizer.common.loop import LossFn, RunConfig, TrainState, num_clips, train_step
 from tokenizer.common.optim import OptimConfig
-from tokenizer.common.performance import FlopCount, gemm_roof, peak_memory
+from tokenizer.common.performance import Speed, peak_memory
 from tokenizer.common.runtime import pick_dtype
+from tokenizer.common.step import Values
 
 T = TypeVar("T")
 
@@ -25,7 +28,7 @@ def parse_training_arguments(schema: type[T], stage: str, description: str) -> t
 
     The default results folder is results/<stage>/<file name of the config without .yaml>.
     """
-    parser = _parser(description, "build all, run two steps, say what the run would cost and what it lacks")
+    parser = _parser(description, "build all, run a few steps, say what the run would cost and what it lacks")
     parser.add_argument(
         "--global-batch-size", type=int, metavar="N", help="clips of one update over all processes: run.batch_size=N"
     )
@@ -41,6 +44,8 @@ def parse_training_arguments(schema: type[T], stage: str, description: str) -> t
     if args.overfit_one_batch:
         overrides.append("run.overfit_one_batch=true")
     config: Any = load_config(schema, args.config, overrides)
+    if args.global_batch_size is not None and (ids := vars(config).get("batch_ids")):
+        raise UserError(f"--global-batch-size: {args.config} cuts its steps by batch_ids={ids}; change that")
     config.run.dir = config.run.dir or f"results/{stage}/{args.config.name.removesuffix('.yaml')}"
     if args.overfit_one_batch:
         config.run.dir = f"{config.run.dir.rstrip('/')}-overfit"
@@ -71,16 +76,22 @@ def rehearse(
     loss_fn: LossFn,
     parts: dict[str, int],
 ) -> None:
-    """Two steps without a results folder; prints parameters by part, the loss terms, hours at this speed, and lacks."""
-    source = batches(0)
+    """Some steps without a results folder; prints parameters by part, the loss terms, hours at this speed, and lacks.
+
+    Two steps of each kind, see `Speed`: the first pays for allocations and its arithmetic is counted, the other's time.
+    """
+    source, speed = batches(0), Speed(state.device, pick_dtype(run.precision), state.period)
     state.train_mode(True)
-    with FlopCount() as flops:  # the first step pays for allocations; time the second
-        train_step(run, optim, state, next(source), loss_fn)
-    for _ in range(2 if run.compile else 0):  # and the first that are not counted for compiling
-        train_step(run, optim, state, next(source), loss_fn)
+    for batch in itertools.islice(source, state.period):
+        with speed.counting(num_clips(batch, run)):
+            train_step(run, optim, state, batch, loss_fn)
+    for batch in itertools.islice(source, 2 if run.compile else 0):  # the first that are not counted are for compiling
+        train_step(run, optim, state, batch, loss_fn)
+    values: Values = {}
     start = time.perf_counter()
-    values = train_step(run, optim, state, next(source), loss_fn)
-    seconds = time.perf_counter() - start
+    for batch in itertools.islice(source, state.period):
+        values |= train_step(run, optim, state, batch, loss_fn)
+    seconds = (time.perf_counter() - start) / state.period
     if not ranks.is_main():
         return
     total = sum(parts.values())
@@ -92,14 +103,12 @@ def rehearse(
     for name, number in others.items():
         print(f"            beside the model: {name} {number / 1e6:.2f}M")
     print(f"memory      weights, gradients, Adam and EMA in fp32: {weights:.2f} GiB, plus activations; ", end="")
-    print(f"at most {peak_memory(state.device) / 2**30:.2f} GiB in these two steps")
+    print(f"at most {peak_memory(state.device) / 2**30:.2f} GiB in these steps")
     figures = {name: value for name, value in values.items() if isinstance(value, int | float)}
     print("loss        " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    roof = gemm_roof(state.device, pick_dtype(run.precision))
-    print(f"speed       {seconds:.2f} s a step of {run.batch_size} clips on {state.device}", end="")
-    print(
-        f" x {ranks.num_ranks()}, {flops.total / seconds / roof:.0%} of the measured peak of {roof / 1e12:.2f} TFLOP/s"
-    )
+    share, peak = speed.flops / seconds / speed.roof, speed.roof / 1e12
+    print(f"speed       {seconds:.2f} s a step of {num_clips(batch, run)} clips on {state.device}", end="")
+    print(f" x {ranks.num_ranks()}, {share:.0%} of the measured peak of {peak:.2f} TFLOP/s")
     print(f"the run     {run.steps} steps, about {run.steps * seconds / 3600:.1f} h at this speed, into {run.dir}")
     for line in missing(run, weights) or ["nothing"]:
         print(f"missing     {line}")

@@ -29,7 +29,7 @@ from tokenizer.common.state import Adversary, TrainState
 from tokenizer.common.step import LossFn, Summed, TooManySkipped, train_step
 from tokenizer.common.survive import claim, note_unreadable, only_run_in, stop_signals
 
-__all__ = ["Adversary", "LossFn", "RunConfig", "Summed", "TrainState", "fit", "start_run", "train_step"]
+__all__ = ["Adversary", "LossFn", "RunConfig", "Summed", "TrainState", "fit", "num_clips", "start_run", "train_step"]
 
 
 def start_run(run: RunConfig) -> torch.device:
@@ -72,7 +72,7 @@ def fit(
         store = CheckpointStore(folder / "checkpoints", run.keep_last, run.keep_every)
         if state.load(store) and ranks.is_main():
             print(f"resuming {folder} after step {state.step}", file=sys.stderr, flush=True)
-        reporter = Reporter(run, config, state.step, state.device)
+        reporter = Reporter(run, config, state.step, state.device, state.period)
         with closing(reporter):
             if state.step < run.steps:
                 _train(run, optim, config, state, batches, loss_fn, validate, reporter, BackgroundWriter(store))
@@ -107,7 +107,7 @@ def _train(
                 batch = next(source)
             note_unreadable(Path(run.dir), batch)
             try:
-                with reporter.speed.counting():
+                with reporter.speed.counting(num_clips(batch, run)):
                     values = train_step(run, optim, state, batch, loss_fn)
             except TooManySkipped:
                 _save(state, config, reporter, writer)
@@ -142,6 +142,11 @@ def _save(state: TrainState, config: Mapping[str, Any], reporter: Reporter, writ
     if ranks.is_main():
         with reporter.saving():
             state.save(writer, config)
+
+
+def num_clips(batch: Any, run: RunConfig) -> int:
+    """Clips of a step, on all processes: run.batch_size, unless the batch itself counts them."""
+    return getattr(batch, "num_in_step", 0) or run.batch_size
 
 
 @contextmanager

@@ -70,32 +70,44 @@ def _seconds(left: Tensor, right: Tensor, clock: Any) -> float:
 
 
 class Speed:
-    """Figures of one process for the log lines. The arithmetic of a step is counted once, in the first step."""
+    """Figures of one process for the log lines. The arithmetic is counted in the first steps, `period` of them.
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, batch_size: int) -> None:
-        self.device, self.dtype, self.batch_size = device, dtype, batch_size
-        self.flops = 0
+    period: after how many steps the same kinds of step come again; a discriminator may play in every fifth only.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, period: int = 1) -> None:
+        self.device, self.dtype, self.period = device, dtype, period
+        self._counted: list[int] = []  # operations of each of the first steps
+        self._clips = self._steps = 0  # since the last figures
 
     @cached_property
     def roof(self) -> float:
         """Measured once, when it is first asked for."""
         return gemm_roof(self.device, self.dtype)
 
+    @property
+    def flops(self) -> float:
+        """Operations of a step, in the mean over the kinds of step that were counted so far."""
+        return sum(self._counted) / max(1, len(self._counted))
+
     @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Wraps every step; does something at the first."""
-        if self.flops:
+    def counting(self, num_clips: int) -> Iterator[None]:
+        """Wraps every step. num_clips: of this step, on all processes."""
+        self._clips, self._steps = self._clips + num_clips, self._steps + 1
+        if len(self._counted) == self.period:
             yield
             return
         with FlopCount() as count:
             yield
-        self.flops = max(1, count.total)
+        self._counted.append(count.total)
 
     def figures(self, seconds_per_step: float) -> dict[str, float]:
         """Clips a second of the whole run, TFLOP/s of this device and their share of its roof, peak memory in GiB."""
         rate = self.flops / max(seconds_per_step, 1e-9)
+        clips_per_step = self._clips / max(1, self._steps)
+        self._clips = self._steps = 0
         return {
-            "perf/clips_per_second": self.batch_size / max(seconds_per_step, 1e-9),
+            "perf/clips_per_second": clips_per_step / max(seconds_per_step, 1e-9),
             "perf/tflops": rate / 1e12,
             "perf/peak_share": rate / self.roof,
             "perf/memory_gib": peak_memory(self.device) / 2**30,

@@ -26,7 +26,10 @@ from tokenizer.common.watch import GameWatch, ReferenceCurve
 class Reporter:
     """The voice of one run from `start_step` on."""
 
-    def __init__(self, run: RunConfig, config: Mapping[str, Any], start_step: int, device: torch.device) -> None:
+    def __init__(
+        self, run: RunConfig, config: Mapping[str, Any], start_step: int, device: torch.device, period: int = 1
+    ) -> None:
+        """period: of the kinds of step, see `Speed`."""
         self.run, self.speaks = run, ranks.is_main()
         self.clock = Clock()
         self.log = MetricsLog(Path(run.dir) / "metrics.jsonl")
@@ -34,7 +37,7 @@ class Reporter:
         self.game = GameWatch()
         self.reference = ReferenceCurve(run.reference) if run.reference else None
         self.trackers = start_trackers(run, config) if run.trackers else None
-        self.speed = Speed(device, pick_dtype(run.precision), run.batch_size)
+        self.speed = Speed(device, pick_dtype(run.precision), period)
         self._stalled = 0.0
         if self.speaks:
             self.log.rewind(start_step)

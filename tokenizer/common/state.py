@@ -33,6 +33,7 @@ class Adversary(Protocol):
 
     module: nn.Module
     optim: OptimConfig
+    period: int  # its turns come again after so many steps
 
     def loss(self, batch: Any, step: int) -> tuple[Any, Mapping[str, Tensor | float]] | None:
         """As a stage's own loss function; None: it rests this step, which depends on `step` alone.
@@ -161,6 +162,11 @@ class TrainState:
     def device(self) -> torch.device:
         """Where the model lives; loss functions put their batches there."""
         return next(self.model.parameters()).device
+
+    @property
+    def period(self) -> int:
+        """After how many steps the same kinds of step come again."""
+        return 1 if self.adversary is None else self.adversary.period
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

@@ -76,7 +76,7 @@ class Adversary:
 
     def __init__(self, config: AdversaryConfig, num_frames: int, size: int, seed: int, device: torch.device) -> None:
         """Raises UserError where weights are absent or the clips do not fit."""
-        self.config, self.seed, self.optim = config, seed, config.optim
+        self.config, self.seed, self.optim, self.period = config, seed, config.optim, config.every
         self.encoder = FrozenVideoMAE(config.videomae.encoder).to(device) if config.net == "videomae" else None
         self.discriminator, self.lecam = self._build(num_frames, size), LeCam()
         self.module: nn.Module = nn.ModuleDict({"discriminator": self.discriminator, "lecam": self.lecam}).to(device)

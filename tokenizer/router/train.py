@@ -183,7 +183,7 @@ class RouterTraining:
         fit(config.run, config.optim, to_dict(config), self.state, self.batches, self.loss, self.validate)
 
     def rehearse(self) -> None:
-        """`--dry-run`: two steps, nothing written."""
+        """`--dry-run`: a few steps, nothing written."""
         config, parts = self.config, parameters_by_part(self.state.model)
         rehearse(config.run, config.optim, self.state, self.batches, self.loss, parts)
 
