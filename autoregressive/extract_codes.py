@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.runtime import pick_device
 from tokenizer.common.units import WorkUnits, claim_folder
 from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset
+from tokenizer.data.video_io import VideoError
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
 
@@ -83,9 +85,12 @@ class _Draw:
     label: str | None
 
     def read(self) -> ClipSample | None:
-        """None where it cannot be read (the data set then gives its neighbour)."""
-        sample = self.dataset.get(self.index, epoch=self.view)
-        return sample if sample.name == self.dataset.names[self.index] else None
+        """None where it cannot be read. Each draw is tried: another view may miss a damaged spot of the same file."""
+        try:
+            return self.dataset.get_this(self.index, epoch=self.view)
+        except VideoError as error:
+            print(f"skipped {error} (view {self.view})", file=sys.stderr, flush=True)
+            return None
 
 
 class Extraction:
@@ -114,9 +119,13 @@ class Extraction:
         save_archive(self.folder, self.facts, self.units.paths)
         archive = TokenArchive(self.folder)
         done = {archive.source(i) for i in range(len(archive))}
-        missing = sorted({d.dataset.names[d.index] for d in self.draws} - {name for name, _ in done})
-        atomic_write(self.folder / "skipped.json", json.dumps(missing, indent=1).encode())
-        print(f"{archive.summary()}; {len(missing)} sources skipped", flush=True)
+        lost = sorted({(d.dataset.names[d.index], d.view) for d in self.draws} - done)
+        atomic_write(
+            self.folder / "skipped.json",
+            json.dumps([{"name": name, "view": view} for name, view in lost], indent=1).encode(),
+        )
+        sources = len({name for name, _ in lost})
+        print(f"{archive.summary()}; {len(lost)} clips of {sources} sources skipped", flush=True)
 
     def _extract_shard(self, unit: int) -> None:
         size, batch = self.config.clips_per_shard, self.config.batch_size

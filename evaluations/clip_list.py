@@ -13,10 +13,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
-import numpy as np
 from tqdm import tqdm
 
 from evaluations.protocols import Protocol
@@ -30,20 +31,27 @@ from tokenizer.data.parallel import map_ahead
 from tokenizer.data.safe_decode import decode_clip_at, decode_clips
 from tokenizer.data.transforms import rng_for
 from tokenizer.data.ucf101 import find_ucf101
-from tokenizer.data.video_io import VideoError, display_name, list_videos, to_uint8
+from tokenizer.data.video_io import DecodedClip, VideoError, display_name, list_videos, to_uint8
+
+T = TypeVar("T")
 
 _PROBE_SIDE = 32  # frames are made this small where only their number is asked for
 
 
 @dataclass(frozen=True)
 class ListedClip:
-    """One clip of the list. `start`: its first frame in the file, None where that is not known before it is read."""
+    """One clip of the list. `start`: its first frame in the file, None where that is not known before it is read.
+
+    read: frames of the protocol's number and size; VideoError where that fails. num_bytes: of the file, 0 where the
+    clip is rendered.
+    """
 
     index: int
     name: str
     label: str
     start: int | None
-    read: Callable[[], np.ndarray]  # uint8 [T, H, W, C] of the protocol's size; VideoError where that fails
+    read: Callable[[], DecodedClip]
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,9 +65,13 @@ class ClipList:
 
     @property
     def sha256(self) -> str:
-        """Of names, labels and starts, in order."""
-        rows = [[clip.name, clip.label, clip.start] for clip in self.clips]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        """Of names, labels and starts, in order: equal where two people score the same clips of a data set."""
+        return _sha256([[clip.name, clip.label, clip.start] for clip in self.clips])
+
+    @property
+    def files_sha256(self) -> str:
+        """Of the files' sizes, in order: other files of the same names, re-encoded ones say, give another."""
+        return _sha256([clip.num_bytes for clip in self.clips])
 
     def facts(self) -> dict[str, object]:
         """For the protocol card."""
@@ -68,7 +80,12 @@ class ClipList:
             "listed_videos": self.num_listed,
             "missing_videos": self.num_missing,
             "sha256": self.sha256,
+            "files_sha256": self.files_sha256,
         }
+
+
+def _sha256(rows: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -76,6 +93,10 @@ class _Video:
     name: str
     path: Path
     label: str
+
+    @cached_property
+    def num_bytes(self) -> int:
+        return self.path.stat().st_size
 
 
 def list_clips(
@@ -104,7 +125,7 @@ def list_clips(
     if protocol.clip_rule == "windows":
         clips = _windows(protocol, videos, cache, workers, notes)
     else:
-        clips = [_one_of(protocol, video) for video in videos[: protocol.count]]
+        clips = [_one_of(protocol, video) for video in _drawn(protocol, "videos", videos)]
     if not clips:
         raise UserError(
             f"protocol {protocol.name}: not one of {len(videos)} videos can be read and has {protocol.num_frames} "
@@ -112,8 +133,7 @@ def list_clips(
         )
     if protocol.count is not None and len(clips) < protocol.count:
         notes.append(f"the protocol asks for {protocol.count} clips, there are {len(clips)}")
-    numbered = [ListedClip(i, clip.name, clip.label, clip.start, clip.read) for i, clip in enumerate(clips)]
-    return ClipList(numbered, num_listed, num_missing, notes)
+    return ClipList([replace(clip, index=i) for i, clip in enumerate(clips)], num_listed, num_missing, notes)
 
 
 # Videos of the data sets
@@ -170,13 +190,15 @@ def _one_of(protocol: Protocol, video: _Video) -> ListedClip:
     """The clip of a video under the rules `first` and `random`."""
     if protocol.clip_rule == "random":
         position = rng_for(protocol.seed, "start of the clip", video.name).random()
-        return ListedClip(0, video.name, video.label, None, lambda: _read_at(protocol, video, position))
+        return ListedClip(
+            0, video.name, video.label, None, lambda: _read_at(protocol, video, position), video.num_bytes
+        )
 
-    def read() -> np.ndarray:
+    def read() -> DecodedClip:
         with contextlib.closing(decode_clips(video.path, protocol.num_frames, protocol.size, protocol.fps)) as clips:
-            return next(clips).frames_THWC
+            return next(clips)
 
-    return ListedClip(0, video.name, video.label, 0, read)
+    return ListedClip(0, video.name, video.label, 0, read, video.num_bytes)
 
 
 def _windows(
@@ -189,29 +211,35 @@ def _windows(
     if short := sum(0 < count < protocol.num_frames for count in frames):
         notes.append(f"{short} videos have fewer than {protocol.num_frames} frames and no window")
     every = [(v, k) for v, count in enumerate(frames) for k in range(count // protocol.num_frames)]
-    if protocol.count is not None and protocol.count < len(every):
-        drawn = rng_for(protocol.seed, "windows", len(every)).choice(len(every), protocol.count, replace=False)
-        every = [every[i] for i in sorted(drawn)]
-    return [_window(protocol, videos[v], frames[v], k * protocol.num_frames) for v, k in every]
+    drawn = _drawn(protocol, "windows", every)
+    return [_window(protocol, videos[v], frames[v], k * protocol.num_frames) for v, k in drawn]
+
+
+def _drawn(protocol: Protocol, what: str, every: Sequence[T]) -> Sequence[T]:
+    """All, or as many as the protocol counts: drawn, since a list may be sorted by class, and in the list's order."""
+    if protocol.count is None or protocol.count >= len(every):
+        return every
+    drawn = rng_for(protocol.seed, what, len(every)).choice(len(every), protocol.count, replace=False)
+    return [every[i] for i in sorted(drawn)]
 
 
 def _window(protocol: Protocol, video: _Video, num_frames: int, start: int) -> ListedClip:
     num_starts = num_frames - protocol.num_frames + 1
     position = (start + 0.5) / num_starts  # the middle of what leads to this very start
     name = f"{video.name}@{start}"
-    return ListedClip(0, name, video.label, start, lambda: _read_at(protocol, video, position))
+    return ListedClip(0, name, video.label, start, lambda: _read_at(protocol, video, position), video.num_bytes)
 
 
-def _read_at(protocol: Protocol, video: _Video, position: float) -> np.ndarray:
-    return decode_clip_at(video.path, position, protocol.num_frames, protocol.size, protocol.fps).frames_THWC
+def _read_at(protocol: Protocol, video: _Video, position: float) -> DecodedClip:
+    return decode_clip_at(video.path, position, protocol.num_frames, protocol.size, protocol.fps)
 
 
 def _frame_counts(protocol: Protocol, videos: Sequence[_Video], cache: Path | None, workers: int) -> list[int]:
     """Frames of each video at the protocol's rate, 0 for an unreadable one; counted once and kept in `cache`."""
     if cache is None:
         return _count_frames(protocol, videos, workers)
-    key = json.dumps([[str(video.path), video.path.stat().st_size] for video in videos] + [protocol.fps])
-    file = cache / f"frames-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    key = _sha256([*([str(video.path), video.num_bytes] for video in videos), protocol.fps])
+    file = cache / f"frames-{key[:16]}.json"
     cache.mkdir(parents=True, exist_ok=True)
     with lock(file.with_suffix(".lock")):  # one process counts, the others wait for it
         if not file.is_file():
@@ -241,6 +269,7 @@ def _miniature(protocol: Protocol) -> ClipList:
 
     def clip(i: int) -> ListedClip:
         name, label = dataset.names[i], dataset.labels[i] or ""
-        return ListedClip(i, name, label, 0, lambda: to_uint8(dataset.get_this(i).video_CTHW))
+        return ListedClip(i, name, label, 0, lambda: DecodedClip(0, to_uint8(dataset.get_this(i).video_CTHW), 0, 0.0))
 
-    return ClipList([clip(i) for i in range(len(dataset))][: protocol.count], len(dataset), 0)
+    drawn = _drawn(protocol, "clips", range(len(dataset)))
+    return ClipList([replace(clip(i), index=place) for place, i in enumerate(drawn)], len(dataset), 0)

@@ -72,7 +72,7 @@ def clips_of_protocol(protocol: Protocol, data: str | None) -> CurveClips:
 
     facts = {"protocol_hash": protocol.hash, "list": listed.facts()}
     names = [clip.name for clip in listed.clips]
-    read = _or_stop(names, lambda index: to_model_range(listed.clips[index].read()))
+    read = _or_stop(names, lambda index: to_model_range(listed.clips[index].read().frames_THWC))
     return CurveClips(names, read, facts, [*protocol.notes, *listed.notes])
 
 

@@ -47,11 +47,11 @@ def main() -> None:
         raise UserError(f"protocol {protocol.name} gives {given} frames, the model {len(prefix)} block(s) of {block}")
 
     def request_of(clip: ListedClip) -> tuple[Request, dict[str, Any]]:
-        real_THWC = clip.read()
-        video_1CTHW = to_model_range(real_THWC)[None]
+        real = clip.read()
+        video_1CTHW = to_model_range(real.frames_THWC)[None]
         condition_L = encode_condition(generator.tokenizer, video_1CTHW, given, prefix)[0]
         request = Request(("clip", clip.name), condition_L=condition_L, rule=generator.rule)
-        return request, {"real_THWC": real_THWC}
+        return request, {"real": real}
 
     generator.request_of = request_of
     evaluation.run(generator)

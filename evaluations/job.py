@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluations.clip_list import ClipList, ListedClip, list_clips
-from evaluations.lossless import find_frames, read_frames
+from evaluations.lossless import find_frames, read_frames, sample_record
 from evaluations.metrics.names import NAMES
 from evaluations.protocols import Protocol, card_of, card_text, find_protocol
 from evaluations.scoring import Scorer, load_scorer, trained_as
@@ -34,7 +34,7 @@ from evaluations.summary import per_clip_table, pick_shown, result_lines, summar
 from tokenizer.common.arguments import Parser, at_least
 from tokenizer.common.errors import UserError
 from tokenizer.common.runtime import pick_device
-from tokenizer.data.video_io import VideoError
+from tokenizer.data.video_io import DecodedClip, VideoError
 from tokenizer.model import VideoTokenizer
 from tokenizer.router.clip_pictures import filmstrip
 from tokenizer.router.summary import versions
@@ -49,7 +49,7 @@ class Made:
     clip: ListedClip
     ours_THWC: np.ndarray | None
     figures: dict[str, Any] = field(default_factory=dict)
-    real_THWC: np.ndarray | None = None  # where the maker has read it anyway
+    real: DecodedClip | None = None  # where the maker has read it anyway
     skipped: str | None = None
 
 
@@ -114,7 +114,8 @@ class Evaluation:
 
     def run(self, maker: Maker) -> None:
         """Score clips until no shard is free; the process that finds all there writes the results."""
-        facts = {"protocol_hash": self.protocol.hash, "list_sha256": self.clips.sha256, **self.scorer.facts()}
+        which = {"list_sha256": self.clips.sha256, "files_sha256": self.clips.files_sha256}
+        facts = {"protocol_hash": self.protocol.hash, **which, **self.scorer.facts()}
         self.folder.start({**facts, "system": maker.facts()}, self.args.overwrite)
         card = card_of(
             self.protocol,
@@ -152,7 +153,7 @@ class Evaluation:
             if vars(self.args).get(name) is not None:
                 flag = name.replace("_", "-")
                 raise UserError(f"--ours scores clips that are there already; leave --{flag} out, or --ours")
-        self.run(FolderMaker(self.args.ours, len(self.clips.clips), self.protocol.num_frames, self.args.force))
+        self.run(FolderMaker(self.args.ours, self.clips, self.protocol, self.args.force))
         return True
 
     def _trained_as(self) -> dict[str, Any]:
@@ -172,24 +173,24 @@ class Evaluation:
 
     def _record(self, made: Made, known: dict[int, Tensor], features: Features) -> Record:
         """Score one clip: its record; its features are entered into `features`."""
-        clip, real_THWC = made.clip, made.real_THWC
+        clip, real = made.clip, made.real
         record: Record = {"index": clip.index, "name": clip.name, "label": clip.label, "start": clip.start}
         if made.ours_THWC is None:
             return {**record, "skipped": made.skipped or "nothing was made"}
         try:
-            if real_THWC is None and (self.protocol.paired or clip.index not in known):
-                real_THWC = clip.read()
+            if real is None and (self.protocol.paired or clip.index not in known):
+                real = clip.read()
         except VideoError as error:
             return {**record, "skipped": error.reason}
-        record |= made.figures
-        if self.protocol.paired and real_THWC is not None:
-            record |= self.scorer.quality(real_THWC, made.ours_THWC)
+        record |= made.figures | ({"num_padded": real.num_padded} if real is not None and real.num_padded else {})
+        if self.protocol.paired and real is not None:
+            record |= self.scorer.quality(real.frames_THWC, made.ours_THWC)
         if self.scorer.extractor:
             features["ours"][clip.index] = self.scorer.feature(made.ours_THWC)
             if clip.index in known:
                 features["real"][clip.index] = known[clip.index]
-            elif real_THWC is not None:
-                features["real"][clip.index] = self.scorer.feature(real_THWC)
+            elif real is not None:
+                features["real"][clip.index] = self.scorer.feature(real.frames_THWC)
         return record
 
     def _finish(self, maker: Maker, card: dict[str, Any], kept: RealCache) -> None:
@@ -219,28 +220,44 @@ class Evaluation:
                 if made.ours_THWC is None:
                     continue
                 try:
-                    real_THWC = clip.read() if made.real_THWC is None else made.real_THWC
+                    real = clip.read() if made.real is None else made.real
                 except VideoError as error:
                     print(f"no picture of {clip.name}: {error.reason}", file=sys.stderr)
                     continue
-                filmstrip(real_THWC, made.ours_THWC).save(pictures / f"{place}_{index:06d}.png")
+                filmstrip(real.frames_THWC, made.ours_THWC).save(pictures / f"{place}_{index:06d}.png")
 
     def _real_cache(self) -> RealCache:
         extractor = self.scorer.extractor
-        key = json.dumps([self.protocol.real_side_hash, self.clips.sha256, extractor and extractor.sha256])
+        clips = self.clips
+        key = json.dumps(
+            [self.protocol.real_side_hash, clips.sha256, clips.files_sha256, extractor and extractor.sha256]
+        )
         return RealCache(self.cache / f"real-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors")
 
 
 class FolderMaker:
-    """Clips that another program made: file i of the folder, by name, belongs to clip i of the list."""
+    """Clips that another program made: file i of the folder, by name, belongs to clip i of the list.
 
-    def __init__(self, folder: str, num_clips: int, num_frames: int, force: bool) -> None:
-        self.files, self.num_frames, self.force = find_frames(folder), num_frames, force
-        if len(self.files) != num_clips:
+    Samples of our own commands say what they show. Where clips are compared one by one a sample of another clip is
+    refused; else the class of each goes into its record.
+    """
+
+    def __init__(self, folder: str, clips: ClipList, protocol: Protocol, force: bool) -> None:
+        self.files, self.num_frames, self.force = find_frames(folder), protocol.num_frames, force
+        if len(self.files) != len(clips.clips):
             raise UserError(
-                f"{folder}: holds {len(self.files)} clips for the {num_clips} of the protocol; file i by name belongs "
-                "to clip i (--count N scores the first N of the list)"
+                f"{folder}: holds {len(self.files)} clips for the {len(clips.clips)} of the protocol; file i by name "
+                "belongs to clip i (per_clip.csv of another evaluation names them in order)"
             )
+
+        self.records = [sample_record(file) for file in self.files]
+        for clip, record in zip(clips.clips, self.records, strict=True):
+            if protocol.paired and record and not shows(record, clip):
+                raise UserError(
+                    f"{folder}: {record['name']} continues {record.get('file') or 'no clip'} from frame "
+                    f"{record.get('start')}, but clip {clip.index} of the protocol is {clip.name}: evaluate the GPT "
+                    "itself (--gpt-ckpt) under this protocol"
+                )
 
     def facts(self) -> dict[str, Any]:
         """The folder by the names and sizes of its files."""
@@ -250,7 +267,15 @@ class FolderMaker:
     def make(self, clips: Sequence[ListedClip]) -> Iterator[Made]:
         """Read them."""
         for clip in clips:
-            yield Made(clip, read_frames(self.files[clip.index], self.num_frames, self.force))
+            sampled = self.records[clip.index].get("class_name")
+            figures = {"sampled_class": sampled} if sampled else {}
+            yield Made(clip, read_frames(self.files[clip.index], self.num_frames, self.force), figures)
+
+
+def shows(record: dict[str, Any], clip: ListedClip) -> bool:
+    """Whether a sample of frame prediction continues this very clip."""
+    name, start = clip.name.partition("@")[0], clip.start
+    return Path(str(record.get("file"))).name == Path(name).name and record.get("start") == start
 
 
 def code_version() -> str:

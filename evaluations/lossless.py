@@ -5,8 +5,10 @@ Letters: T frames, H W rows and columns, C colours.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -30,6 +32,12 @@ def find_frames(folder: str | Path) -> list[Path]:
     if not found:
         raise UserError(f"{display_name(root)}: holds no .npy and no video; give a folder of lossless clips")
     return found
+
+
+def sample_record(path: Path) -> dict[str, Any]:
+    """What a sampling command wrote beside its frames; nothing for a clip from elsewhere."""
+    file = path.with_name("record.json")
+    return json.loads(file.read_text(encoding="utf-8")) if path.name == "frames.npy" and file.is_file() else {}
 
 
 def read_frames(path: Path, num_frames: int, force: bool = False) -> np.ndarray:

@@ -88,15 +88,15 @@ class Reconstruction:
         space = self.tokenizer.space
         for clip in clips:
             try:
-                real_THWC = clip.read()
+                real = clip.read()
             except VideoError as error:
                 yield Made(clip, None, skipped=error.reason)
                 continue
-            video_BCTHW = to_model_range(real_THWC)[None]
+            video_BCTHW = to_model_range(real.frames_THWC)[None]
             score_BA = self.router.scores(video_BCTHW) if self.router and self.budget.needs_router else None
             length_BN = space.lengths_of(choose_rows(self.budget, score_BA, space, self.price))
             ours_BCTHW = self.tokenizer.decode(self.tokenizer.encode(video_BCTHW, length_BN))
-            yield Made(clip, to_uint8(ours_BCTHW[0]), token_figures(length_BN[0].tolist()), real_THWC)
+            yield Made(clip, to_uint8(ours_BCTHW[0]), token_figures(length_BN[0].tolist()), real)
 
     def _price_of_the_set(self, clips: ClipList) -> float:
         """For `average:N` a first pass that only asks the router; it is the same in every process."""
@@ -104,7 +104,7 @@ class Reconstruction:
         scores = []
         for clip in clips.clips:
             try:
-                scores.append(self.router.scores(to_model_range(clip.read())[None]))
+                scores.append(self.router.scores(to_model_range(clip.read().frames_THWC)[None]))
             except VideoError:
                 continue  # it is named when it is to be scored
         if not scores or self.budget.average_tokens is None:

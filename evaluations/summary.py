@@ -45,6 +45,10 @@ def summarise(
     """`metrics`, `notes`, `num_clips`, `num_skipped`. ours, real: (places in the list [S], features [S, F])."""
     good = [record for record in records if "skipped" not in record]
     notes = [] if len(good) == len(records) else [f"{len(records) - len(good)} clips were skipped, see per_clip.csv"]
+    if padded := sum(bool(record.get("num_padded")) for record in good):
+        notes.append(f"{padded} clips repeat their last frame: their videos are shorter (num_padded in per_clip.csv)")
+    if others := sum(record.get("sampled_class", record.get("label")) != record.get("label") for record in good):
+        notes.append(f"{others} samples are of another class than the real clip in their place: shares differ")
     metrics = _means(good, protocol)
     if protocol.extractor != "none":
         num_clips, distance = min(len(ours[0]), len(real[0])), NAMES[protocol.extractor]

@@ -14,7 +14,7 @@ from evaluations.clip_list import list_clips
 from evaluations.lossless import find_frames, read_frames, why_lossy
 from evaluations.protocols import PROTOCOLS, Protocol
 from tokenizer.common.errors import UserError
-from tokenizer.data.video_io import VideoError, write_video
+from tokenizer.data.video_io import DecodedClip, VideoError, write_video
 
 
 def numbered(num: int, side: int = 32) -> np.ndarray:
@@ -28,9 +28,9 @@ def video(path: Path, num: int) -> Path:
     return path
 
 
-def first_frame(frames_THWC: np.ndarray) -> int:
-    assert frames_THWC.shape == (16, 32, 32, 3)
-    return round(float(frames_THWC[0].mean()) / 4)
+def first_frame(clip: DecodedClip) -> int:
+    assert clip.frames_THWC.shape == (16, 32, 32, 3)
+    return round(float(clip.frames_THWC[0].mean()) / 4)
 
 
 def small(name: str, **fields: object) -> Protocol:
@@ -88,6 +88,19 @@ def test_windows_do_not_overlap_and_carry_the_label(ucf: Path, tmp_path: Path) -
     assert len({clip.name for clip in drawn[0].clips}) == 2 and drawn[0].sha256 == drawn[1].sha256 != clips.sha256
 
 
+def test_a_smaller_count_is_drawn_from_the_whole_list(tmp_path: Path) -> None:
+    """A list may be sorted by class: its first clips would be of one."""
+    for i in range(12):
+        video(tmp_path / f"in/class {i // 6}/{i:02d}.mp4", 16)
+    labels = [
+        {clip.label for clip in list_clips(small("folder-recon", count=6, seed=seed), tmp_path / "in").clips}
+        for seed in (0, 1)
+    ]
+    assert {"class 0", "class 1"} in labels
+    drawn = [[c.name for c in list_clips(small("folder-recon", count=6), tmp_path / "in").clips] for _ in "ab"]
+    assert drawn[0] == drawn[1] == sorted(drawn[0])
+
+
 def test_k600_list_against_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     video(tmp_path / "val/-abc_000004_000014.mp4", 33)
     listed = tmp_path / "validate.csv"
@@ -117,6 +130,11 @@ def test_folders_and_manifests(tmp_path: Path) -> None:
     assert clips.notes[0] == "1 rows of the list repeat a video, which is taken once"
     assert [(clip.name, clip.label) for clip in clips.clips] == [("in/class 1/a.mp4", "x")] and clips.num_missing == 1
     assert len(list_clips(replace(protocol, count=2), tmp_path / "in").clips) == 2
+    before = list_clips(protocol, tmp_path / "in")
+    video(tmp_path / "in/class 1/a.mp4", 9)
+    after = list_clips(protocol, tmp_path / "in")  # another video of the same name: the same list of other files
+    assert after.sha256 == before.sha256 and after.files_sha256 != before.files_sha256
+    assert [clip.read().num_padded for clip in after.clips] == [0, 7, 0]
     (tmp_path / "in/class 0/a.mp4").write_bytes(b"")
     with pytest.raises(VideoError):
         list_clips(protocol, tmp_path / "in").clips[0].read()

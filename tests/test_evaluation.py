@@ -18,7 +18,7 @@ import torch
 
 from autoregressive.model import GPT
 from autoregressive.presets import PRESETS
-from evaluations import job, protocols
+from evaluations import protocols, shards
 from evaluations.protocols import PROTOCOLS
 from evaluations.summary import summarise
 from tokenizer.common.checkpoint import save_model
@@ -56,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs one of the three commands in this process, two clips a shard; -> metrics.json."""
-    monkeypatch.setattr(job, "SHARD", 2)
+    monkeypatch.setattr(shards, "SHARD", 2)
     for name, size in (("mini-recon", 64), ("mini-c2v", 32), ("mini-fp", 32)):
         small = replace(PROTOCOLS[name], sources=CLIPS, size=size, count=5, draws=40)
         monkeypatch.setitem(protocols.PROTOCOLS, name, small)
@@ -244,6 +244,20 @@ def test_a_folder_of_lossless_clips_is_scored(run: Run, tmp_path: Path, capsys: 
     (ours / "000004.mp4").unlink()
     run("reconstruction", tmp_path / "c", "--protocol", "mini-recon", "--ours", ours, exit_code=2)
     assert "4 clips for the 5" in capsys.readouterr().err
+
+
+def test_samples_of_other_clips_are_not_compared(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Clip by clip a sample is refused unless it continues that clip; for a distance of sets its class is noted."""
+    for i in range(5):
+        sample = tmp_path / f"samples/class_000_{i}"
+        sample.mkdir(parents=True)
+        np.save(sample / "frames.npy", np.full((16, 64, 64, 3), 40 * i, np.uint8))
+        (sample / "record.json").write_text(json.dumps({"name": sample.name, "class": 0, "class_name": "disc still"}))
+    run("reconstruction", tmp_path / "a", "--protocol", "mini-recon", "--ours", tmp_path, exit_code=2)
+    assert "class_000_0 continues no clip" in capsys.readouterr().err
+    few = ["--count", "5", "--force", "--perceptual", "none", "--ours", tmp_path]
+    notes = run("class_to_video", tmp_path / "b", "--protocol", "mini-c2v", *few)["notes"]
+    assert any("samples are of another class" in note for note in notes)
 
 
 def test_unreadable_clips_are_skipped_and_said(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

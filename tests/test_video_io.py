@@ -213,6 +213,16 @@ def test_missing_things_say_what_to_do(tmp_path: Path) -> None:
         video_io.read_clip(tmp_path / "a.mp4", 1)
 
 
+def test_linked_folders_are_searched_and_a_loop_ends(tmp_path: Path) -> None:
+    (tmp_path / "data/one").mkdir(parents=True)
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/a.mp4").touch()
+    (tmp_path / "data/linked").symlink_to(tmp_path / "far")
+    (tmp_path / "data/one/back").symlink_to(tmp_path / "data")
+    found = video_io.list_videos(tmp_path / "data")
+    assert [path.name for path in found] == ["a.mp4"]
+
+
 def test_list_videos_is_recursive_and_sorted(tmp_path: Path) -> None:
     for name in ("b/2.MP4", "b/10.webm", "a.avi", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -105,25 +105,28 @@ class ClipDataset:
             item = self._items[(index + step) % len(self)]
             if item.name in self.quarantine:
                 continue
-            rng = rng_for(self._seed, "clip", epoch, (index + step) % len(self)) if self.cfg.augment else None
             try:
-                frames_THWC, kind = item.frames(rng)
+                return self._read((index + step) % len(self), epoch, unreadable)
             except VideoError as error:
                 unreadable[item.name] = error.reason
                 self.put_aside(unreadable)
-                continue
-            if rng is not None:
-                frames_THWC = _augment(frames_THWC, self.cfg, rng)
-            return ClipSample(to_model_range(frames_THWC), item.name, item.label, kind, unreadable)
         name, reason = next(iter(self.quarantine.items()))
         raise UserError(f"{', '.join(self.cfg.sources)}: not one of {len(self)} clips can be read ({name}: {reason})")
 
-    def get_this(self, index: int) -> ClipSample:
-        """Clip `index` itself, for work in which no other may stand in its place; VideoError where it is unreadable."""
-        sample, name = self.get(index), self.names[index]
-        if sample.name != name:
-            raise VideoError(name, self.quarantine[name])
-        return sample
+    def get_this(self, index: int, epoch: int = 0) -> ClipSample:
+        """Clip `index` itself, for work in which no other may stand in its place; VideoError where it is unreadable.
+
+        Nothing is quarantined: what comes out does not depend on what this process has met before.
+        """
+        return self._read(index, epoch, {})
+
+    def _read(self, index: int, epoch: int, unreadable: dict[str, str]) -> ClipSample:
+        item = self._items[index]
+        rng = rng_for(self._seed, "clip", epoch, index) if self.cfg.augment else None
+        frames_THWC, kind = item.frames(rng)
+        if rng is not None:
+            frames_THWC = _augment(frames_THWC, self.cfg, rng)
+        return ClipSample(to_model_range(frames_THWC), item.name, item.label, kind, unreadable)
 
     def first(self, num_clips: int) -> ClipDataset:
         """The first clips of the list, at most `num_clips`, as a set of their own."""

@@ -32,8 +32,8 @@ __all__ = [
 ]  # fmt: skip
 
 VIDEO_SUFFIXES = (
-    ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov",
-    ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv",
+    ".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov",
+    ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".nut", ".ogg", ".ogm", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m",
 )  # fmt: skip
 _TIME_SLACK = 1e-3  # seconds; containers round time stamps to a millisecond
 
@@ -251,16 +251,26 @@ def write_video(path: str | os.PathLike[str], frames_THWC: np.ndarray, fps: floa
 def list_videos(path: str | os.PathLike[str]) -> list[Path]:
     """All video files under a folder (recursive, sorted by name), or the one file given. Names may hold any bytes.
 
-    Raises UserError when the path does not exist or the folder holds no video.
+    Linked folders are searched too, each once. Raises UserError when the path does not exist or holds no video.
     """
     root = Path(path)
     if root.is_file():
         return [root]
     if not root.is_dir():
         raise UserError(f"{display_name(root)}: no such file or folder; give a video file or a folder of videos")
-    found = [Path(folder, name) for folder, _, names in os.walk(root) for name in names]
-    videos = sorted((p for p in found if p.suffix.lower() in VIDEO_SUFFIXES), key=os.fsencode)
+    videos = sorted((p for p in _files_below(root) if p.suffix.lower() in VIDEO_SUFFIXES), key=os.fsencode)
     if not videos:
         suffixes = " ".join(VIDEO_SUFFIXES)
         raise UserError(f"{display_name(root)}: no video under this folder (looked for {suffixes})")
     return videos
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Files of a folder and of those below it, linked ones too; a link that leads back is not followed again."""
+    seen: set[str] = set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder, name) for name in names)

@@ -45,7 +45,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--vq_ckpt", required=True, help="weights of the tokenizer: .safetensors or a run folder")
     add("--budget", type=str.strip, default="router", help=f"{FORMS} (default: router)")
     add("--max-clips", type=at_least(1), metavar="N", help="stop after N clips")
-    add("--all-clips", action="store_true", help="every consecutive clip of a video, not only the first")
+    add(
+        "--all-clips",
+        action="store_true",
+        help="all clips of 16 frames of a video, not only the first; a shorter rest is left out",
+    )
     add("--fps", type=positive, help="frame rate to read at (default: each file's own)")
     add("--batch-size", type=at_least(1), default=4, metavar="N", help="clips that go through the models together")
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")

@@ -104,15 +104,15 @@ class TableClips(ClipDataset):
         super().__init__(found.cfg, seed, [found._items[index_of[name]] for name in table.names])
         self._kept: dict[int, ClipSample] = {}
 
-    def get(self, index: int, epoch: int = 0) -> ClipSample:
+    def _read(self, index: int, epoch: int, unreadable: dict[str, str]) -> ClipSample:
         """Clip `index`, the same in every epoch. A small set is decoded once and then kept as bytes."""
         kept = self._kept.get(index)
         if kept is None:
-            sample = super().get(index)
+            sample = super()._read(index, epoch, {})
             kept = replace(sample, video_CTHW=(sample.video_CTHW * 255).round().to(torch.uint8))
             if (len(self._kept) + 1) * kept.video_CTHW.numel() <= KEPT_BYTES:
                 self._kept[index] = kept
-        return replace(kept, video_CTHW=kept.video_CTHW.float() / 255)
+        return replace(kept, video_CTHW=kept.video_CTHW.float() / 255, unreadable=unreadable)
 
 
 class RouterTraining:
