@@ -69,6 +69,19 @@ train_stage() {
     --max-restarts "${MAX_RESTARTS:-0}" -m "$module" "$@"
 }
 
+# sample MODULE [arguments]: a sampling command on GPUS=n processes (default 1), each with its own share of the clips.
+sample() {
+  local module=$1 python
+  shift
+  [ -z "${WORKERS:-}" ] || die "WORKERS=$WORKERS is for evaluation, curation and extraction; to sample on several GPUs set GPUS=n"
+  GPUS=${GPUS:-1}
+  whole_number GPUS 1
+  python=$(project_python)
+  [ "$GPUS" -gt 1 ] || exec "$python" -m "$module" "$@"
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(getconf _NPROCESSORS_ONLN) > GPUS ? $(getconf _NPROCESSORS_ONLN) / GPUS : 1))}
+  exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" -m "$module" "$@"
+}
+
 # run_workers MODULE [arguments]: WORKERS=n independent processes over the same work units, sharing the cores and the GPUs.
 run_workers() {
   local module=$1 workers=${WORKERS:-1} worker pid python cores failed=0 pids=()

@@ -158,6 +158,14 @@ def test_shared_work_starts_any_number_of_workers(script: str, tmp_path: Path, e
     assert_refuses(bash(script, str(config), PYPATH=broken, WORKERS="2"), "2 of 2 workers failed")
 
 
+@pytest.mark.parametrize("script", [script for script in COMMANDS if script.endswith("_visualization.sh")])
+def test_sampling_starts_a_process_for_each_gpu(script: str, echo_python: str) -> None:
+    assert bash(script, "--x", PYPATH=echo_python).stdout.startswith("-m autoregressive.sample_")
+    two = bash(script, "--x", PYPATH=echo_python, GPUS="2").stdout
+    assert two.startswith("-m torch.distributed.run --standalone --nproc-per-node 2 -m autoregressive.sample_")
+    assert_refuses(bash(script, "--x", PYPATH=echo_python, WORKERS="2"), "GPUS=n")
+
+
 def test_stopping_curation_stops_its_workers(tmp_path: Path) -> None:
     config, sleeper = tmp_path / "curate.yaml", executable(tmp_path / "python", "echo started; exec sleep 50")
     config.touch()

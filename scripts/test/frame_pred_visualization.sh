@@ -6,9 +6,8 @@
 #       --fixed-prefix "512,128" --condition-mode padding
 #
 # --dataset k600_val reads K600_ROOT and K600_VAL_FILE; --vid_path DIR takes any folder of videos instead.
-# All flags: python -m autoregressive.sample_frame_prediction --help. PRECISION, RANK, WORLD_SIZE: see sample_c2v_visualization.sh.
+# All flags: python -m autoregressive.sample_frame_prediction --help. PRECISION, GPUS, RANK, WORLD_SIZE: see sample_c2v_visualization.sh.
 
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_launch.sh"
-python=$(project_python)
-exec "$python" -m autoregressive.sample_frame_prediction "$@"
+sample autoregressive.sample_frame_prediction "$@"
