@@ -1,5 +1,7 @@
 """The sampler: what a clip depends on and what it does not, the grammar, lengths, guidance, and how often it waits."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -279,3 +281,16 @@ def test_guidance_is_the_formula() -> None:
     guided = guide(torch.stack([c, u], dim=1), scale_S)
     assert torch.equal(guided[1], c[1])
     torch.testing.assert_close(guided, u + scale_S[:, None] * (c - u))
+
+
+def test_a_sampler_that_nobody_needs_is_gone_at_once(gpt: GPT) -> None:
+    """With its cache, and on a GPU its graphs: a validation must not leave them to the steps after it."""
+    sampler = Sampler(gpt, GUIDED)
+    assert len(list(sampler.run(requests_of(2)))) == 2
+    watched = weakref.ref(sampler)
+    gc.disable()
+    try:
+        del sampler
+        assert watched() is None
+    finally:
+        gc.enable()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sampling_files import CLASSES, ROOT, common, contents, num_frames, save_random_gpt
 
-from autoregressive import sample_c2v, sample_frame_prediction
+from autoregressive import sample_c2v, sample_folder, sample_frame_prediction
 from autoregressive.class_names import names_of, parse_classes
 from autoregressive.sampler import Sampler
 from tokenizer.common.errors import UserError
@@ -59,7 +59,7 @@ def interrupted_after(num: int, finish):
         calls += 1
         if calls > num:
             raise KeyboardInterrupt
-        finish(*arguments)
+        return finish(*arguments)
 
     return stops
 
@@ -70,7 +70,7 @@ def test_resumed_or_divided_sampling_makes_the_same(c2v, tmp_path: Path, monkeyp
     wanted = contents(tmp_path / "whole", "frames.npy")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sample_c2v.SampleJob, "_finish", interrupted_after(2, sample_c2v.SampleJob._finish))
+        patch.setattr(sample_c2v.SampleJob, "_write", interrupted_after(2, sample_c2v.SampleJob._write))
         with pytest.raises(KeyboardInterrupt, match="interrupted after 3 clips; the same command goes on"):
             c2v(tmp_path / "parts", *flags)
     done = contents(tmp_path / "parts", "frames.npy")
@@ -95,6 +95,28 @@ def test_lengths_are_forced_and_limited(c2v, tmp_path: Path) -> None:
     assert [s["assignment"] for s in forced["samples"]] == [[8, 4, 2, 2]] * 2
     limited = c2v(tmp_path / "b", "--class-idx", "0,1", "--tokens-per-block", "8", "--max-tokens", "15")
     assert all(s["assignment"][0] == 8 and s["tokens"] <= 15 for s in limited["samples"])
+
+
+def test_a_model_without_classes_samples_clips(models: Path, c2v, tmp_path: Path) -> None:
+    save_random_gpt(models / "free.safetensors", replace(CLASSES, num_classes=0), [])
+    free = ("--gpt-ckpt", str(models / "free.safetensors"))
+    summary = c2v(tmp_path / "out", *free, "--qual-num", "2", "--cfg-scale", "1")
+    assert [(s["name"], s["class"]) for s in summary["samples"]] == [("clips_00000", None), ("clips_00001", None)]
+    with pytest.raises(UserError, match="--cfg-scale 1"):
+        c2v(tmp_path / "a", *free)
+    with pytest.raises(UserError, match="trained without classes"):
+        c2v(tmp_path / "b", *free, "--class-idx", "0")
+
+
+def test_a_full_disk_is_said(c2v, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are written in a thread: what goes wrong there must come out here."""
+
+    def full(*arguments) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sample_folder.SampleFolder, "add", full)
+    with pytest.raises(OSError, match="No space left"):
+        c2v(tmp_path / "out", "--class-idx", "0")
 
 
 def test_without_the_mask_broken_sequences_are_counted(c2v, tmp_path: Path, capsys) -> None:
