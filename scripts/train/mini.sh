@@ -4,7 +4,7 @@
 #   bash scripts/train/mini.sh
 #
 # Writes results/mini/{proxy,router,final,gpt_c2v,gpt_fp}/, the tables of stage 2 and the tokens of stage 5a, then the weights,
-# their figures and their card into ckpts/mini/. At most 3 hours on 2 cores for the tokenizer, and one more for the GPTs.
+# their figures and their card into ckpts/mini/. At most 3 hours on 2 cores for the tokenizer; each GPT takes 70 to 80 minutes of one core.
 
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_launch.sh"
