@@ -271,5 +271,4 @@ def _miniature(protocol: Protocol) -> ClipList:
         name, label = dataset.names[i], dataset.labels[i] or ""
         return ListedClip(i, name, label, 0, lambda: DecodedClip(0, to_uint8(dataset.get_this(i).video_CTHW), 0, 0.0))
 
-    drawn = _drawn(protocol, "clips", range(len(dataset)))
-    return ClipList([replace(clip(i), index=place) for place, i in enumerate(drawn)], len(dataset), 0)
+    return ClipList([clip(i) for i in range(len(dataset))][: protocol.count], len(dataset), 0)

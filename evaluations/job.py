@@ -244,6 +244,7 @@ class FolderMaker:
 
     def __init__(self, folder: str, clips: ClipList, protocol: Protocol, force: bool) -> None:
         self.files, self.num_frames, self.force = find_frames(folder), protocol.num_frames, force
+        self.size = protocol.size
         if len(self.files) != len(clips.clips):
             raise UserError(
                 f"{folder}: holds {len(self.files)} clips for the {len(clips.clips)} of the protocol; file i by name "
@@ -269,7 +270,14 @@ class FolderMaker:
         for clip in clips:
             sampled = self.records[clip.index].get("class_name")
             figures = {"sampled_class": sampled} if sampled else {}
-            yield Made(clip, read_frames(self.files[clip.index], self.num_frames, self.force), figures)
+            frames_THWC = read_frames(self.files[clip.index], self.num_frames, self.force)
+            if frames_THWC.shape[1:3] != (self.size, self.size):
+                height, width = frames_THWC.shape[1:3]
+                raise UserError(
+                    f"{self.files[clip.index]}: holds frames of {height}x{width} pixels, the protocol's have "
+                    f"{self.size}x{self.size}"
+                )
+            yield Made(clip, frames_THWC, figures)
 
 
 def shows(record: dict[str, Any], clip: ListedClip) -> bool:

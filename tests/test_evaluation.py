@@ -251,7 +251,7 @@ def test_samples_of_other_clips_are_not_compared(run: Run, tmp_path: Path, capsy
     for i in range(5):
         sample = tmp_path / f"samples/class_000_{i}"
         sample.mkdir(parents=True)
-        np.save(sample / "frames.npy", np.full((16, 64, 64, 3), 40 * i, np.uint8))
+        np.save(sample / "frames.npy", np.full((16, 32, 32, 3), 40 * i, np.uint8))
         (sample / "record.json").write_text(json.dumps({"name": sample.name, "class": 0, "class_name": "disc still"}))
     run("reconstruction", tmp_path / "a", "--protocol", "mini-recon", "--ours", tmp_path, exit_code=2)
     assert "class_000_0 continues no clip" in capsys.readouterr().err
