@@ -9,6 +9,7 @@ is one graph. The recorded kernels are those of the plain step, so its clips are
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -91,3 +92,15 @@ def _any_kernels() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(True, warn_only=warns)
+
+
+def weakly(advance: Callable[[Live], None]) -> Callable[[Live], None]:
+    """A method that does not keep its sampler alive: cache and graphs are given back when nobody needs them."""
+    reference = weakref.WeakMethod(advance)
+
+    def call(live: Live) -> None:
+        method = reference()
+        assert method is not None, "a sampler runs its own steps"
+        method(live)
+
+    return call

@@ -17,7 +17,6 @@ Q ids of one sequence, R = S * G rows of a step.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -29,7 +28,7 @@ from autoregressive.kv_cache import check_memory
 from autoregressive.model import GPT
 from autoregressive.noise import gumbel, id_words, key_words
 from autoregressive.pick import guide, pick
-from autoregressive.recorded_step import CudaGraphs, RecordedStep
+from autoregressive.recorded_step import CudaGraphs, RecordedStep, weakly
 from autoregressive.sequence import ClipCodes, Grammar, LengthRule, SequenceLayout
 from tokenizer.common.compiled import compile_layers, has_triton
 from tokenizer.common.errors import UserError
@@ -183,7 +182,7 @@ class Sampler:
         if config.compile:
             compile_layers(model, device, "--compile", "sample without it")
         self._kernel_sees = device.type == "cuda" and has_triton()
-        self._run_step: Callable[[Live], None] = _weakly(self._advance)
+        self._run_step: Callable[[Live], None] = weakly(self._advance)
         if device.type == "cuda":
             self._run_step = RecordedStep(self._run_step, (self._input_SG, self._position_S), CudaGraphs(device))
 
@@ -349,15 +348,3 @@ class Sampler:
         self.counts.clips += 1
         self.counts.broken += broken is not None
         return Sample(slot.request, id_Q, slot.grammar.lengths, broken)
-
-
-def _weakly(advance: Callable[[Live], None]) -> Callable[[Live], None]:
-    """A method that does not keep its sampler alive: cache and graphs are given back when nobody needs them."""
-    reference = weakref.WeakMethod(advance)
-
-    def call(live: Live) -> None:
-        method = reference()
-        assert method is not None, "a sampler runs its own steps"
-        method(live)
-
-    return call

@@ -32,7 +32,7 @@ from tokenizer.common import ranks
 from tokenizer.common.config import to_dict
 from tokenizer.common.entry import parse_training_arguments, rehearse
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.loop import RunConfig, Summed, TrainState, fit, start_run
+from tokenizer.common.loop import RunConfig, Summed, TrainState, fit, portion, start_run
 from tokenizer.common.optim import OptimConfig
 from tokenizer.model import VideoTokenizer, parameters_by_part
 from tokenizer.presets import load_tokenizer
@@ -142,8 +142,7 @@ class GPTTraining:
     def _validation_batches(self) -> Iterator[PackedSequences]:
         num = min(self.config.val_clips, len(self.val_archive))
         chosen = [i * len(self.val_archive) // num for i in range(num)]
-        run = self.config.run
-        at_once = max(1, run.batch_size // (ranks.num_ranks() * run.accumulate))  # as many as a step has
+        at_once = portion(self.config.run)
         for start in range(0, num, at_once):
             clips = [self.val_archive.clip(i) for i in chosen[start : start + at_once]]
             yield pack_sequences(self.layout, [self.layout.encode(clip) for clip in clips])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,13 +32,12 @@ from evaluations.shards import Features, RealCache, Record, ShardFolder, shard_s
 from evaluations.summary import per_clip_table, pick_shown, result_lines, summarise
 from tokenizer.common.arguments import Parser, at_least
 from tokenizer.common.errors import UserError
+from tokenizer.common.launcher import several_processes
 from tokenizer.common.runtime import pick_device
 from tokenizer.data.video_io import DecodedClip, VideoError
 from tokenizer.model import VideoTokenizer
 from tokenizer.router.clip_pictures import filmstrip
 from tokenizer.router.summary import versions
-
-_SEVERAL = ("WORKERS", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # how launchers say that there are several processes
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class Evaluation:
         fields = {name: getattr(args, name) for name in ("extractor", "perceptual", "count", "draws")}
         self.protocol: Protocol = find_protocol(args.protocol, task).change(**fields)
         self.args, self.device = args, pick_device(args.device)
-        if args.overwrite and any(os.environ.get(name, "1") != "1" for name in _SEVERAL):
+        if args.overwrite and several_processes():
             raise UserError("--overwrite with several processes: remove the folder yourself, then start them")
         self.cache = Path(args.cache)
         self.clips: ClipList = list_clips(self.protocol, args.data, self.cache, args.num_workers)

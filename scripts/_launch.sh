@@ -41,6 +41,13 @@ whole_number() {
   [[ ${!1} =~ ^[0-9]+$ ]] && [ "${!1}" -ge "$2" ] || die "$1 must be a whole number of at least $2, got '${!1}'"
 }
 
+# share_cores N: each of N processes on this machine gets its part of the cores, unless OMP_NUM_THREADS says how many.
+share_cores() {
+  local cores
+  cores=$(getconf _NPROCESSORS_ONLN)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
+}
+
 # train_stage MODULE CONFIG.yaml [...]: one training stage, on GPUS processes of each of NNODES machines (default 1 of 1).
 # MAX_RESTARTS=n (default 0): where a process dies, all are started again and resume, n times at most.
 # Under srun every task starts the stage itself and SLURM says who it is (scripts/slurm/).
@@ -64,7 +71,7 @@ train_stage() {
     [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$NNODES needs MASTER_ADDR, the name of the machine with NODE_RANK=0"
     rendezvous=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
   fi
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(getconf _NPROCESSORS_ONLN) > GPUS ? $(getconf _NPROCESSORS_ONLN) / GPUS : 1))}
+  share_cores "$GPUS"
   exec "$python" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$GPUS" "${rendezvous[@]}" \
     --max-restarts "${MAX_RESTARTS:-0}" -m "$module" "$@"
 }
@@ -78,20 +85,19 @@ sample() {
   whole_number GPUS 1
   python=$(project_python)
   [ "$GPUS" -gt 1 ] || exec "$python" -m "$module" "$@"
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(getconf _NPROCESSORS_ONLN) > GPUS ? $(getconf _NPROCESSORS_ONLN) / GPUS : 1))}
+  share_cores "$GPUS"
   exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" -m "$module" "$@"
 }
 
 # run_workers MODULE [arguments]: WORKERS=n independent processes over the same work units, sharing the cores and the GPUs.
 run_workers() {
-  local module=$1 workers=${WORKERS:-1} worker pid python cores failed=0 pids=()
+  local module=$1 workers=${WORKERS:-1} worker pid python failed=0 pids=()
   shift
   [[ $workers =~ ^[1-9][0-9]*$ ]] || die "WORKERS must be a whole number of at least 1, got '$workers'"
   python=$(project_python)
   [ "$workers" -gt 1 ] || exec "$python" -m "$module" "$@"
 
-  cores=$(getconf _NPROCESSORS_ONLN)
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > workers ? cores / workers : 1))}
+  share_cores "$workers"
   trap 'kill "${pids[@]}" 2>/dev/null; exit 130' INT TERM # bash hides Ctrl-C from processes in the background
   for ((worker = 0; worker < workers; worker++)); do
     LOCAL_RANK=$((${SLURM_LOCALID:-0} * workers + worker)) "$python" -m "$module" "$@" & # its GPU, see pick_device

@@ -20,12 +20,11 @@ from torch import Tensor
 
 from tokenizer.assignment import pack
 from tokenizer.blocks.quantizer import code_usage
-from tokenizer.common import ranks
 from tokenizer.common.config import to_dict
 from tokenizer.common.entry import parse_training_arguments, rehearse
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.image_quality import psnr
-from tokenizer.common.loop import RunConfig, TrainState, fit, start_run
+from tokenizer.common.loop import RunConfig, TrainState, fit, portion, start_run
 from tokenizer.common.optim import OptimConfig
 from tokenizer.common.picture import save_comparison
 from tokenizer.common.runtime import generator_for
@@ -181,7 +180,7 @@ class TokenizerTraining:
         config, measured = self.config, defaultdict[str, list[Tensor]](list)
         generator = generator_for(config.run.seed, "validate")
         chosen = self._validation_clips()
-        at_once = max(1, config.run.batch_size // (ranks.num_ranks() * config.run.accumulate))  # as many as a step has
+        at_once = portion(config.run)
         for start in range(0, len(chosen), at_once):
             some = chosen[start : start + at_once]
             real = torch.stack([self.val_data.get(i).video_CTHW for i in some]).to(self.device)

@@ -9,6 +9,11 @@ from collections.abc import MutableMapping
 from tokenizer.common.errors import UserError
 
 
+def several_processes() -> bool:
+    """Whether a launcher, or WORKERS of the scripts, has started others like this one."""
+    return any(os.environ.get(name, "1") != "1" for name in ("WORKERS", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+
+
 def local_rank() -> int:
     """Which process of this machine this is, in the words of torchrun, of run_workers (scripts) or of srun; else 0."""
     under_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1

@@ -29,7 +29,18 @@ from tokenizer.common.state import Adversary, TrainState
 from tokenizer.common.step import LossFn, Summed, TooManySkipped, train_step
 from tokenizer.common.survive import claim, note_unreadable, only_run_in, stop_signals
 
-__all__ = ["Adversary", "LossFn", "RunConfig", "Summed", "TrainState", "fit", "num_clips", "start_run", "train_step"]
+__all__ = [
+    "Adversary",
+    "LossFn",
+    "RunConfig",
+    "Summed",
+    "TrainState",
+    "fit",
+    "num_clips",
+    "portion",
+    "start_run",
+    "train_step",
+]
 
 
 def start_run(run: RunConfig) -> torch.device:
@@ -147,6 +158,11 @@ def _save(state: TrainState, config: Mapping[str, Any], reporter: Reporter, writ
 def num_clips(batch: Any, run: RunConfig) -> int:
     """Clips of a step, on all processes: run.batch_size, unless the batch itself counts them."""
     return getattr(batch, "num_in_step", 0) or run.batch_size
+
+
+def portion(run: RunConfig) -> int:
+    """Clips that a process computes at once in a step, and so what a validation may take at once."""
+    return max(1, run.batch_size // (ranks.num_ranks() * run.accumulate))
 
 
 @contextmanager

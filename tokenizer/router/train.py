@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizer.assignment import AssignmentSpace
-from tokenizer.common import ranks
 from tokenizer.common.checkpoint import file_sha256
 from tokenizer.common.config import to_dict
 from tokenizer.common.entry import parse_training_arguments, rehearse
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.loop import RunConfig, TrainState, fit, start_run
+from tokenizer.common.loop import RunConfig, TrainState, fit, portion, start_run
 from tokenizer.common.optim import OptimConfig
 from tokenizer.common.runtime import generator_for
 from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset
@@ -164,8 +163,7 @@ class RouterTraining:
 
     def validate(self, step: int) -> dict[str, float]:
         """What the router does on the clips of the validation table, see `measure`."""
-        run, num = self.config.run, len(self.val_clips)
-        at_once = max(1, run.batch_size // (ranks.num_ranks() * run.accumulate))  # as many as a step has
+        num, at_once = len(self.val_clips), portion(self.config.run)
         readable: list[int] = []
         scores: list[Tensor] = []
         for start in range(0, num, at_once):
