@@ -194,7 +194,7 @@ class RouterTraining:
         """Those that can be read, by their place in the table; another clip would be rated by the wrong row."""
         clips: dict[int, Tensor] = {}
         for place in places:
-            with suppress(VideoError):  # the set has reported it
+            with suppress(VideoError):  # counted in `validate`
                 clips[place] = self.val_clips.get_this(place).video_CTHW
         return clips
 
