@@ -1,7 +1,8 @@
 """The GPT: class (or given frames) in, the next token of a clip out (paper.md section 5).
 
 A plain decoder: RMSNorm, SwiGLU, no biases, learned absolute positions, untied head. Sequences are packed, never
-padded, so that a clip with fewer tokens is less work in training as well as in sampling.
+padded, so that a clip with fewer tokens is less work in training as well as in sampling. `block_positions` goes beyond
+the paper: beside its absolute position an id is told which code of its block comes next.
 
 Letters: L packed tokens, R rows of a decoding step, S slots, D width, V ids the head can say, h heads, e head width.
 """
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from autoregressive.attention import Live, attend_causal
 from autoregressive.kv_cache import KVCache, bytes_per_slot
-from autoregressive.sequence import SequenceLayout
+from autoregressive.sequence import BlockPositions, SequenceLayout
 from tokenizer.common.compiled import Layer
 from tokenizer.common.errors import UserError
 
@@ -42,6 +43,7 @@ class GPTConfig:
     num_blocks: int = 4
     num_classes: int = 101  # 0 for frame prediction
     condition_lengths: list[int] = field(default_factory=list)  # frame prediction: e.g. [512, 128]
+    block_positions: bool = False  # beside absolute positions, those in the block; the paper's models have none
 
     def __post_init__(self) -> None:
         if min(self.layers, self.width, self.heads) < 1 or self.width % self.heads:
@@ -102,6 +104,9 @@ class GPT(nn.Module):
         self.config, self.layout = config, config.layout
         self.embedding = nn.Embedding(self.layout.num_input_ids, config.width)
         self.positions = nn.Parameter(torch.empty(self.layout.max_length, config.width))
+        self.block_positions: nn.Parameter | None = None
+        if config.block_positions:
+            self.block_positions = nn.Parameter(torch.empty(self.layout.num_block_positions, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.head = nn.Linear(config.width, self.layout.num_ids, bias=False)
@@ -123,19 +128,29 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.02)
+        if self.block_positions is not None:
+            nn.init.normal_(self.block_positions, std=0.02)
         nn.init.zeros_(self.head.weight)
 
     def forward(self, id_L: Tensor, lengths: Sequence[int]) -> Tensor:
         """Packed sequences of `lengths` ids each, int64 [L] -> logits [L, V]; each sees its own past only."""
         position_L = torch.cat([torch.arange(length) for length in lengths]).to(id_L.device)
         attend = partial(attend_causal, lengths=lengths)
-        return self._logits(self._hidden(id_L, position_L, lambda layer: attend))
+        x_LD = self._embed(id_L, position_L, self._inner(id_L, position_L))
+        return self._logits(self._hidden(x_LD, lambda layer: attend))
 
-    def step(self, id_R: Tensor, position_S: Tensor, live: Live, cache: KVCache) -> Tensor:
-        """The next id of every row, at its slot's position -> logits [R, V]. `live`: which keys are read."""
-        position_R = position_S.repeat_interleave(len(id_R) // len(position_S))
+    def step(
+        self, id_R: Tensor, position_S: Tensor, live: Live, cache: KVCache, inner_S: Tensor | None = None
+    ) -> Tensor:
+        """The next id of every row, at its slot's position -> logits [R, V]. `live`: which keys are read.
+
+        `inner_S`: where in its block the id that follows will stand (`BlockPositions`); for models that learn it.
+        """
+        streams = len(id_R) // len(position_S)
+        inner_R = None if inner_S is None else inner_S.repeat_interleave(streams)
         attend = partial(cache.step, position_S=position_S, live=live)
-        return self._logits(self._hidden(id_R, position_R, lambda layer: partial(attend, layer)))
+        x_RD = self._embed(id_R, position_S.repeat_interleave(streams), inner_R)
+        return self._logits(self._hidden(x_RD, lambda layer: partial(attend, layer)))
 
     def prefill(self, id_Q: Tensor, slot: int, cache: KVCache) -> None:
         """Take the first ids of a sequence into a slot of the cache, all in one pass."""
@@ -144,7 +159,9 @@ class GPT(nn.Module):
             cache.fill(layer, slot, k_Qhe, v_Qhe)
             return attend_causal(q_Qhe, k_Qhe, v_Qhe, (len(id_Q),))
 
-        self._hidden(id_Q, torch.arange(len(id_Q), device=id_Q.device), lambda layer: partial(attend, layer))
+        position_Q = torch.arange(len(id_Q), device=id_Q.device)
+        x_QD = self._embed(id_Q, position_Q, self._inner(id_Q, position_Q))
+        self._hidden(x_QD, lambda layer: partial(attend, layer))
 
     def new_cache(self, slots: int, streams: int, places: int | None = None) -> KVCache:
         """Room for sequences of `places` ids (default: of any length), in the precision of the weights."""
@@ -172,8 +189,18 @@ class GPT(nn.Module):
         weight_WD = F.pad(self.head.weight, (0, 0, 0, missing))
         return F.linear(x_LD, weight_WD)[:, : self.layout.num_ids]
 
-    def _hidden(self, id_L: Tensor, position_L: Tensor, attend_of: Callable[[int], Attend]) -> Tensor:
-        x_LD = self.dropout(self.embedding(id_L) + self.positions[position_L])
+    def _inner(self, id_L: Tensor, position_L: Tensor) -> Tensor | None:
+        """Positions in the blocks, of packed sequences; None where the model does not read them."""
+        return None if self.block_positions is None else BlockPositions(self.layout, id_L.device).of(id_L, position_L)
+
+    def _embed(self, id_L: Tensor, position_L: Tensor, inner_L: Tensor | None) -> Tensor:
+        x_LD = self.embedding(id_L) + self.positions[position_L]
+        if self.block_positions is not None:
+            assert inner_L is not None, "this model learns positions in blocks: say where the next ids will stand"
+            x_LD = x_LD + self.block_positions[inner_L]
+        return self.dropout(x_LD)
+
+    def _hidden(self, x_LD: Tensor, attend_of: Callable[[int], Attend]) -> Tensor:
         for layer, block in enumerate(self.blocks):
             x_LD = block(x_LD, attend_of(layer))
         return self.norm(x_LD)

@@ -29,7 +29,7 @@ from autoregressive.model import GPT
 from autoregressive.noise import gumbel, id_words, key_words
 from autoregressive.pick import guide, pick
 from autoregressive.recorded_step import CudaGraphs, RecordedStep, weakly
-from autoregressive.sequence import ClipCodes, Grammar, LengthRule, SequenceLayout
+from autoregressive.sequence import BlockPositions, ClipCodes, Grammar, LengthRule, SequenceLayout
 from tokenizer.common.compiled import compile_layers, has_triton
 from tokenizer.common.errors import UserError
 
@@ -171,6 +171,9 @@ class Sampler:
         self._sequence_SQ = torch.zeros(slots, self.places + 1, dtype=torch.long, device=device)
         self._input_SG = torch.zeros(slots, streams, dtype=torch.long, device=device)  # ids of the next step
         self._position_S = torch.zeros(slots, dtype=torch.long, device=device)
+        self._block_positions = BlockPositions(layout, device)
+        self._inner_S = torch.zeros(slots, dtype=torch.long, device=device)  # in its block, of the id to be drawn
+        self._moving = (self._input_SG, self._position_S, self._inner_S)  # all that a step changes and starts from
         self._active_S = torch.zeros(slots, dtype=torch.long, device=device)  # 1 where a slot is in use
         self._key_S2 = torch.zeros(slots, 2, dtype=torch.long, device=device)
         self._scale_S = torch.ones(slots, device=device)
@@ -184,7 +187,7 @@ class Sampler:
         self._kernel_sees = device.type == "cuda" and has_triton()
         self._run_step: Callable[[Live], None] = weakly(self._advance)
         if device.type == "cuda":
-            self._run_step = RecordedStep(self._run_step, (self._input_SG, self._position_S), CudaGraphs(device))
+            self._run_step = RecordedStep(self._run_step, self._moving, CudaGraphs(device))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Samples in the order in which they end. Stopping early frees all slots."""
@@ -226,6 +229,7 @@ class Sampler:
         self._input_SG[s] = layout.open_id
         self._input_SG[s, 0] = condition_id
         self._position_S[s] = given
+        self._inner_S[s] = 0
         self._active_S[s] = 1
         self._key_S2[s] = torch.tensor(key_words(self.config.seed, *request.key))
         self._slots[s] = _Slot(request, Grammar(layout, request.rule), given)
@@ -291,11 +295,12 @@ class Sampler:
     def _advance(self, live: Live) -> None:
         """The device's part of a step: fixed shapes, all state in place."""
         c, position_S = self.config, self._position_S
-        logits_RV = self.model.step(self._input_SG.flatten(), position_S, live, self._cache)
+        logits_RV = self.model.step(self._input_SG.flatten(), position_S, live, self._cache, self._inner_S)
         logits_SV = guide(logits_RV.unflatten(0, self._input_SG.shape), self._scale_S)
         noise_SV = gumbel(self._key_S2, position_S, self._word_V)
         next_S = pick(logits_SV, self._bias_SV, noise_SV, c.temperature, c.top_k, c.top_p)
         self._input_SG.copy_(next_S[:, None].expand_as(self._input_SG))
+        self._inner_S.copy_(self._block_positions.after(self._inner_S, next_S))
         self._sequence_SQ.scatter_(1, position_S[:, None] + 1, next_S[:, None])
         position_S += self._active_S
 

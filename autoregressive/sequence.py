@@ -89,6 +89,11 @@ class SequenceLayout:
         clip = self.condition_tokens + free_blocks * self.levels[-1] + self.num_blocks
         return self.condition_tokens + 1 + clip
 
+    @property
+    def num_block_positions(self) -> int:
+        """Rows of a table of `BlockPositions`."""
+        return 1 + sum(self.levels)
+
     def num_inputs(self, tokens: int) -> int:
         """Ids that a model reads of a clip of `tokens` codes in training: its whole sequence but the last."""
         return self.condition_tokens + self.num_blocks + tokens
@@ -250,6 +255,44 @@ class Grammar:
         """Take in `num` codes at once, whichever they are: how a sampler avoids asking a device for each of them."""
         assert num <= self.codes_left
         self.codes_left -= num
+
+
+class BlockPositions:
+    """Where in its temporal block the next id will stand: rows of a table that a GPT may learn.
+
+    Row 0: it opens a block or begins the clip. Then a row for each code of each level, "the 5th of 32": the same one
+    whatever stands before the block, where the absolute position moves with the lengths of the blocks before.
+    """
+
+    def __init__(self, layout: SequenceLayout, device: torch.device) -> None:
+        self._layout = layout
+        level_K = torch.tensor(layout.levels)
+        first_K = 1 + level_K.cumsum(0) - level_K
+        next_P = torch.arange(1, layout.num_block_positions + 1)
+        next_P[first_K + level_K - 1] = next_P[0] = 0  # behind the last code, and where a length token is still due
+        given = [first_K[layout.levels.index(n)] + torch.arange(n) for n in layout.condition_lengths]
+        given_Q = torch.cat([*given, torch.zeros(1, dtype=torch.long)])[1:]  # nothing where no frames are given
+        self._level_K, self._first_K, self._next_P, self._given_Q = (
+            x.to(device) for x in (level_K, first_K, next_P, given_Q)
+        )
+
+    def of(self, id_L: Tensor, position_L: Tensor) -> Tensor:
+        """Packed sequences from their first ids on, and each id's position in its own -> int64 [L]."""
+        layout, row_L = self._layout, torch.arange(len(id_L), device=id_L.device)
+        marks_L = id_L >= layout.codebook_size  # length tokens and conditions
+        mark_L = torch.where(marks_L, row_L, -1).cummax(dim=0).values  # the last one so far, of whichever sequence
+        since_L, opener_L = row_L - mark_L, id_L[mark_L.clamp(min=0)]
+        level_L = (opener_L - layout.codebook_size).clamp(0, len(layout.levels) - 1)
+        in_block_L = (opener_L < layout.num_ids) & (since_L < self._level_K[level_L])
+        inner_L = torch.where(in_block_L, self._first_K[level_L] + since_L, 0)
+        if not len(self._given_Q):
+            return inner_L
+        return torch.where(since_L > position_L, self._given_Q[position_L.clamp(max=len(self._given_Q) - 1)], inner_L)
+
+    def after(self, inner_S: Tensor, id_S: Tensor) -> Tensor:
+        """Row after row: where the next id was to stand, and which it became -> where the one after it will."""
+        level_S = id_S - self._layout.codebook_size
+        return torch.where(level_S >= 0, self._first_K[level_S.clamp(min=0)], self._next_P[inner_S])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.nn.attention.varlen import varlen_attn
 from tokenizer.assignment import Packing, pack, pack_uniform
 from tokenizer.blocks.attention import attend_by_clip, attend_varlen, block_causal_attention
 from tokenizer.blocks.patchify import patchify, unpatchify
-from tokenizer.blocks.positions import sincos_3d
+from tokenizer.blocks.positions import sincos_3d, waves_3d
 from tokenizer.blocks.query_init import level_cells, most_queries, packed_queries, pooling_pyramid
 
 UNEQUAL = pack(torch.tensor([[3, 1, 2], [1, 4, 1], [2, 2, 2]]))
@@ -145,6 +145,9 @@ def test_positions_tell_all_places_apart() -> None:
         assert table.shape == (64, width) and table.abs().max() <= 1
         distance = torch.cdist(table, table) + torch.eye(64) * 9
         assert distance.min() > 0.1
+        waves = [table[:, wave] for axis in waves_3d(width) for wave in axis]  # sine and cosine
+        assert len(waves) > width // 4
+        torch.testing.assert_close(torch.stack(waves).square().sum(dim=2), torch.ones(len(waves), 64))
     table = sincos_3d(4, 4, 48).view(4, 4, 4, 48)
     near, far = (table[0, 0, 0] - table[0, 0, 1]).norm(), (table[0, 0, 0] - table[3, 3, 3]).norm()
     assert near < far

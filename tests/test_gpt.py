@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from autoregressive.presets import (
     check_tokenizer_fits,
     load_gpt,
 )
+from autoregressive.sequence import BlockPositions, ClipCodes
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError
@@ -158,6 +161,31 @@ def test_cached_decoding_equals_uncached(gpt: GPT, streams: int) -> None:
                 if num:
                     expected = wanted[s][num - 1].expand(streams, -1)
                     torch.testing.assert_close(logits_SGV[s], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_classes": 0, "condition_lengths": [8, 2]}])
+def test_positions_in_blocks_are_the_same_cached_and_uncached(changes: dict[str, Any]) -> None:
+    """What a prefill and single steps are told of a block is what a packed sequence says of itself, and it matters."""
+    torch.manual_seed(0)
+    model = GPT(replace(DEBUG, block_positions=True, **changes)).eval()
+    torch.nn.init.normal_(model.head.weight)
+    layout, lengths = model.layout, (8, 2, 4, 2)
+    codes_L = torch.randint(layout.codebook_size, (16,))
+    condition_L = torch.randint(layout.codebook_size, (layout.condition_tokens,))
+    id_Q = layout.encode(ClipCodes(codes_L, lengths, 3 if layout.num_classes else None, condition_L))
+    wanted_QV = model(id_Q, [len(id_Q)])
+    cache, positions = model.new_cache(slots=1, streams=1), BlockPositions(layout, model.device)
+    with torch.no_grad():
+        if len(condition_L):
+            model.prefill(condition_L, 0, cache)
+        inner_1 = torch.zeros(1, dtype=torch.long)
+        for place in range(len(condition_L), len(id_Q)):
+            if place > len(condition_L):
+                inner_1 = positions.after(inner_1, id_Q[place : place + 1])
+            found_1V = model.step(id_Q[place : place + 1], torch.tensor([place]), [place + 1], cache, inner_1)
+            torch.testing.assert_close(found_1V[0], wanted_QV[place], rtol=1e-4, atol=1e-4)
+        model.block_positions[3] += 1.0  # of the second code of four
+        assert not torch.equal(model(id_Q, [len(id_Q)]), wanted_QV)
 
 
 def test_attention_in_one_call_equals_slot_by_slot() -> None:

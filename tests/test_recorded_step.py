@@ -20,7 +20,7 @@ CONFIG = SamplingConfig(slots=2, guidance=(2.0,), top_k=50, top_p=0.95)
 
 CODES = torch.randint(64, (5, 12), generator=torch.Generator().manual_seed(0))
 CASES = {  # changes of the model, how it is sampled, what is asked for
-    "class": ({}, CONFIG, REQUESTS),
+    "class": ({"block_positions": True}, CONFIG, REQUESTS),
     "frames": (
         {"num_classes": 0, "condition_lengths": [8, 4]},
         SamplingConfig(slots=2),
@@ -65,7 +65,7 @@ class AsOnAGPU(Sampler):
     def __init__(self, model: GPT, config: SamplingConfig) -> None:
         super().__init__(model, config)
         self.record = StandIn()
-        self._run_step = RecordedStep(self._advance, (self._input_SG, self._position_S), self.record)
+        self._run_step = RecordedStep(self._advance, self._moving, self.record)
 
     def _live(self) -> None:
         return None

@@ -16,8 +16,8 @@ from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig, lon
 from autoregressive.sequence import Grammar, LengthRule, length_rule
 from tokenizer.common.errors import UserError
 
-CLASSES = PRESETS["GPT-debug"]
-FRAMES = replace(CLASSES, num_classes=0, condition_lengths=[8, 4])
+CLASSES = replace(PRESETS["GPT-debug"], block_positions=True)
+FRAMES = replace(PRESETS["GPT-debug"], num_classes=0, condition_lengths=[8, 4])
 ANY = LengthRule()
 GUIDED = SamplingConfig(slots=3, guidance=(2.0,))
 
@@ -125,7 +125,7 @@ def test_rows_are_equal_to_the_bit_whatever_the_others_hold(gpt: GPT) -> None:
         with torch.inference_mode():
             for t in range(3):
                 live = [t + 1 if s == slot or t == 2 else 0 for s in range(4)]
-                logits_SV = gpt.step(other_S3[:, t], torch.full((4,), t), live, cache)
+                logits_SV = gpt.step(other_S3[:, t], torch.full((4,), t), live, cache, torch.zeros(4, dtype=torch.long))
         return logits_SV[slot]
 
     assert torch.equal(last_logits(0), last_logits(3))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from autoregressive.sequence import (
     IGNORE,
+    BlockPositions,
     ClipCodes,
     Grammar,
     LengthRule,
@@ -42,6 +43,26 @@ def test_clip_to_sequence_and_back_is_exact(seed: int, layout: SequenceLayout) -
     back = layout.decode(id_Q)
     assert (back.lengths, back.label) == (clip.lengths, clip.label)
     assert torch.equal(back.code_L, clip.code_L) and torch.equal(back.condition_L, clip.condition_L)
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=3), st.sampled_from([CLASSES, FRAMES]))
+@settings(max_examples=50, deadline=None)
+def test_positions_in_blocks_are_those_that_the_grammar_walks_through(seeds: list[int], layout: SequenceLayout) -> None:
+    """Packed sequences at once, and the rows of a sampler one id at a time, against the grammar's own count."""
+    packed = pack_sequences(layout, [layout.encode(random_clip(layout, seed)) for seed in seeds])
+    positions = BlockPositions(layout, torch.device("cpu"))
+    of_L = positions.of(packed.id_L, torch.cat([torch.arange(length) for length in packed.lengths]))
+    first_of, given = {2: 1, 4: 3, 8: 7}, layout.condition_tokens
+    for id_Q, of_Q in zip(packed.id_L.split(packed.lengths), of_L.split(packed.lengths), strict=True):
+        grammar, inner_1 = Grammar(layout), torch.zeros(1, dtype=torch.long)
+        assert of_Q[:given].tolist() == (list(range(8, 15)) + [1, 2, 0] if given else [])
+        assert of_Q[given] == 0
+        for token, of in zip(id_Q[given + 1 :].tolist(), of_Q[given + 1 :].tolist(), strict=True):
+            grammar.advance(token)
+            inner_1 = positions.after(inner_1, torch.tensor([token]))
+            length = grammar.lengths[-1]
+            wanted = first_of[length] + length - grammar.codes_left if grammar.codes_left else 0
+            assert of == wanted == inner_1.item() < layout.num_block_positions
 
 
 def test_layout_is_that_of_the_paper() -> None:

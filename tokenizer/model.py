@@ -21,12 +21,11 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from tokenizer.assignment import AssignmentSpace, Packing, pack, pack_uniform
-from tokenizer.blocks.attention import Attention
 from tokenizer.blocks.patchify import patchify, unpatchify
 from tokenizer.blocks.positions import sincos_3d
 from tokenizer.blocks.quantizer import Quantized, VectorQuantizer
 from tokenizer.blocks.query_init import most_queries, packed_cells, packed_queries, pooling_pyramid
-from tokenizer.blocks.structured_init import patch_filters, start_attention, start_decoder, start_encoder
+from tokenizer.blocks.structured_init import patch_filters, start_decoder, start_encoder
 from tokenizer.blocks.transformer import QFormer
 from tokenizer.budget import parse_budget
 from tokenizer.common.errors import UserError
@@ -188,12 +187,9 @@ class VideoTokenizer(nn.Module):
             patch_pos.copy_(sincos_3d(c.num_blocks, c.grid, patch_pos.shape[1]))
             cells = pooling_pyramid(patch_pos.unflatten(0, (c.num_blocks, -1)), c.grid)  # [N, 2*G*G, D]
             token_pos.copy_(cells[:, : c.block_queries].flatten(0, 1))
-        for module in self.modules():
-            if isinstance(module, Attention):
-                start_attention(module)
-        filter_PP = patch_filters(c.patch_frames, c.patch_size)
-        start_encoder(self.patch_embed, self.query_embed, self.encoder, self.to_latent, filter_PP)
-        start_decoder(self.from_latent, self.decoder, self.to_pixels, filter_PP)
+        filters = patch_filters(c.patch_frames, c.patch_size)
+        start_encoder(self.patch_embed, self.query_embed, self.encoder, self.to_latent, *filters)
+        start_decoder(self.from_latent, self.decoder, self.to_pixels, *filters)
 
     # --- the three phases ---------------------------------------------------------------------------------------
 

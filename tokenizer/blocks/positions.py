@@ -11,21 +11,39 @@ from torch import Tensor
 
 
 def sincos_3d(num_blocks: int, grid: int, width: int) -> Tensor:
-    """float32 [num_blocks * grid * grid, width]: a quarter of the width tells the block, the rest row and column."""
-    block_width = 2 * (width // 8)
-    row_width = 2 * ((width - block_width) // 4)
+    """float32 [num_blocks * grid * grid, width]: a quarter of the width tells the block, the rest row and column.
+
+    The slowest waves, which tell least, stand at both ends: there structured_init.py puts what is not a place.
+    """
+    row_width, block_width, column_width = _axis_widths(width)
+    row = _sincos_1d(grid, row_width).flip(1)
     block = _sincos_1d(num_blocks, block_width)
-    row = _sincos_1d(grid, row_width)
-    column = _sincos_1d(grid, width - block_width - row_width)
+    column = _sincos_1d(grid, column_width)
     table = torch.cat(
         [
-            block[:, None, None].expand(-1, grid, grid, -1),
             row[None, :, None].expand(num_blocks, -1, grid, -1),
+            block[:, None, None].expand(-1, grid, grid, -1),
             column[None, None, :].expand(num_blocks, grid, -1, -1),
         ],
         dim=-1,
     )
     return table.reshape(num_blocks * grid * grid, width)
+
+
+def waves_3d(width: int) -> list[list[tuple[int, int]]]:
+    """Of row, block and column: the two channels of `sincos_3d` that hold sine and cosine of each wave."""
+    waves, start = [], 0
+    for axis_width in _axis_widths(width):
+        half = axis_width // 2
+        waves.append([(start + wave, start + half + wave) for wave in range(half)])
+        start += axis_width
+    return waves
+
+
+def _axis_widths(width: int) -> tuple[int, int, int]:
+    block_width = 2 * (width // 8)
+    row_width = 2 * ((width - block_width) // 4)
+    return row_width, block_width, width - block_width - row_width
 
 
 def _sincos_1d(length: int, width: int) -> Tensor:

@@ -9,7 +9,8 @@ as what it will have to be able to do anyway, and nothing of the architecture ch
                          direction of the latent, which is all that the quantiser keeps, holds their amplitude
     decoder, cross       values pass through: a patch starts from the tokens that its attention finds near its place
     all other branches   add nothing yet: their last linear maps are 0
-    queries and keys     W_q = W_k, scaled so that near places find each other
+    queries and keys     whole waves of the positions, shared out among the heads, and nothing of the content: so the
+                         product of two places falls with their distance, in every head, whatever stands there
 
 Two numbers of every token, +c and -c, are constant: beside them a LayerNorm leaves the amplitude of the others as it
 is. The constants below make latents of about equal spread from natural pictures; training moves all of them.
@@ -20,27 +21,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tokenizer.blocks.attention import Attention
 from tokenizer.blocks.frequency import cosine_filters
-from tokenizer.blocks.transformer import QFormer
+from tokenizer.blocks.positions import waves_3d
+from tokenizer.blocks.transformer import QFormer, QFormerLayer
 
-NEARNESS = 16.0  # W_q^T W_k against plain Xavier: how sharply near places find each other
+NEARNESS = 16.0  # weight of a wave in the product of query and key: how sharply near places find each other
 _COLOUR_RANK = 1.2  # colour differences come right behind the first brightness differences
 _CONTENT, _CONSTANT = 0.3, 6.0  # amplitude of coefficients and of the constant pair in the encoder
 _SHOWN, _SHOWN_CONSTANT = 0.15, 3.0  # the same in the decoder
-_OWN = 4.0  # of a patch, its own tokens against the first token of its block
-_DC_GAIN, _AC_GAIN = 0.25, 1.0  # from normalised coefficients to latents: mean brightness is the loudest
-_LATENT_NORM = 1.4  # of a latent before normalisation, typically
-
-
-def start_attention(attention: Attention) -> None:
-    """Equal queries and keys: an attention whose first choice is its own neighbourhood."""
-    attention.to_q.weight.mul_(NEARNESS**0.5)
-    attention.to_k.weight.copy_(attention.to_q.weight)
+_FAINT = 0.1  # of rows that hold no wave
+_OWN = 16.0  # of a patch, its own tokens against the first token of its block
+_DC_GAIN, _COLOUR_GAIN, _AC_GAIN = 0.09, 0.10, 0.20  # from coefficients to latents: means are the loudest
+_LATENT_NORM = 1.2  # of a latent before normalisation, typically
 
 
 def start_encoder(
-    patch_embed: nn.Linear, query_embed: nn.Linear, encoder: QFormer, to_latent: nn.Sequential, filter_PP: Tensor
+    patch_embed: nn.Linear,
+    query_embed: nn.Linear,
+    encoder: QFormer,
+    to_latent: nn.Sequential,
+    filter_PP: Tensor,
+    gain_P: Tensor,
 ) -> None:
     """Pixels -> latents of low coefficients and a constant."""
     width, num = len(patch_embed.weight), min(len(patch_embed.weight) - 2, len(filter_PP))
@@ -48,27 +49,31 @@ def start_encoder(
     query_embed.weight.copy_(torch.eye(width))
     query_embed.bias[-2:] = torch.tensor([_CONSTANT, -_CONSTANT])
     for layer in encoder:
+        _start_attention(layer, content=[width - 2, width - 1])
         for branch in (layer.self_attention.to_out, layer.cross_attention.to_out, _linear(layer.mlp[2])):
             branch.weight.zero_()
     narrow, last = map(_linear, to_latent)
-    kept, gain = _kept(last.out_features)
+    kept = last.out_features - 1
     narrow.weight[:kept] = torch.eye(kept, width)
     narrow.weight[kept] = 0
     narrow.weight[kept, -2:] = torch.tensor([0.5, -0.5])
-    last.weight.zero_()[:kept, :kept] = gain.diag()
-    last.weight[kept, kept] = _spread(width, _CONSTANT) / _CONSTANT  # the constant becomes 1
+    spread = _spread(width, _CONSTANT)
+    last.weight.zero_()[:kept, :kept] = (gain_P[:kept] * spread / _CONTENT).diag()
+    last.weight[kept, kept] = spread / _CONSTANT  # the constant becomes 1
 
 
-def start_decoder(from_latent: nn.Sequential, decoder: QFormer, to_pixels: nn.Linear, filter_PP: Tensor) -> None:
+def start_decoder(
+    from_latent: nn.Sequential, decoder: QFormer, to_pixels: nn.Linear, filter_PP: Tensor, gain_P: Tensor
+) -> None:
     """Latents -> pixels of the coefficients they hold."""
     width = to_pixels.in_features
     wide, last = map(_linear, from_latent)
     wide.weight[: wide.in_features] = torch.eye(wide.in_features)
-    kept, gain = _kept(wide.in_features)
-    coefficient = _LATENT_NORM * _spread(width, _CONSTANT) / _CONTENT / gain
-    last.weight.zero_()[:kept, :kept] = (_SHOWN * coefficient).diag()
+    kept = wide.in_features - 1
+    last.weight.zero_()[:kept, :kept] = (_SHOWN * _LATENT_NORM / gain_P[:kept]).diag()
     last.bias[-2:] = torch.tensor([_SHOWN_CONSTANT, -_SHOWN_CONSTANT])
     for layer in decoder:
+        _start_attention(layer, content=[*range(kept), width - 2, width - 1])
         layer.self_attention.to_out.weight.zero_()
         _linear(layer.mlp[2]).weight.zero_()
         layer.cross_attention.to_v.weight.copy_(torch.eye(width))
@@ -78,21 +83,37 @@ def start_decoder(from_latent: nn.Sequential, decoder: QFormer, to_pixels: nn.Li
     to_pixels.weight.zero_()[:, :num] = scale * filter_PP[:num].T
 
 
-def patch_filters(patch_frames: int, patch_size: int) -> Tensor:
-    """The cosine filters that both ends start from, [P, P]."""
-    return cosine_filters(patch_frames, patch_size, _COLOUR_RANK)[0]
+def patch_filters(patch_frames: int, patch_size: int) -> tuple[Tensor, Tensor]:
+    """The cosine filters that both ends start from, [P, P], and how loud a latent holds each coefficient, [P]."""
+    filter_PP, frequency_P, _ = cosine_filters(patch_frames, patch_size, _COLOUR_RANK)
+    gain_P = torch.where(frequency_P == frequency_P.new_tensor(_COLOUR_RANK), _COLOUR_GAIN, _AC_GAIN)
+    return filter_PP, torch.where(frequency_P == 0, _DC_GAIN, gain_P)
+
+
+def _start_attention(layer: QFormerLayer, content: list[int]) -> None:
+    """Both attentions of a layer look for near places. `content`: channels that hold more than a position.
+
+    The waves of each axis are dealt out to the heads in turn; no head is left without one of each. Rows that remain
+    stay random but faint, because queries and keys that are both 0 would never learn.
+    """
+    for attention in (layer.self_attention, layer.cross_attention):
+        weight, heads = attention.to_q.weight, attention.heads
+        axes = [[wave for wave in axis if not set(wave) & set(content)] for axis in waves_3d(len(weight))]
+        head_width = len(weight) // heads
+        for head in range(heads):
+            waves = [wave for axis in axes for wave in axis[head::heads] or axis[head % len(axis) :][:1]]
+            channels = [channel for wave in waves for channel in wave][:head_width]
+            rows = head * head_width + torch.arange(len(channels))
+            weight[head * head_width : (head + 1) * head_width] *= _FAINT
+            weight[rows] = 0
+            weight[rows, channels] = NEARNESS**0.5
+        weight[:, content] = 0
+        attention.to_k.weight.copy_(weight)
 
 
 def _linear(module: nn.Module) -> nn.Linear:
     assert isinstance(module, nn.Linear)
     return module
-
-
-def _kept(code_width: int) -> tuple[int, Tensor]:
-    """How many coefficients a latent holds, and the gain of each."""
-    gain = torch.full((code_width - 1,), _AC_GAIN)
-    gain[:1] = _DC_GAIN
-    return code_width - 1, gain
 
 
 def _spread(width: int, constant: float) -> float:
