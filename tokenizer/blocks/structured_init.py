@@ -101,7 +101,7 @@ def _start_attention(layer: QFormerLayer, content: list[int]) -> None:
         axes = [[wave for wave in axis if not set(wave) & set(content)] for axis in waves_3d(len(weight))]
         head_width = len(weight) // heads
         for head in range(heads):
-            waves = [wave for axis in axes for wave in axis[head::heads] or axis[head % len(axis) :][:1]]
+            waves = [wave for axis in axes for wave in axis[head::heads] or axis[head % max(1, len(axis)) :][:1]]
             channels = [channel for wave in waves for channel in wave][:head_width]
             rows = head * head_width + torch.arange(len(channels))
             weight[head * head_width : (head + 1) * head_width] *= _FAINT
