@@ -115,7 +115,7 @@ def pad_to_maximum(model: GPT, config: SamplingConfig, batch: list[Request], pla
     written: list[list[int]] = []
     for place in range(places or layout.max_length - 1):
         position_S = torch.full((slots,), place, device=device)
-        logits_RV = model.step(input_SG.flatten(), position_S, layout.max_length, cache)
+        logits_RV = model.step(input_SG.flatten(), position_S, layout.max_length, cache, torch.zeros_like(position_S))
         logits_SV = guide(logits_RV.unflatten(0, input_SG.shape), scale_S)
         next_S = pick(logits_SV, bias_SV, gumbel(key_S2, position_S, word_V))
         written.append(next_S.tolist())  # the look at every step
@@ -161,7 +161,7 @@ def step_fraction(model: GPT, batch: int) -> dict[str, float]:
             F.linear(vectors[matrix.shape[1]][None], matrix)
 
     def step() -> None:
-        model.step(input_R, position_S, [LIVE] * batch, cache)
+        model.step(input_R, position_S, [LIVE] * batch, cache, torch.zeros_like(position_S))
 
     runs = [[_thread_seconds(run) for run in (products, linears, step)] for _ in range(REPEATS + 1)][1:]
     *roofs, taken = (min(column) for column in zip(*runs, strict=True))
