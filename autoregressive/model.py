@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from autoregressive.attention import Live, attend_causal
 from autoregressive.kv_cache import KVCache, bytes_per_slot
-from autoregressive.sequence import BlockPositions, SequenceLayout
+from autoregressive.sequence import SequenceLayout, block_positions
 from tokenizer.common.compiled import Layer
 from tokenizer.common.errors import UserError
 
@@ -191,7 +191,7 @@ class GPT(nn.Module):
 
     def _inner(self, id_L: Tensor, position_L: Tensor) -> Tensor | None:
         """Positions in the blocks, of packed sequences; None where the model does not read them."""
-        return None if self.block_positions is None else BlockPositions(self.layout, id_L.device).of(id_L, position_L)
+        return None if self.block_positions is None else block_positions(self.layout, id_L.device).of(id_L, position_L)
 
     def _embed(self, id_L: Tensor, position_L: Tensor, inner_L: Tensor | None) -> Tensor:
         x_LD = self.embedding(id_L) + self.positions[position_L]

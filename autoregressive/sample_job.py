@@ -23,8 +23,8 @@ from autoregressive.presets import PRESETS, check_tokenizer_fits, load_gpt
 from autoregressive.sample_folder import SampleFolder
 from autoregressive.sample_grid import tokens_of
 from autoregressive.sample_pictures import ShownClip
-from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig, longest_sequence
-from autoregressive.sequence import LengthRule, length_rule
+from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig
+from autoregressive.sequence import LengthRule, length_rule, longest_sequence
 from tokenizer.common.arguments import Parser, at_least, positive
 from tokenizer.common.errors import UserError
 from tokenizer.common.launcher import adopt_slurm

@@ -29,7 +29,7 @@ from autoregressive.model import GPT
 from autoregressive.noise import gumbel, id_words, key_words
 from autoregressive.pick import guide, pick
 from autoregressive.recorded_step import CudaGraphs, RecordedStep, weakly
-from autoregressive.sequence import BlockPositions, ClipCodes, Grammar, LengthRule, SequenceLayout
+from autoregressive.sequence import ClipCodes, Grammar, LengthRule, SequenceLayout, block_positions, longest_sequence
 from tokenizer.common.compiled import compile_layers, has_triton
 from tokenizer.common.errors import UserError
 
@@ -139,13 +139,6 @@ class _Slot:
         return 1 if self.grammar.wants_length else self.grammar.codes_left
 
 
-def longest_sequence(layout: SequenceLayout, rule: LengthRule) -> int:
-    """Ids of the longest sequence that `rule` allows: the places that a cache needs."""
-    free = layout.num_blocks - len(rule.forced)
-    tokens = sum(rule.forced) + free * layout.levels[-1]
-    return layout.condition_tokens + 1 + min(tokens, rule.max_tokens or tokens) + layout.num_blocks
-
-
 class Sampler:
     """Samples clips of one model. `places`: ids of the longest sequence that will be asked for (default: any).
 
@@ -171,7 +164,7 @@ class Sampler:
         self._sequence_SQ = torch.zeros(slots, self.places + 1, dtype=torch.long, device=device)
         self._input_SG = torch.zeros(slots, streams, dtype=torch.long, device=device)  # ids of the next step
         self._position_S = torch.zeros(slots, dtype=torch.long, device=device)
-        self._block_positions = BlockPositions(layout, device)
+        self._block_positions = block_positions(layout, device)
         self._inner_S = torch.zeros(slots, dtype=torch.long, device=device)  # in its block, of the id to be drawn
         self._moving = (self._input_SG, self._position_S, self._inner_S)  # all that a step changes and starts from
         self._active_S = torch.zeros(slots, dtype=torch.long, device=device)  # 1 where a slot is in use

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -193,6 +193,13 @@ def length_rule(layout: SequenceLayout, forced: Sequence[int] = (), max_tokens: 
     return rule
 
 
+def longest_sequence(layout: SequenceLayout, rule: LengthRule) -> int:
+    """Ids of the longest sequence that `rule` allows: the places that a cache needs."""
+    free = layout.num_blocks - len(rule.forced)
+    tokens = sum(rule.forced) + free * layout.levels[-1]
+    return layout.condition_tokens + 1 + min(tokens, rule.max_tokens or tokens) + layout.num_blocks
+
+
 def _check_prefix(layout: SequenceLayout, lengths: Sequence[int]) -> None:
     """Plain numbers only: a layout is also made where tensors are `meta`."""
     strange = [length for length in lengths if length not in layout.levels]
@@ -293,6 +300,12 @@ class BlockPositions:
         """Row after row: where the next id was to stand, and which it became -> where the one after it will."""
         level_S = id_S - self._layout.codebook_size
         return torch.where(level_S >= 0, self._first_K[level_S.clamp(min=0)], self._next_P[inner_S])
+
+
+@lru_cache(maxsize=8)
+def block_positions(layout: SequenceLayout, device: torch.device) -> BlockPositions:
+    """Made once, not in every step: its tables are copied to the device, which a GPU would be waited for."""
+    return BlockPositions(layout, device)
 
 
 @dataclass(frozen=True)

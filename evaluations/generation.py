@@ -15,8 +15,8 @@ import torch
 
 from autoregressive.presets import TrainedGPT, check_tokenizer_fits, load_gpt
 from autoregressive.sample_grid import tokens_of
-from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig, longest_sequence
-from autoregressive.sequence import SequenceLayout, length_rule
+from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig
+from autoregressive.sequence import SequenceLayout, length_rule, longest_sequence
 from evaluations.clip_list import ListedClip
 from evaluations.job import Evaluation, Made, require, token_figures
 from tokenizer.common.arguments import Parser, at_least, positive

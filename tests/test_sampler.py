@@ -12,8 +12,8 @@ from autoregressive.model import GPT, GPTConfig
 from autoregressive.noise import gumbel, id_words, key_words
 from autoregressive.pick import guide, keep_top_k, keep_top_p, pick
 from autoregressive.presets import PRESETS
-from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig, longest_sequence
-from autoregressive.sequence import Grammar, LengthRule, length_rule
+from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig
+from autoregressive.sequence import Grammar, LengthRule, length_rule, longest_sequence
 from tokenizer.common.errors import UserError
 
 CLASSES = replace(PRESETS["GPT-debug"], block_positions=True)
