@@ -25,7 +25,13 @@ PRESETS: dict[str, GPTConfig] = {
     "GPT-LP": GPTConfig(layers=30, width=1280, heads=20),
     # the same for the miniature tokenizer, small enough to be shipped
     "GPT-mini": GPTConfig(
-        layers=4, width=192, heads=6, codebook_size=2048, levels=[8, 16, 32, 64, 128], num_classes=11
+        layers=4,
+        width=192,
+        heads=6,
+        codebook_size=2048,
+        levels=[8, 16, 32, 64, 128],
+        num_classes=11,
+        block_positions=True,
     ),
     # fractions of a second on a CPU, for tests
     "GPT-debug": GPTConfig(layers=2, width=32, heads=2, codebook_size=64, levels=[2, 4, 8], num_classes=11),

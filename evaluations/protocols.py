@@ -175,14 +175,14 @@ _ALL = (
     Protocol(
         "mini-c2v",
         "class_to_video",
-        "the miniature's classes, rendered over held-out backgrounds; compares with nothing published",
+        "the miniature's classes, held-out scenes; compares with nothing published",
         sources=("classed:heldout:256",),
         **_MINI,
     ),
     Protocol(
         "mini-fp",
         "frame_prediction",
-        "the miniature continues rendered and real clips of held-out sources; compares with nothing published",
+        "the miniature continues held-out scenes of its classes; compares with nothing published",
         sources=("classed:heldout:256",),
         condition_frames=5,
         **_MINI,

@@ -17,7 +17,9 @@ def test_motion_and_speed_are_those_of_the_class() -> None:
     by_motion: dict[str, list[float]] = {}
     for seed in SEEDS:
         frames_THWC, kind = render_classed_scene(seed, "train")
-        by_motion.setdefault(kind, []).append(motion(frames_THWC))
+        scene = draw_classed_scene(seed, "train")
+        contrast = np.abs(scene.colour_3 - scene.ground_3).mean()
+        by_motion.setdefault(kind, []).append(motion(frames_THWC) / contrast)
     mean = {name: np.mean(values) for name, values in by_motion.items()}
     assert max(by_motion["still"]) == 0
     for kind in ("slide", "pulse"):
@@ -28,7 +30,7 @@ def test_a_bar_is_upright_and_fills_its_corners_and_a_disc_does_not() -> None:
     for seed, corner_is_shape in ((0, False), (5, True)):
         scene = draw_classed_scene(seed, "train")
         frame_HWC = render_classed_scene(seed, "train", 256)[0][0].astype(float)
-        is_shape_HW = np.abs(frame_HWC - np.asarray(scene.colour)).max(axis=2) < 2
+        is_shape_HW = np.abs(frame_HWC - scene.colour_3).max(axis=2) < 2
         rows, columns = (np.flatnonzero(is_shape_HW.any(axis=axis)) for axis in (1, 0))
         corner_HW = is_shape_HW[rows[0] : rows[0] + 6, columns[0] : columns[0] + 6]
         height, width = (2.6, 1.0) if corner_is_shape else (2.0, 2.0)  # in radii

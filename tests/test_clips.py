@@ -12,6 +12,7 @@ import torch
 from tokenizer.common.errors import UserError
 from tokenizer.data import video_io
 from tokenizer.data.clips import DataConfig, build_dataset
+from tokenizer.data.export import export_clips
 from tokenizer.data.loader import batches, epoch_order
 
 SMALL = {"num_frames": 4, "size": 16}
@@ -107,6 +108,18 @@ def test_unreadable_files_are_named_once_and_replaced_by_the_next(
     with_workers = build_dataset(DataConfig(sources=[str(folder)], augment=False, **SMALL))
     list(batches(with_workers, 5, seed=0, num_workers=1, steps=1))
     assert set(with_workers.quarantine) == set(dataset.quarantine)
+
+
+def test_exported_clips_come_back_and_unreadable_ones_are_named(folder: Path, tmp_path: Path) -> None:
+    sources = [str(folder), "classed:heldout:2"]
+    dataset = build_dataset(DataConfig(sources=sources, augment=False, **SMALL))
+    assert export_clips(dataset, tmp_path / "out", rate=8, lossless=True) == 5
+    assert set(dataset.quarantine) == {"my videos/b.mp4", "my videos/d.mp4"}
+    videos = video_io.list_videos(tmp_path / "out")
+    assert [video.name for video in videos[-2:]] == ["00005_disc_still.mp4", "00006_disc_slide_slow.mp4"]
+    for number, video in zip((0, 2, 4, 5, 6), videos, strict=True):
+        again = video_io.to_model_range(video_io.read_clip(video, 0, SMALL["num_frames"]).frames_THWC)
+        assert torch.equal(again, dataset.get_this(number).video_CTHW)
 
 
 def test_a_range_of_numbers_is_a_part_of_the_source() -> None:

@@ -23,9 +23,9 @@ HASHES = {
     "folder-recon": "d46caa878c4d1606",
     "ucf101-c2v-10k": "1e7fcc78a81d5991",
     "k600-fp-50k-64px": "83c063583c80535c",
-    "mini-recon": "e42456696bb8fd3a",
-    "mini-c2v": "8b6e5339f2154e07",
-    "mini-fp": "4411ffe7ad1dc076",
+    "mini-recon": "1b4e9799de329933",
+    "mini-c2v": "8b8a208aadb1f40a",
+    "mini-fp": "c3a691cba983eea9",
 }
 
 
@@ -37,11 +37,11 @@ def test_rendered_scenes_are_those_of_their_version() -> None:
     """If a seed gives another scene, raise SCENES: hashes of the miniature change, and tables are refused."""
     grey = {
         render_scene: [124.9, 126.5, 128.9, 142.1, 151.4, 150.8],
-        render_classed_scene: [105.8, 143.8, 135.2, 138.2, 140.3, 126.9],
+        render_classed_scene: [142.2, 83.3, 109.3, 141.2, 140.4, 104.8],
     }
     for render, means in grey.items():
         assert [render(seed, "heldout")[0].mean() for seed in range(6)] == pytest.approx(means, abs=0.2)
-    assert SCENES == 4 and "scenes of version 4" in PROTOCOLS["mini-c2v"].split
+    assert SCENES == 5 and "scenes of version 5" in PROTOCOLS["mini-c2v"].split
 
 
 def test_the_hash_covers_every_field_but_the_words() -> None:

@@ -12,8 +12,9 @@ from tokenizer.common.config import load_config, save_config, to_dict
 from tokenizer.common.errors import UserError
 from tokenizer.common.loop import RunConfig
 from tokenizer.common.optim import OptimConfig
-from tokenizer.data.clips import DataConfig, build_dataset
+from tokenizer.data.clips import ClipSample, DataConfig, build_dataset
 from tokenizer.data.loader import ClipBatch
+from tokenizer.data.video_io import VideoError
 from tokenizer.frozen.vjepa2 import VJEPA2, FrozenVJEPA2
 from tokenizer.frozen.weights import FrozenConfig
 from tokenizer.model import TokenizerConfig
@@ -215,6 +216,26 @@ def test_threshold_labels_train(tmp_path: Path) -> None:
     assert ((lpips_S <= 0.1) | (chosen == TINY.space.num_rows - 1)).all()
     with pytest.raises(UserError, match="goes with labels"):
         replace(config, labels="hard")
+
+
+def test_unreadable_clips_of_a_validation_are_named_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = RouterTraining(toy_config(tmp_path, steps=2))
+    clips, lost = training.val_clips, {3}
+
+    def read(index: int, epoch: int, unreadable: dict[str, str]) -> ClipSample:
+        if index in lost:
+            raise VideoError("clip.mp4", "cut short")
+        return TableClips._read(clips, index, epoch, unreadable)
+
+    monkeypatch.setattr(clips, "_read", read)
+    for step in (1, 2):
+        assert training.validate(step)["unreadable"] == 1
+    assert [record.args[0] for record in caplog.records] == [clips.names[3]]  # once
+    lost |= set(range(len(clips)))
+    with pytest.raises(UserError, match="not one of"):
+        training.validate(3)
 
 
 def test_hard_labels_train_and_the_config_survives_yaml(tmp_path: Path) -> None:

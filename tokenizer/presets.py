@@ -24,8 +24,8 @@ PRESETS: dict[str, TokenizerConfig] = {
         levels=[8, 16, 32, 64, 128],
         codebook_size=2048,
         bottleneck_width=64,
-        encoder=TransformerConfig(layers=3, width=128, heads=4),
-        decoder=TransformerConfig(layers=4, width=192, heads=6),
+        encoder=TransformerConfig(layers=2, width=96, heads=3),
+        decoder=TransformerConfig(layers=3, width=128, heads=4),
     ),
     # seconds on a CPU, for tests
     "VQ_debug": TokenizerConfig(

@@ -4,27 +4,30 @@
 #   bash scripts/train/mini.sh
 #
 # Writes results/mini/{proxy,router,final,gpt_c2v,gpt_fp}/, the tables of stage 2 and the tokens of stage 5a, then the weights,
-# their figures and their card into ckpts/mini/. At most 3 hours on 2 cores for the tokenizer; each GPT takes 70 to 80 minutes of one core.
+# their figures and their card into ckpts/mini/. On 2 cores about 80 minutes for the tokenizer and its router; each GPT takes 40 to 50 of one core.
 
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_launch.sh"
 no_arguments "$@"
 cd "$ROOT"
 python=$(project_python)
+# two processes of one core are faster than one of two, and one GPU takes one process
+both=$("$python" -c 'import torch; print(1 if torch.cuda.is_available() else 2)')
 
-train() { # train SCRIPT NAME: skipped where NAME is finished
+train() { # train SCRIPT NAME [PROCESSES]: skipped where NAME is finished
   local run=results/mini/$2
+  export GPUS=${3:-1}
   [ ! -f "$run/final/model.safetensors" ] || { echo "mini: $2 is finished ($run)" && return; }
   echo "mini: $2" && bash "scripts/train/$1" "configs/mini/$2.yaml" run.dir="$run"
 }
 curate() { echo "mini: $1" && WORKERS=2 bash scripts/train/2_curate_router_data.sh "configs/mini/$1.yaml"; }
 
-train 1_proxy_tokenizer.sh proxy
+train 1_proxy_tokenizer.sh proxy "$both"
 curate curate_train
 curate curate_select
 curate curate_heldout
 train 3_router.sh router
-train 4_final_tokenizer.sh final
+train 4_final_tokenizer.sh final "$both"
 
 # Release: measure on held-out clips, copy weights, figures and model card into ckpts/mini.
 "$python" -m evaluations.release tokenizer

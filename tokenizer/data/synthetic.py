@@ -31,7 +31,7 @@ from tokenizer.data.classed_scenes import bounce
 from tokenizer.data.dead_leaves import NUM_PICTURES, dead_leaves
 from tokenizer.data.transforms import resize, rng_for
 
-SCENES = 4  # raised whenever a seed renders another scene, classed ones included: what was made of the old ones ends
+SCENES = 5  # raised whenever a seed renders another scene, classed ones included: what was made of the old ones ends
 KINDS = ("still", "slow", "shapes", "mixed", "fast", "cuts")
 NUM_BLOCKS = 4
 SLOW_SPEED = (0.002, 0.008)  # sides of the picture per frame: 0.1 .. 0.5 pixels of 64

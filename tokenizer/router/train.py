@@ -12,7 +12,6 @@ Letters: B clips of a batch, S clips of a table, C T H W, A assignments (rows).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -172,6 +171,8 @@ class RouterTraining:
                 readable += clips
                 seen = self.stem(torch.stack([*clips.values()]).to(self.state.device))
                 scores.append(self.state.model(seen).float().cpu())
+        if not readable:
+            raise UserError(f"val_data: not one of {num} clips can be read; make it name the clips of val_table")
         lost = {"unreadable": float(num - len(readable))} if len(readable) < num else {}
         return measure(torch.cat(scores), self.val_reward_SA[readable], self.space) | lost | self.mark
 
@@ -194,8 +195,10 @@ class RouterTraining:
         """Those that can be read, by their place in the table; another clip would be rated by the wrong row."""
         clips: dict[int, Tensor] = {}
         for place in places:
-            with suppress(VideoError):  # counted in `validate`
+            try:
                 clips[place] = self.val_clips.get_this(place).video_CTHW
+            except VideoError as error:  # counted in `validate`
+                self.val_clips.put_aside({self.val_clips.names[place]: error.reason})
         return clips
 
     def _read_table(self, path: str) -> QualityTable:

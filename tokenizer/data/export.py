@@ -1,0 +1,63 @@
+"""Clips of data sources as video files, to look at them or to give them to a command that takes a folder of videos.
+
+    python -m tokenizer.data.export OUT --sources classed:heldout:10 [--size 64] [--lossless]
+
+Writes OUT/<number>_<class or name>.mp4, the same clips that a config with these sources and `augment: false` reads. One
+that cannot be read is named and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tokenizer.common.arguments import Parser, at_least, positive
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
+from tokenizer.data.video_io import VideoError, to_uint8, write_video
+
+_LONGEST_SLUG = 60
+
+
+def export_clips(clips: ClipDataset, folder: Path, rate: float, lossless: bool = False) -> int:
+    """Write every clip into `folder`, `rate` frames a second; how many there are. UserError when none can be read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = 0
+    for number, name in enumerate(tqdm(clips.names, desc="writing clips", unit="clip")):
+        try:
+            clip = clips.get_this(number)
+        except VideoError as error:
+            clips.put_aside({name: error.reason})
+            continue
+        slug = re.sub(r"[^A-Za-z0-9]+", "_", clip.label or Path(name).stem).strip("_")[:_LONGEST_SLUG] or "clip"
+        write_video(folder / f"{number:05d}_{slug}.mp4", to_uint8(clip.video_CTHW), rate, lossless)
+        written += 1
+    if not written:
+        raise UserError(f"{', '.join(clips.cfg.sources)}: not one of {len(clips)} clips can be read")
+    return written
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(description="Write the clips of data sources as video files.")
+    parser.add_argument("folder", type=Path, metavar="OUT", help="where the videos go")
+    parser.add_argument("--sources", nargs="+", required=True, help="data.sources of a config, see scripts/README.md")
+    parser.add_argument("--size", type=at_least(1), default=64, help="side of the square pictures (default: 64)")
+    parser.add_argument("--num-frames", type=at_least(1), default=16, help="frames of a clip (default: 16)")
+    parser.add_argument("--rate", type=positive, default=8.0, help="frames a second when played (default: 8)")
+    parser.add_argument("--lossless", action="store_true", help="every pixel as it is; few players show such files")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    config = DataConfig(args.sources, num_frames=args.num_frames, size=args.size, augment=False)
+    clips = build_dataset(config)
+    written = export_clips(clips, args.folder, args.rate, args.lossless)
+    print(f"{args.folder}: {written} videos; {len(clips) - written} clips skipped")
+
+
+if __name__ == "__main__":
+    run_cli(main)
