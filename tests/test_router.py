@@ -56,7 +56,7 @@ def motion_table(data: DataConfig) -> QualityTable:
 
 def toy_config(folder: Path, labels: str = "soft", steps: int = 500) -> RouterTrainConfig:
     """A config whose two tables are written into `folder`."""
-    sources = {"table": "classed:train:400", "val_table": "classed:heldout:20"}
+    sources = {"table": "synthetic:train:400", "val_table": "synthetic:heldout:24"}
     data = {name: DataConfig([source], 8, 16, augment=False) for name, source in sources.items()}
     for name, each in data.items():
         if not (folder / name).exists():
