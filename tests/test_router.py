@@ -251,7 +251,7 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     config = toy_config(tmp_path)
     table = QualityTable.load(config.table)
     with pytest.raises(UserError, match="388 of its 400 clips"):
-        TableClips(DataConfig(["classed:train:12"], 8, 16), 0, table, config.table)
+        TableClips(DataConfig(["synthetic:train:12"], 8, 16), 0, table, config.table)
     config.model = RouterConfig(num_frames=8, size=16, levels=[2, 4], layers=1, width=32, heads=2)
     with pytest.raises(UserError, match=r"\[2, 4, 8\].*\[2, 4\]"):
         RouterTraining(config)
