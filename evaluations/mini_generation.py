@@ -28,7 +28,7 @@ from autoregressive.sequence import SequenceLayout, length_rule
 from evaluations.scene_classifier import NAMES, REAL, accuracy, train_scene_classifier
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.image_quality import psnr
-from tokenizer.data.classed_scenes import CLASS_NAMES
+from tokenizer.data.classed_scenes import CLASS_NAMES, MOTIONS
 from tokenizer.data.clips import ClipSample, DataConfig, build_dataset
 from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
 from tokenizer.model import VideoTokenizer
@@ -41,7 +41,7 @@ GUIDANCE = 2.25  # with a class: the default of the command; valid sequences are
 GIVEN_FRAMES = 5
 _SLOTS = 16
 _BATCH = 16
-_MOVING = ("slide slow", "slide fast", "pulse slow", "pulse fast")
+_MOVING = MOTIONS[1:]  # all but still
 
 
 def generation_figures(folder: Path, per_class: int = PER_CLASS) -> dict[str, Any]:

@@ -12,7 +12,7 @@ no_arguments "$@"
 cd "$ROOT"
 python=$(project_python)
 # two processes of one core are faster than one of two, and one GPU takes one process
-both=$("$python" -c 'import torch; print(1 if torch.cuda.is_available() else 2)')
+processes=$("$python" -c 'import torch; print(1 if torch.cuda.is_available() else 2)')
 
 train() { # train SCRIPT NAME [PROCESSES]: skipped where NAME is finished
   local run=results/mini/$2
@@ -22,12 +22,12 @@ train() { # train SCRIPT NAME [PROCESSES]: skipped where NAME is finished
 }
 curate() { echo "mini: $1" && WORKERS=2 bash scripts/train/2_curate_router_data.sh "configs/mini/$1.yaml"; }
 
-train 1_proxy_tokenizer.sh proxy "$both"
+train 1_proxy_tokenizer.sh proxy "$processes"
 curate curate_train
 curate curate_select
 curate curate_heldout
 train 3_router.sh router
-train 4_final_tokenizer.sh final "$both"
+train 4_final_tokenizer.sh final "$processes"
 
 # Release: measure on held-out clips, copy weights, figures and model card into ckpts/mini.
 "$python" -m evaluations.release tokenizer

@@ -13,6 +13,7 @@ import importlib.util
 import io
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -73,6 +74,11 @@ class Reader(Protocol):
 def display_name(path: str | os.PathLike[str]) -> str:
     r"""A printable form of any file name: bytes that are not UTF-8 appear as \xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def file_slug(text: str, most: int = 60) -> str:
+    """What may stand in any file name: ASCII letters, digits, `_` for all else; at most `most`, never none."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[:most] or "video"
 
 
 @contextlib.contextmanager

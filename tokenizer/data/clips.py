@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,6 +119,14 @@ class ClipDataset:
         Nothing is quarantined: what comes out does not depend on what this process has met before.
         """
         return self._read(index, epoch, {})
+
+    def readable(self, indices: Iterable[int]) -> Iterator[tuple[int, ClipSample]]:
+        """Those of these clips that can be read, with their index; the others are put aside."""
+        for index in indices:
+            try:
+                yield index, self.get_this(index)
+            except VideoError as error:
+                self.put_aside({self.names[index]: error.reason})
 
     def _read(self, index: int, epoch: int, unreadable: dict[str, str]) -> ClipSample:
         item = self._items[index]

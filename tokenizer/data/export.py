@@ -9,7 +9,6 @@ that cannot be read is named and left out.
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,23 +16,16 @@ from tqdm import tqdm
 from tokenizer.common.arguments import Parser, at_least, positive
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
-from tokenizer.data.video_io import VideoError, to_uint8, write_video
-
-_LONGEST_SLUG = 60
+from tokenizer.data.video_io import file_slug, to_uint8, write_video
 
 
 def export_clips(clips: ClipDataset, folder: Path, rate: float, lossless: bool = False) -> int:
     """Write every clip into `folder`, `rate` frames a second; how many there are. UserError when none can be read."""
     folder.mkdir(parents=True, exist_ok=True)
     written = 0
-    for number, name in enumerate(tqdm(clips.names, desc="writing clips", unit="clip")):
-        try:
-            clip = clips.get_this(number)
-        except VideoError as error:
-            clips.put_aside({name: error.reason})
-            continue
-        slug = re.sub(r"[^A-Za-z0-9]+", "_", clip.label or Path(name).stem).strip("_")[:_LONGEST_SLUG] or "clip"
-        write_video(folder / f"{number:05d}_{slug}.mp4", to_uint8(clip.video_CTHW), rate, lossless)
+    for number, clip in clips.readable(tqdm(range(len(clips)), desc="writing clips", unit="clip")):
+        name = f"{number:05d}_{file_slug(clip.label or Path(clip.name).stem)}.mp4"
+        write_video(folder / name, to_uint8(clip.video_CTHW), rate, lossless)
         written += 1
     if not written:
         raise UserError(f"{', '.join(clips.cfg.sources)}: not one of {len(clips)} clips can be read")

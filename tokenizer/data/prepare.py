@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,10 +31,9 @@ from tokenizer.data.manifest_table import ManifestRow, read_rows, write_rows
 from tokenizer.data.parallel import map_ahead
 from tokenizer.data.safe_decode import decode_clips
 from tokenizer.data.transforms import resize
-from tokenizer.data.video_io import DecodedClip, VideoError, display_name
+from tokenizer.data.video_io import DecodedClip, VideoError, display_name, file_slug
 
 KEYFRAME_EVERY = 8
-_LONGEST_SLUG = 60
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,8 @@ class PrepareRule:
 
     def name_of(self, source: Path) -> str:
         """File name of the copy: different for every source and every rule."""
-        slug = re.sub(r"[^A-Za-z0-9]+", "_", source.stem.encode("ascii", "replace").decode()).strip("_")
         facts = repr((os.fsencode(source), self.short_side, self.fps, self.crf))
-        return f"{slug[:_LONGEST_SLUG] or 'video'}-{hashlib.sha256(facts.encode()).hexdigest()[:10]}.mp4"
+        return f"{file_slug(source.stem)}-{hashlib.sha256(facts.encode()).hexdigest()[:10]}.mp4"
 
 
 def prepare_video(source: Path, target: Path, rule: PrepareRule) -> None:

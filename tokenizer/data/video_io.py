@@ -23,11 +23,11 @@ import torch
 from av.video.stream import VideoStream
 
 from tokenizer.common.errors import UserError
-from tokenizer.data.backends import Picture, Reader, VideoError, display_name, open_reader
+from tokenizer.data.backends import Picture, Reader, VideoError, display_name, file_slug, open_reader
 from tokenizer.data.transforms import resize_center_crop
 
 __all__ = [
-    "DecodedClip", "VideoError", "VideoInfo", "display_name", "iter_clips", "list_videos",
+    "DecodedClip", "VideoError", "VideoInfo", "display_name", "file_slug", "iter_clips", "list_videos",
     "probe", "read_clip", "read_clip_at", "to_model_range", "to_uint8", "write_video",
 ]  # fmt: skip
 

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import itertools
 import os
-import re
 import sys
 import threading
 from collections import deque
@@ -20,12 +19,11 @@ from tqdm import tqdm
 
 from tokenizer.common.errors import UserError
 from tokenizer.data.safe_decode import decode_clips
-from tokenizer.data.video_io import DecodedClip, VideoError, display_name, list_videos
+from tokenizer.data.video_io import DecodedClip, VideoError, display_name, file_slug, list_videos
 
 Clips = Generator["SourceClip", None, None]
 
 _CLIPS_AHEAD = 2  # decoded and waiting, for each reader
-_LONGEST_SLUG = 80
 _END_BYTES = 1 << 20
 
 
@@ -145,9 +143,8 @@ class ClipWalk:
 
 
 def _source(path: Path, relative: Path) -> VideoSource:
-    slug = re.sub(r"[^A-Za-z0-9]+", "_", os.fsencode(relative.with_suffix("")).decode("ascii", "replace")).strip("_")
     digest = hashlib.sha256(os.fsencode(relative)).hexdigest()[:8]
-    return VideoSource(path, display_name(relative), f"{slug[:_LONGEST_SLUG] or 'video'}-{digest}")
+    return VideoSource(path, display_name(relative), f"{file_slug(str(relative.with_suffix('')), most=80)}-{digest}")
 
 
 def _clips_of(

@@ -28,7 +28,6 @@ from tokenizer.common.optim import OptimConfig
 from tokenizer.common.runtime import generator_for
 from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset
 from tokenizer.data.loader import ClipBatch, batches
-from tokenizer.data.video_io import VideoError
 from tokenizer.frozen.weights import marked
 from tokenizer.model import parameters_by_part
 from tokenizer.router.augment import draw_patches, recolour, zoom_and_turn
@@ -193,13 +192,7 @@ class RouterTraining:
 
     def _validation_clips(self, places: range) -> dict[int, Tensor]:
         """Those that can be read, by their place in the table; another clip would be rated by the wrong row."""
-        clips: dict[int, Tensor] = {}
-        for place in places:
-            try:
-                clips[place] = self.val_clips.get_this(place).video_CTHW
-            except VideoError as error:  # counted in `validate`
-                self.val_clips.put_aside({self.val_clips.names[place]: error.reason})
-        return clips
+        return {place: clip.video_CTHW for place, clip in self.val_clips.readable(places)}
 
     def _read_table(self, path: str) -> QualityTable:
         table = QualityTable.load(path)
