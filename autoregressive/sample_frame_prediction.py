@@ -31,7 +31,7 @@ from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.kinetics import find_kinetics
 from tokenizer.data.transforms import resize, resize_center_crop
 from tokenizer.data.video_io import display_name, to_model_range
-from tokenizer.router.clip_source import ClipRule, Skipped, SourceClip, VideoSource, find_sources, stream_clips
+from tokenizer.router.clip_source import ClipRule, Rest, Skipped, SourceClip, VideoSource, find_sources, stream_clips
 
 INSTEAD = "give --vid_path DIR for any folder of videos instead"
 
@@ -69,9 +69,11 @@ def main() -> None:
     job.finish({"frame_prediction": [name_of(source) for source in sources]}, args.fps or 25.0)
 
 
-def wanted_clips(job: SampleJob, given: Given, clips: Iterator[SourceClip | Skipped]) -> Iterator[Wanted]:
+def wanted_clips(job: SampleJob, given: Given, clips: Iterator[SourceClip | Skipped | Rest]) -> Iterator[Wanted]:
     """The first clip of every video that is long enough; the others are said aloud and recorded as skipped."""
     for item in clips:
+        if isinstance(item, Rest):  # of the first clip alone nothing is asked that could leave one
+            continue
         reason = item.reason if isinstance(item, Skipped) else given.missing(item)
         if reason:
             tqdm.write(f"skipped {item.source.file}: {reason}", file=sys.stderr)

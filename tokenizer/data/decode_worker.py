@@ -1,7 +1,8 @@
 """The process that decodes for `safe_decode.py`, which starts it: `python -m tokenizer.data.decode_worker FD`.
 
 FD is its end of a socket pair. A request is JSON: ["open", reader, path, arguments, seconds] or ["next", seconds]. The
-answer is JSON: {"clip": facts} followed by the raw frames, {"end": true}, or {"error": why, "file": is it the file}.
+answer is JSON: {"clip": facts} followed by the raw frames, {"end": frames of the rest}, or {"error": why, "file": is it
+the file}.
 Nothing is pickled, so a decoder that a hostile file has taken over cannot reach the caller's process that way.
 """
 
@@ -47,13 +48,13 @@ def serve(connection: Connection) -> None:
 
 def _answer(connection: Connection, clips: Iterator[DecodedClip]) -> None:
     try:
-        clip = next(clips, None)
+        clip = next(clips)
+    except StopIteration as end:
+        return _send(connection, {"end": end.value or 0})
     except VideoError as error:
         return _send(connection, {"error": error.reason, "file": True})
     except UserError as error:
         return _send(connection, {"error": str(error), "file": False})
-    if clip is None:
-        return _send(connection, {"end": True})
     facts = {"start": clip.start, "num_padded": clip.num_padded, "fps": clip.fps, "shape": clip.frames_THWC.shape}
     _send(connection, {"clip": facts})
     connection.send_bytes(clip.frames_THWC.tobytes())

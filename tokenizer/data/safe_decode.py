@@ -37,7 +37,7 @@ def decode_clips(
     all_clips: bool = False,
     backend: str = "pyav",
     time_limit_s: float = TIME_LIMIT_S,
-) -> Generator[DecodedClip, None, None]:
+) -> Generator[DecodedClip, None, int]:
     """`video_io.iter_clips` in another process. A crash, or a clip that takes longer than the limit: VideoError."""
     arguments = {"num_frames": num_frames, "size": size, "fps": fps, "all_clips": all_clips, "backend": backend}
     return _stream("iter_clips", path, arguments, time_limit_s)
@@ -61,15 +61,15 @@ def decode_clip_at(
 
 def _stream(
     reader: str, path: str | os.PathLike[str], arguments: dict[str, Any], time_limit_s: float
-) -> Generator[DecodedClip, None, None]:
+) -> Generator[DecodedClip, None, int]:
     worker = _take_worker()
     request: list[Any] = ["open", reader, os.fspath(path), arguments, time_limit_s]
     try:
         while True:
-            clip = worker.ask(path, request, time_limit_s)
-            if clip is None:
-                return
-            yield clip
+            answer = worker.ask(path, request, time_limit_s)
+            if isinstance(answer, int):
+                return answer
+            yield answer
             request = ["next", time_limit_s]
     finally:
         if worker.alive:  # a reader that was left in the middle is dropped by the next "open"
@@ -98,8 +98,8 @@ class _Worker:
             code = self.stop(kill=True)
             raise UserError(f"the decoding process did not start (exit code {code}); its own message is above")
 
-    def ask(self, path: str | os.PathLike[str], request: list[Any], time_limit_s: float) -> DecodedClip | None:
-        """Send one request and wait for its clip; None at the end of the file."""
+    def ask(self, path: str | os.PathLike[str], request: list[Any], time_limit_s: float) -> DecodedClip | int:
+        """Send one request and wait for its clip; at the end of the file, the frames that were too few for another."""
         try:
             self._connection.send_bytes(json.dumps(request).encode())
             if not self._connection.poll(time_limit_s):
@@ -116,7 +116,7 @@ class _Worker:
             raise
         if "error" in answer:
             raise VideoError(path, answer["error"]) if answer["file"] else UserError(answer["error"])
-        return None
+        return int(answer["end"])
 
     def stop(self, kill: bool = False) -> int:
         """Hang up (the process then leaves by itself) or kill; returns the exit code."""

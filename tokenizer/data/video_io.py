@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -87,22 +87,24 @@ def iter_clips(
     fps: float | None = None,
     all_clips: bool = False,
     backend: str = "pyav",
-) -> Iterator[DecodedClip]:
+) -> Generator[DecodedClip, None, int]:
     """Stream the clips of `num_frames` consecutive frames, all of them or the first; memory does not grow with length.
 
     fps: None keeps the file's own frames; a number shows the file at that rate (frames are dropped or repeated).
     size: short side and centre crop; None keeps the pixels as they are.
     A rest shorter than a clip is dropped, unless it is all there is: then its last frame is repeated (`num_padded`).
+    With all clips the generator returns how many frames that rest had.
     Raises VideoError when the file cannot be read, also in the middle: the clips before the damage came out already.
     """
     with open_reader(path, backend) as reader:
         pictures = _at_rate(reader.pictures(), reader.fps, fps)
         for start, frames in _chunks(pictures, num_frames, size):
             if len(frames) < num_frames and start:
-                return
+                return len(frames)
             yield _clip(path, start, frames, num_frames, fps or reader.fps)
             if not all_clips:
-                return
+                break
+    return 0
 
 
 def read_clip(

@@ -75,6 +75,14 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Rest:
+    """The frames at the end of a source, read to its end, that are too few for another clip."""
+
+    source: VideoSource
+    num_frames: int
+
+
+@dataclass(frozen=True)
 class ClipRule:
     """How clips are cut out of a video; see `video_io.iter_clips`."""
 
@@ -99,8 +107,10 @@ def find_sources(vid_path: str | Path, is_ours: Callable[[Path], bool]) -> list[
 
 def stream_clips(
     sources: Sequence[VideoSource], rule: ClipRule, num_readers: int, is_done: Callable[[str, str], bool]
-) -> Generator[SourceClip | Skipped, None, None]:
+) -> Generator[SourceClip | Skipped | Rest, None, None]:
     """The clips of all sources in order; a source that fails gives one `Skipped` in place of the rest of it.
+
+    Behind the last of all clips of a source comes the `Rest` that is left out, if there is one.
 
     `is_done(name, fingerprint)`: a clip that the caller has already. Where it is all that its file is asked for, the
     file is not decoded again. num_readers: decoding processes that work ahead of the caller; 0 decodes on demand.
@@ -111,17 +121,22 @@ def stream_clips(
 
 @dataclass
 class ClipWalk:
-    """One pass over the clips of a job with a progress bar; what cannot be read is said aloud and kept in `skipped`."""
+    """One pass over the clips of a job with a progress bar; what cannot be read is said aloud and kept in `skipped`.
+
+    `rests`: what was left out at the ends of the videos, where all clips were asked for.
+    """
 
     sources: Sequence[VideoSource]
     rule: ClipRule
     num_readers: int
     max_clips: int | None = None
     skipped: list[Skipped] = field(default_factory=list)
+    rests: list[Rest] = field(default_factory=list)
 
     def __call__(self, title: str, is_done: Callable[[str, str], bool] = lambda *_: False) -> Clips:
         """The clips in order, at most `max_clips`. With all_clips the bar guesses the total from the videos so far."""
         self.skipped.clear()
+        self.rests.clear()
         num_clips, most = 0, self.max_clips or sys.maxsize
         stream = stream_clips(self.sources, self.rule, self.num_readers, is_done)
         calm = 1 if sys.stderr.isatty() else 30  # seconds between two states of the bar; a log file needs few
@@ -132,6 +147,9 @@ class ClipWalk:
                 if isinstance(item, Skipped):
                     self.skipped.append(item)
                     tqdm.write(f"skipped {item.source.file}: {item.reason}", file=sys.stderr)
+                    continue
+                if isinstance(item, Rest):
+                    self.rests.append(item)
                     continue
                 yield item
                 num_clips += 1
@@ -149,7 +167,7 @@ def _source(path: Path, relative: Path) -> VideoSource:
 
 def _clips_of(
     source: VideoSource, rule: ClipRule, is_done: Callable[[str, str], bool]
-) -> Iterator[SourceClip | Skipped]:
+) -> Iterator[SourceClip | Skipped | Rest]:
     num_clips = 0
     try:
         fingerprint = source.fingerprint()
@@ -161,12 +179,25 @@ def _clips_of(
             source.path, rule.num_frames, rule.size, rule.fps, all_clips=rule.all_clips, backend=rule.backend
         )
         with contextlib.closing(decoded):
-            for clip in decoded:
+            clips = _UpToItsEnd(decoded)
+            for clip in clips:
                 found = SourceClip(source, clip.start, fingerprint, None)
                 yield found if is_done(found.name, fingerprint) else SourceClip(source, clip.start, fingerprint, clip)
                 num_clips += 1
+        if clips.rest:
+            yield Rest(source, clips.rest)
     except VideoError as error:
         yield Skipped(source, error.reason + (f" (after {num_clips} good clips)" if num_clips else ""))
+
+
+class _UpToItsEnd:
+    """Goes through a generator and keeps what it returns: here, the frames that were left over."""
+
+    def __init__(self, clips: Generator[DecodedClip, None, int]) -> None:
+        self._clips, self.rest = clips, 0
+
+    def __iter__(self) -> Iterator[DecodedClip]:
+        self.rest = yield from self._clips
 
 
 def _read_ahead(streams: Iterator[Iterator[Any]], num_readers: int) -> Iterator[Any]:

@@ -187,14 +187,16 @@ def finish(folder: ResultsFolder, names: list[str], walk: ClipWalk, facts: dict[
         "codebook": codebook_use(folder.token_files(names), facts["tokenizer"]["codebook_size"]),
         "num_videos": len(walk.sources),
         "num_skipped": len(walk.skipped),
+        "frames_left_out": sum(rest.num_frames for rest in walk.rests),  # at the ends of videos, too few for a clip
         "complete": complete,
     }
     folder.write_metrics({**summary, **facts})
     report = write_report(folder.folder)
+    left_out = f", {summary['frames_left_out']} frame(s) at their ends left out" if walk.rests else ""
     lpips = "" if mean["lpips"] is None else f", {facts['lpips_backbone']} {mean['lpips']:.4f}"
     print(
         f"{len(records)} clip(s), {mean['tokens']:.1f} tokens each, PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}"
-        f"{lpips}; {len(walk.skipped)} video(s) skipped; report: {report}"
+        f"{lpips}; {len(walk.skipped)} video(s) skipped{left_out}; report: {report}"
     )
 
 

@@ -105,12 +105,14 @@ def protocol(metrics: Mapping[str, Any]) -> dict[str, str]:
     rate = "each file's own frame rate" if given["fps"] is None else f"{given['fps']:g} frames a second"
     which = "every clip" if given["all_clips"] else "the first clip"
     which += f" (at most {given['max_clips']} in all)" if given["max_clips"] else ""
+    ends = f"; {metrics['frames_left_out']} frames at the ends of files, too few for a clip, are left out"
     price = "" if metrics["price"] is None else f"; price {metrics['price']:.6g} a token"
     levels = ", ".join(map(str, tok["levels"]))
     return {
         "Videos": f"{given['vid_path']}: {metrics['num_videos']} files, {metrics['num_skipped']} skipped",
         "Clips": f"{which} of {tok['num_frames']} consecutive frames at {rate}, read with {given['backend']}; "
-        f"short side to {tok['size']} pixels, centre crop; a file shorter than a clip repeats its last frame",
+        f"short side to {tok['size']} pixels, centre crop; a file shorter than a clip repeats its last frame"
+        + (ends if metrics["frames_left_out"] else ""),
         "Budget": metrics["budget"] + price,
         "Levels": f"{levels} tokens for each of {tok['num_blocks']} blocks: "
         f"{len(tok['levels']) ** tok['num_blocks']} assignments",
