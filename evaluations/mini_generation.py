@@ -64,7 +64,7 @@ def generation_figures(folder: Path, per_class: int = PER_CLASS) -> dict[str, An
 def _class_to_video(
     gpt: TrainedGPT, tokenizer: VideoTokenizer, router: TrainedRouter, per_class: int
 ) -> dict[str, Any]:
-    true = _held_out(["classed:heldout:100", "bundled:heldout"])
+    true = _held_out(["duotone:heldout:100", "bundled:heldout"])
     true_names = [sample.label if sample.label in CLASS_NAMES else REAL for sample in true]
     video = torch.stack([sample.video_CTHW for sample in true])
     tokens = [tokenizer.encode(some, router=router) for some in video.split(_BATCH)]
@@ -96,7 +96,7 @@ def _class_to_video(
 def _frame_prediction(gpt: TrainedGPT, tokenizer: VideoTokenizer, perceptual: PerceptualDistance) -> dict[str, Any]:
     """Distance of the frames behind the given ones: predicted, repeated, and what the tokenizer itself would reach."""
     layout = gpt.model.layout
-    true = [sample for sample in _held_out(["classed:heldout:100"]) if sample.kind in _MOVING]
+    true = [sample for sample in _held_out(["duotone:heldout:100"]) if sample.kind in _MOVING]
     video = torch.stack([sample.video_CTHW for sample in true])
     condition_BK = torch.cat(
         [encode_condition(tokenizer, some, GIVEN_FRAMES, layout.condition_lengths) for some in video.split(_BATCH)]

@@ -56,8 +56,8 @@ class SceneClassifier(nn.Module):
 def train_scene_classifier(size: int = 64, num_frames: int = 16, steps: int = _STEPS, seed: int = 0) -> SceneClassifier:
     """A classifier of `NAMES`, trained on rendered scenes that never repeat and on the real training clips."""
     torch.manual_seed(derive_seed(seed, "scene classifier"))
-    classed = f"classed:train:{10 * len(CLASS_NAMES)}"
-    clips = build_dataset(DataConfig([classed, "bundled:train"], num_frames, size, crop_scale=0.7), seed)
+    scenes = f"duotone:train:{10 * len(CLASS_NAMES)}"
+    clips = build_dataset(DataConfig([scenes, "bundled:train"], num_frames, size, crop_scale=0.7), seed)
     model = SceneClassifier(len(NAMES))
     optimizer = torch.optim.AdamW(model.parameters(), _RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)

@@ -26,7 +26,7 @@ cp tokenizer/data/bundled/{bottle,tree}_*.mp4 results/quickstart_clips/
 bash scripts/test/sample_c2v_visualization.sh --tok-config configs/mini/final.yaml --vq-ckpt ckpts/mini/final.safetensors \
   --gpt-model GPT-mini --gpt-ckpt ckpts/mini/gpt_c2v.safetensors --sample-dir results/quickstart_samples --cfg-scale 2.25 \
   --qual-num 2 --class-idx "disc still,disc slide fast,bar pulse fast,real" --check-special-token-mask
-"$VENV/bin/python" -m tokenizer.data.export results/quickstart_scenes --sources classed:heldout:10 --lossless
+"$VENV/bin/python" -m tokenizer.data.export results/quickstart_scenes --sources duotone:heldout:10 --lossless
 bash scripts/test/frame_pred_visualization.sh --tok-config configs/mini/final.yaml --vq-ckpt ckpts/mini/final.safetensors \
   --gpt-model GPT-mini --gpt-ckpt ckpts/mini/gpt_fp.safetensors --vid_path results/quickstart_scenes --sample-num 10 \
   --sample-dir results/quickstart_frames --fixed-prefix "128,32" --condition-mode padding --check-special-token-mask

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tokenizer.data.classed_scenes import CLASS_NAMES, draw_classed_scene, render_classed_scene
+from tokenizer.data.classed_scenes import CLASS_NAMES, draw_classed_scene, render_classed_scene, render_duotone_scene
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.dead_leaves import dead_leaves
 
@@ -46,6 +46,18 @@ def test_a_seed_is_a_scene_and_splits_differ() -> None:
     assert one.shape == (16, 32, 32, 3) and one.dtype == np.uint8 and f"disc {kind}" == CLASS_NAMES[3]
     assert not np.array_equal(one, render_classed_scene(3, "heldout", 32)[0])
     assert len(render_classed_scene(2, "train", 16, num_frames=1)[0]) == 1
+
+
+def test_a_duotone_scene_is_a_classed_one_in_the_same_two_colours_as_all_others() -> None:
+    colours = set()
+    for seed in range(6):
+        frames_THWC, kind = render_duotone_scene(seed, "train", 64)
+        other_THWC, other_kind = render_classed_scene(seed, "train", 64)
+        scene = draw_classed_scene(seed, "train")
+        ground_THW = (other_THWC == scene.ground_3).all(axis=-1)
+        colours |= {tuple(colour) for colour in np.unique(frames_THWC[ground_THW], axis=0)}
+        assert kind == other_kind
+    assert len(colours) == 1
 
 
 def test_as_a_source_every_epoch_shows_other_scenes_of_the_same_class() -> None:

@@ -123,7 +123,7 @@ def test_exported_clips_come_back_and_unreadable_ones_are_named(folder: Path, tm
 
 
 def test_a_range_of_numbers_is_a_part_of_the_source() -> None:
-    for kind, count in (("bundled", 96), ("synthetic", 30), ("classed", 30)):
+    for kind, count in (("bundled", 96), ("synthetic", 30), ("classed", 30), ("duotone", 30)):
         whole, part = (
             build_dataset(DataConfig(sources=[f"{kind}:train:{numbers}"], augment=False, **SMALL))
             for numbers in (count, f"20-{count}")

@@ -4,7 +4,7 @@
 #   bash scripts/train/mini.sh
 #
 # Writes results/mini/{proxy,router,final,gpt_c2v,gpt_fp}/, the tables of stage 2 and the tokens of stage 5a, then the weights,
-# their figures and their card into ckpts/mini/. On 2 cores about 80 minutes for the tokenizer and its router; each GPT takes 40 to 50 of one core.
+# their figures and their card into ckpts/mini/. On 2 cores about 80 minutes for the tokenizer and its router; about 80 for the two GPTs, side by side.
 
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_launch.sh"
@@ -35,6 +35,7 @@ train 4_final_tokenizer.sh final "$processes"
 extract() { echo "mini: $1" && WORKERS=2 bash scripts/train/5a_extract_codes.sh "configs/mini/$1.yaml"; }
 
 for set in extract_c2v extract_c2v_heldout extract_fp extract_fp_heldout; do extract "$set"; done
-train 5b_gpt_c2v.sh gpt_c2v
-train 5b_gpt_frame_pred.sh gpt_fp
+# each takes one core, so without a GPU both at once
+export -f train
+printf '%s\n' "5b_gpt_c2v.sh gpt_c2v" "5b_gpt_frame_pred.sh gpt_fp" | xargs -P "$processes" -L 1 bash -c 'train "$@"' train
 "$python" -m evaluations.release generation

@@ -5,7 +5,8 @@
     speed     slow or fast
 
 Nothing in them comes from a photograph: the training split and the held-out one differ in places, sizes, speeds and
-phases, which are drawn from a continuum, and not in colours.
+phases, which are drawn from a continuum, and not in colours. Duotone scenes are the same scenes in one pair of colours:
+a GPT of the miniature's size learns how a shape looks and moves before it has met each of 56 pairs often enough.
 
 Lengths are in sides of the picture and times in frames, so a seed gives the same scene at every size.
 Letters: T frames, H W rows and columns, C colours.
@@ -14,7 +15,7 @@ Letters: T frames, H W rows and columns, C colours.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,6 +29,7 @@ RADIUS = (0.18, 0.25)  # in sides, at rest
 _SWING = 0.45  # of the radius while it pulses
 _BAR = (1.3, 0.5)  # half height and half width of a bar, in radii
 _PALETTE = np.asarray(list(itertools.product((72.0, 184.0), repeat=3)))  # dark and light of red, green and blue
+_DUOTONE = _PALETTE[3], _PALETTE[1]  # light blue ground, dark blue shape
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,17 @@ def draw_classed_scene(seed: int, split: str) -> ClassedScene:
 
 def render_classed_scene(seed: int, split: str, size: int = 64, num_frames: int = 16) -> tuple[np.ndarray, str]:
     """Scene number `seed` of a split: (frames_THWC uint8 [num_frames, size, size, 3], how its shape moves)."""
-    scene = draw_classed_scene(seed, split)
+    return _render(draw_classed_scene(seed, split), size, num_frames)
+
+
+def render_duotone_scene(seed: int, split: str, size: int = 64, num_frames: int = 16) -> tuple[np.ndarray, str]:
+    """The same scene in the one pair of colours, otherwise as `render_classed_scene`."""
+    ground_3, colour_3 = _DUOTONE
+    scene = replace(draw_classed_scene(seed, split), ground_3=ground_3, colour_3=colour_3)
+    return _render(scene, size, num_frames)
+
+
+def _render(scene: ClassedScene, size: int, num_frames: int) -> tuple[np.ndarray, str]:
     frames_THWC = np.stack([_frame(scene, t, size) for t in range(num_frames)])
     return np.clip(frames_THWC + 0.5, 0, 255).astype(np.uint8), scene.label.partition(" ")[2]
 

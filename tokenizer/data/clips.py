@@ -3,8 +3,9 @@
 A source is a folder, a video file, a manifest .csv (see manifest_table.py), or one of
     bundled:SPLIT         the real clips shipped with the package; SPLIT is train or heldout
     synthetic:SPLIT:N     N rendered scenes of known complexity
-    classed:SPLIT:N       N rendered scenes with a class as label: shape, motion, speed
-and each of these three may end in A-B in place of N: number A up to B - 1 alone, as in bundled:train:0-84.
+    classed:SPLIT:N       N rendered scenes with a class as label: shape, motion, speed; of two colours out of eight
+    duotone:SPLIT:N       the same scenes, all of the same two colours
+and each of these four may end in A-B in place of N: number A up to B - 1 alone, as in bundled:train:0-84.
 """
 
 from __future__ import annotations
@@ -21,14 +22,20 @@ import torch
 
 from tokenizer.common.errors import UserError
 from tokenizer.data.bundled_clips import SPLITS, bundled_videos
-from tokenizer.data.classed_scenes import CLASS_NAMES, render_classed_scene
+from tokenizer.data.classed_scenes import CLASS_NAMES, render_classed_scene, render_duotone_scene
 from tokenizer.data.manifest_table import read_rows
 from tokenizer.data.safe_decode import decode_clip_at
 from tokenizer.data.synthetic import KINDS, render_scene
 from tokenizer.data.transforms import horizontal_flip, random_resized_crop, rng_for
 from tokenizer.data.video_io import VideoError, display_name, iter_clips, list_videos, read_clip_at, to_model_range
 
-RENDERED = ("synthetic/", "classed/")  # how the names of rendered scenes begin
+# sources of rendered scenes: how one is rendered, and what takes turns in consecutive seeds
+_RENDERERS = {
+    "synthetic": (render_scene, KINDS),
+    "classed": (render_classed_scene, CLASS_NAMES),
+    "duotone": (render_duotone_scene, CLASS_NAMES),
+}
+RENDERED = tuple(f"{kind}/" for kind in _RENDERERS)  # how the names of rendered scenes begin
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +184,7 @@ def _items_of(source: str, cfg: DataConfig) -> list[_Item]:
         split, numbers = _part(source)
         bundled = [video for i, video in enumerate(bundled_videos(split)) if i in numbers]
         return [_Item(f"bundled/{v.path.name}", v.label, _bundled(v.path, cfg)) for v in bundled]
-    if kind in ("synthetic", "classed"):
+    if kind in _RENDERERS:
         split, numbers = _part(source)
         return [_rendered(kind, split, i, cfg) for i in numbers]
     if source.lower().endswith(".csv"):
@@ -240,13 +247,13 @@ def _file(path: Path, cfg: DataConfig) -> _Draw:
 
 def _rendered(kind: str, split: str, index: int, cfg: DataConfig) -> _Item:
     """Scene `index`, or with augmentation a fresh one of the same kind or class each time."""
-    render, turns = (render_scene, KINDS) if kind == "synthetic" else (render_classed_scene, CLASS_NAMES)
+    render, turns = _RENDERERS[kind]
 
     def frames(rng: np.random.Generator | None) -> tuple[np.ndarray, str | None]:
         seed = index if rng is None else index + len(turns) * int(rng.integers(1, 2**31))
         return render(seed, split, _read_size(cfg), cfg.num_frames)
 
-    label = CLASS_NAMES[index % len(CLASS_NAMES)] if kind == "classed" else None
+    label = turns[index % len(turns)] if turns is CLASS_NAMES else None
     return _Item(f"{kind}/{split}/{index:06d}", label, frames)
 
 
