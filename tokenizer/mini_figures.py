@@ -31,12 +31,13 @@ from tokenizer.router.summary import rank_correlation
 from tokenizer.router.table import QualityTable
 
 _BATCH = 8
-_SHOWN_BY_KIND = ("real clips and graded scenes", "classed scenes")
+_REAL, _GRADED, _CLASSED = "bundled:heldout", "synthetic:heldout:226", "classed:heldout:100"
+# what motion and tokens are rated on; the first set is that of the protocol mini-recon
 _MOTION_SETS = {
-    _SHOWN_BY_KIND[0]: ["bundled:heldout", "synthetic:heldout:226"],  # those of the protocol mini-recon
-    "of these, real clips": ["bundled:heldout"],
-    "of these, graded scenes": ["synthetic:heldout:226"],
-    _SHOWN_BY_KIND[1]: ["classed:heldout:100"],
+    "real clips and graded scenes": (_REAL, _GRADED),
+    "of these, real clips": (_REAL,),
+    "of these, graded scenes": (_GRADED,),
+    "classed scenes": (_CLASSED,),
 }
 _TABLE = "all clips of the table above, whatever their kind"
 
@@ -66,7 +67,9 @@ def held_out_figures(folder: Path) -> dict[str, Any]:
         "perceptual_net": perceptual.name,
         "sha256": {"final": tokenizer.sha256, "router": router.sha256, "proxy": table.meta["tokenizer_sha256"]},
         "router": _router_figures(score_BA, row_B, table, reward_BA),
-        "adaptivity": _adaptivity(router, router.space.tokens_A[reward_BA.argmax(dim=1)], clips),
+        "adaptivity": _adaptivity(router, clips, video, {
+            "router": router.space.tokens_A[row_B], "best": router.space.tokens_A[reward_BA.argmax(dim=1)],
+        }),
         "final": _final_figures(tokenizer, perceptual, video, row_B),
         "proxy": {
             str(level): {name: getattr(table, f"{name}_BA")[:, table.space.uniform_row(level)].mean().item()
@@ -102,24 +105,28 @@ def _router_figures(score_BA: Tensor, row_B: Tensor, table: QualityTable, reward
     }
 
 
-def _adaptivity(router: TrainedRouter, best_B: Tensor, clips: ClipDataset) -> dict[str, Any]:
+def _adaptivity(
+    router: TrainedRouter, clips: ClipDataset, video: Tensor, tokens_B: dict[str, Tensor]
+) -> dict[str, Any]:
     """Does motion cost tokens: rank correlations in sets of clips, and the mean of each kind.
 
-    `best_B`: tokens of the best rows of the table, whose clips are `clips`. A grey level of motion is a small shape of
-    loud colours in a classed scene and a moving camera in a photograph, so these are also rated apart.
+    `clips`, `video`, `tokens_B`: those of the table, and what its clips get from the "router" and by its "best" rows.
+    A grey level of motion is a small shape of loud colours in a classed scene and a moving camera in a photograph, so
+    these are also rated apart.
     """
-    sets = {name: build_dataset(replace(clips.cfg, sources=sources)) for name, sources in _MOTION_SETS.items()}
-    costs = {name: _motion_costs(router, some) for name, some in {**sets, _TABLE: clips}.items()}
-    correlations = {
-        name: {
-            "clips": len(rows),
-            "router": rank_correlation([row.motion for row in rows], [row.tokens for row in rows]),
-            "best": rank_correlation([row.motion for row in rows], best_B.tolist()) if name == _TABLE else None,
-        }
-        for name, rows in costs.items()
-    }
+    sources = (_REAL, _GRADED, _CLASSED)
+    costs = {source: _motion_costs(router, build_dataset(replace(clips.cfg, sources=[source]))) for source in sources}
+    correlations: dict[str, dict[str, float | None]] = {}
+    for name, members in _MOTION_SETS.items():
+        rows = [row for source in members for row in costs[source]]
+        rank = rank_correlation([row.motion for row in rows], [row.tokens for row in rows])
+        correlations[name] = {"clips": len(rows), "router": rank, "best": None}
+    motion_B = [motion(to_uint8(clip)) for clip in video]
+    ranks = {who: rank_correlation(motion_B, tokens.tolist()) for who, tokens in tokens_B.items()}
+    correlations[_TABLE] = {"clips": len(clips), **ranks}
+
     kinds = defaultdict[str, list[_MotionCost]](list)
-    for row in itertools.chain.from_iterable(costs[name] for name in _SHOWN_BY_KIND):
+    for row in itertools.chain.from_iterable(costs.values()):
         kinds[row.kind].append(row)
     groups = {
         kind: {"clips": len(rows), "motion": fmean(r.motion for r in rows), "tokens": fmean(r.tokens for r in rows)}

@@ -13,9 +13,10 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +30,19 @@ from tokenizer.data.synthetic import KINDS, render_scene
 from tokenizer.data.transforms import horizontal_flip, random_resized_crop, rng_for
 from tokenizer.data.video_io import VideoError, display_name, iter_clips, list_videos, read_clip_at, to_model_range
 
-# sources of rendered scenes: how one is rendered, and what takes turns in consecutive seeds
+
+class _Renderer(NamedTuple):
+    """How a scene is rendered from (seed, split, size, frames), and what takes turns in consecutive seeds."""
+
+    render: Callable[[int, str, int, int], tuple[np.ndarray, str]]
+    turns: Sequence[str]
+    labelled: bool  # whether these are classes
+
+
 _RENDERERS = {
-    "synthetic": (render_scene, KINDS),
-    "classed": (render_classed_scene, CLASS_NAMES),
-    "duotone": (render_duotone_scene, CLASS_NAMES),
+    "synthetic": _Renderer(render_scene, KINDS, labelled=False),
+    "classed": _Renderer(render_classed_scene, CLASS_NAMES, labelled=True),
+    "duotone": _Renderer(render_duotone_scene, CLASS_NAMES, labelled=True),
 }
 RENDERED = tuple(f"{kind}/" for kind in _RENDERERS)  # how the names of rendered scenes begin
 
@@ -247,13 +256,13 @@ def _file(path: Path, cfg: DataConfig) -> _Draw:
 
 def _rendered(kind: str, split: str, index: int, cfg: DataConfig) -> _Item:
     """Scene `index`, or with augmentation a fresh one of the same kind or class each time."""
-    render, turns = _RENDERERS[kind]
+    render, turns, labelled = _RENDERERS[kind]
 
     def frames(rng: np.random.Generator | None) -> tuple[np.ndarray, str | None]:
         seed = index if rng is None else index + len(turns) * int(rng.integers(1, 2**31))
         return render(seed, split, _read_size(cfg), cfg.num_frames)
 
-    label = turns[index % len(turns)] if turns is CLASS_NAMES else None
+    label = turns[index % len(turns)] if labelled else None
     return _Item(f"{kind}/{split}/{index:06d}", label, frames)
 
 

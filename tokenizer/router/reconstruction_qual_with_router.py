@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--all-clips",
         action="store_true",
-        help="all clips of 16 frames of a video, not only the first; a shorter rest is left out",
+        help="all clips of 16 frames of a video, not only the first; a shorter rest is left out and counted",
     )
     add("--fps", type=positive, help="frame rate to read at (default: each file's own)")
     add("--batch-size", type=at_least(1), default=4, metavar="N", help="clips that go through the models together")
