@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from autoregressive.sequence import IGNORE, PackedSequences, SequenceLayout, pack_sequences
+from autoregressive.sequence import PackedSequences, SequenceLayout, pack_sequences
 from autoregressive.token_archive import TokenArchive
 from tokenizer.common.errors import UserError
 from tokenizer.common.runtime import generator_for
@@ -43,7 +43,7 @@ class TokenBatch:
     @property
     def num_targets(self) -> int:
         """Ids that a model is asked to say."""
-        return int((self.packed.target_L != IGNORE).sum())
+        return len(self.packed.target_W)
 
     def split(self, num_parts: int) -> list[TokenBatch]:
         """Parts of nearly equal cost, for gradients that are added up (run.accumulate)."""

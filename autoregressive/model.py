@@ -4,7 +4,8 @@ A plain decoder: RMSNorm, SwiGLU, no biases, learned absolute positions, untied 
 padded, so that a clip with fewer tokens is less work in training as well as in sampling. `block_positions` goes beyond
 the paper: beside its absolute position an id is told which code of its block comes next.
 
-Letters: L packed tokens, R rows of a decoding step, S slots, D width, V ids the head can say, h heads, e head width.
+Letters: L packed tokens, W those whose successor is asked for, R rows of a decoding step, S slots, D width, V ids the
+head can say, h heads, e head width.
 """
 
 from __future__ import annotations
@@ -132,12 +133,18 @@ class GPT(nn.Module):
             nn.init.normal_(self.block_positions, std=0.02)
         nn.init.zeros_(self.head.weight)
 
-    def forward(self, id_L: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Packed sequences of `lengths` ids each, int64 [L] -> logits [L, V]; each sees its own past only."""
+    def forward(self, id_L: Tensor, lengths: Sequence[int], given: int = 0) -> Tensor:
+        """Packed sequences of `lengths` ids each, int64 [L] -> logits [W, V]; each sees its own past only.
+
+        W is L, less the first `given` ids of each sequence: what follows them is not asked for.
+        """
         position_L = torch.cat([torch.arange(length) for length in lengths]).to(id_L.device)
         attend = partial(attend_causal, lengths=lengths)
         x_LD = self._embed(id_L, position_L, self._inner(id_L, position_L))
-        return self._logits(self._hidden(x_LD, lambda layer: attend))
+        x_LD = self._hidden(x_LD, lambda layer: attend)
+        # slices: an index's backward adds with atomics, or sorts
+        x_WD = torch.cat([x_QD[given:] for x_QD in x_LD.split(list(lengths))]) if given else x_LD
+        return self._logits(x_WD)
 
     def step(
         self, id_R: Tensor, position_S: Tensor, live: Live, cache: KVCache, inner_S: Tensor | None = None

@@ -8,7 +8,8 @@ Class-to-video: the condition is the class, or the open one where guidance asks 
 codes of the given frames come first, and the open condition is the separator behind them. There is no end token:
 the grammar knows when a clip is complete.
 
-Letters: E codes, m levels, V ids that the head can say, N temporal blocks, L packed tokens, Q ids of one sequence.
+Letters: E codes, m levels, V ids that the head can say, N temporal blocks, L packed tokens, W those of them that are to
+be said, Q ids of one sequence.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from torch import Tensor
 
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.errors import UserError
-
-IGNORE = -100  # a target that no loss looks at; torch's own default
 
 
 @dataclass(frozen=True)
@@ -310,23 +309,20 @@ def block_positions(layout: SequenceLayout, device: torch.device) -> BlockPositi
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """Sequences one after the other, as training reads them: `id_L` goes in, `target_L` is what should come out.
+    """Sequences one after the other, as training reads them: `id_L` goes in, `target_W` is what should come out.
 
-    `lengths`: ids of each sequence. Targets are IGNORE where nothing is to be said: inside the condition's codes.
+    `lengths`: ids of each sequence. Behind the first `given` ids of each nothing is to be said (the condition's codes
+    in frame prediction, the paper's 640), so they have no targets, and no logits are computed for them.
     """
 
     id_L: Tensor
-    target_L: Tensor
+    target_W: Tensor
     lengths: tuple[int, ...]
+    given: int
 
 
 def pack_sequences(layout: SequenceLayout, sequences: Sequence[Tensor]) -> PackedSequences:
     """Sequences of `encode` -> inputs and targets, shifted by one. Equal lengths stand side by side."""
-    ordered = sorted(sequences, key=len)
-    targets = []
-    for id_Q in ordered:
-        target_Q = id_Q[1:].clone()
-        target_Q[: layout.condition_tokens] = IGNORE
-        targets.append(target_Q)
-    inputs = [id_Q[:-1] for id_Q in ordered]
-    return PackedSequences(torch.cat(inputs), torch.cat(targets), tuple(map(len, inputs)))
+    ordered, given = sorted(sequences, key=len), layout.condition_tokens
+    inputs, targets = [id_Q[:-1] for id_Q in ordered], [id_Q[1 + given :] for id_Q in ordered]
+    return PackedSequences(torch.cat(inputs), torch.cat(targets), tuple(map(len, inputs)), given)

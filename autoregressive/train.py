@@ -6,7 +6,7 @@
 One loop for both: the archive of stage 5a says which. Started again with the same run.dir it resumes by itself, to the
 same result. `--dry-run` builds everything, runs a few steps and says what the run would cost.
 
-Letters: L packed ids, V ids that the head can say.
+Letters: L packed ids, W those of them that are to be said, V ids that the head can say.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from autoregressive.model import GPT, GPTConfig
 from autoregressive.presets import check_vocabulary
 from autoregressive.sample_grid import sample_grid
 from autoregressive.sampler import Request, SamplingConfig
-from autoregressive.sequence import IGNORE, PackedSequences, SequenceLayout, length_rule, pack_sequences
+from autoregressive.sequence import PackedSequences, SequenceLayout, length_rule, pack_sequences
 from autoregressive.token_archive import TokenArchive
 from tokenizer.common import ranks
 from tokenizer.common.config import to_dict
@@ -99,9 +99,9 @@ class GPTTraining:
         """Loss, perplexity and how often the most probable length is the true one, on held-out clips."""
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for packed in self._validation_batches():
-            logits_LV, target_L = read(self.model, packed)
-            measured = by_kind(cross_entropy(logits_LV, target_L), target_L, self.layout)
-            measured["length_accuracy"] = right_lengths(logits_LV, target_L, self.layout)
+            logits_WV, target_W = read(self.model, packed)
+            measured = by_kind(cross_entropy(logits_WV, target_W), target_W, self.layout)
+            measured["length_accuracy"] = right_lengths(logits_WV, target_W, self.layout)
             for name, (total, num) in measured.items():
                 sums[name][0] += float(total)
                 sums[name][1] += float(num)
@@ -153,36 +153,36 @@ KINDS = ("loss_length", "loss_code")
 
 def gpt_loss(model: torch.nn.Module, batch: TokenBatch) -> tuple[Summed, dict[str, Tensor | float]]:
     """Cross-entropy summed over all ids that are to be said; the loop divides by their number on all processes."""
-    logits_LV, target_L = read(model, batch.packed)
-    each_L = cross_entropy(logits_LV, target_L)
-    kinds = by_kind(each_L.detach(), target_L, batch.layout)
+    logits_WV, target_W = read(model, batch.packed)
+    each_W = cross_entropy(logits_WV, target_W)
+    kinds = by_kind(each_W.detach(), target_W, batch.layout)
     terms: dict[str, Tensor | float] = {name: total / num for name, (total, num) in kinds.items()}
-    terms["ids_per_clip"] = len(each_L) / len(batch.sequences)
-    return Summed(each_L.sum(), batch.num_targets), terms
+    terms["ids_per_clip"] = len(batch.packed.id_L) / len(batch.sequences)
+    return Summed(each_W.sum(), batch.num_targets), terms
 
 
 def read(model: torch.nn.Module, packed: PackedSequences) -> tuple[Tensor, Tensor]:
-    """Packed sequences through the model -> logits, float32 [L, V], and targets [L], on its device."""
+    """Packed sequences through the model -> logits, float32 [W, V], and targets [W], on its device."""
     device = next(model.parameters()).device
-    return model(packed.id_L.to(device), packed.lengths).float(), packed.target_L.to(device)
+    return model(packed.id_L.to(device), packed.lengths, packed.given).float(), packed.target_W.to(device)
 
 
-def cross_entropy(logits_LV: Tensor, target_L: Tensor) -> Tensor:
-    """Of each id by itself, [L]; 0 where nothing is to be said."""
-    return F.cross_entropy(logits_LV, target_L, ignore_index=IGNORE, reduction="none")
+def cross_entropy(logits_WV: Tensor, target_W: Tensor) -> Tensor:
+    """Of each id by itself, [W]."""
+    return F.cross_entropy(logits_WV, target_W, reduction="none")
 
 
-def by_kind(each_L: Tensor, target_L: Tensor, layout: SequenceLayout) -> dict[str, tuple[Tensor, Tensor]]:
+def by_kind(each_W: Tensor, target_W: Tensor, layout: SequenceLayout) -> dict[str, tuple[Tensor, Tensor]]:
     """(sum, number) of the losses of length tokens and of codes."""
-    is_length_L, is_code_L = target_L >= layout.codebook_size, (target_L >= 0) & (target_L < layout.codebook_size)
-    return {name: (each_L[at].sum(), at.sum()) for name, at in zip(KINDS, (is_length_L, is_code_L), strict=True)}
+    is_length_W = target_W >= layout.codebook_size
+    return {name: (each_W[at].sum(), at.sum()) for name, at in zip(KINDS, (is_length_W, ~is_length_W), strict=True)}
 
 
-def right_lengths(logits_LV: Tensor, target_L: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+def right_lengths(logits_WV: Tensor, target_W: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
     """How often the most probable length is the true one, and of how many; lengths that are given are not counted."""
-    at_L = target_L >= layout.codebook_size
-    guess = logits_LV[at_L, layout.codebook_size :].argmax(dim=1) + layout.codebook_size
-    right_BN = (guess == target_L[at_L]).unflatten(0, (-1, layout.num_blocks))[:, len(layout.condition_lengths) :]
+    at_W = target_W >= layout.codebook_size
+    guess = logits_WV[at_W, layout.codebook_size :].argmax(dim=1) + layout.codebook_size
+    right_BN = (guess == target_W[at_W]).unflatten(0, (-1, layout.num_blocks))[:, len(layout.condition_lengths) :]
     return right_BN.sum(), torch.tensor(right_BN.numel())
 
 

@@ -1,6 +1,7 @@
 """The training loop on a toy: killed anywhere it ends with the same bits, and it stops with the reason."""
 
 import errno
+import itertools
 import json
 import logging
 import math
@@ -22,7 +23,7 @@ from tokenizer.common.errors import UserError
 from tokenizer.common.loop import RunConfig, TrainState, fit
 from tokenizer.common.metrics_log import MetricsLog
 from tokenizer.common.optim import OptimConfig
-from tokenizer.common.runtime import generator_for
+from tokenizer.common.runtime import generator_for, slow_precision
 from tokenizer.common.survive import claim
 
 STEPS = 12
@@ -327,6 +328,17 @@ def test_metrics_rewind_drops_later_and_torn_lines(tmp_path: Path) -> None:
 def test_impossible_run_settings(wrong: dict) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         RunConfig(**wrong)
+
+
+def test_a_precision_that_the_cpu_lacks_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured, not looked up: the clock here runs slower for half precision."""
+    ticks = itertools.chain([0, 7] * 3, [0, 2] * 3)
+    monkeypatch.setattr("tokenizer.common.runtime.time.perf_counter", lambda: next(ticks, 0))
+    train(tmp_path, steps=0, precision="bf16")
+    assert "bf16 takes 4 times as long as in float32: run.precision=none is faster here" in capsys.readouterr().err
+    assert slow_precision(torch.device("cpu"), "none") is slow_precision(torch.device("cuda"), "bf16") is None
 
 
 def test_missing_device_is_one_line(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoregressive.sequence import (
-    IGNORE,
     BlockPositions,
     ClipCodes,
     Grammar,
@@ -78,15 +77,17 @@ def test_order_of_a_small_sequence() -> None:
     clip = ClipCodes(torch.tensor([7, 8, 9]), (2, 1), label=1)
     assert layout.encode(clip).tolist() == [13, 11, 7, 8, 10, 9]  # class 1, "2 follow", two codes, "1 follows", code
     packed = pack_sequences(layout, [layout.encode(clip)])
-    assert packed.id_L.tolist() == [13, 11, 7, 8, 10] and packed.target_L.tolist() == [11, 7, 8, 10, 9]
+    assert packed.id_L.tolist() == [13, 11, 7, 8, 10] and packed.target_W.tolist() == [11, 7, 8, 10, 9]
 
 
 def test_packing_hides_the_condition_from_the_loss() -> None:
     sequences = [FRAMES.encode(random_clip(FRAMES, seed)) for seed in range(3)]
     packed = pack_sequences(FRAMES, sequences)
     assert list(packed.lengths) == sorted(len(id_Q) - 1 for id_Q in sequences)
-    first = packed.target_L[: packed.lengths[0]]
-    assert (first[:10] == IGNORE).all() and first[10] == FRAMES.length_id(8) and (first[10:] != IGNORE).all()
+    assert packed.given == 10 and len(packed.id_L) == sum(packed.lengths)
+    said = packed.target_W.split([length - 10 for length in packed.lengths])
+    for target_Q, id_Q in zip(said, sorted(sequences, key=len), strict=True):
+        assert target_Q[0] == FRAMES.length_id(8) and target_Q.equal(id_Q[11:])  # behind 10 codes, separator
 
 
 @given(

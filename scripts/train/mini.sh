@@ -4,21 +4,25 @@
 #   bash scripts/train/mini.sh
 #
 # Writes results/mini/{proxy,router,final,gpt_c2v,gpt_fp}/, the tables of stage 2 and the tokens of stage 5a, then the weights,
-# their figures and their card into ckpts/mini/. On 2 cores about 80 minutes for the tokenizer and its router; about 80 for the two GPTs, side by side.
+# their figures and their card into ckpts/mini/. On 2 cores about 80 minutes for the tokenizer and its router; for the GPTs see
+# configs/README.md. One GPU, where there is one, takes all of it.
 
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_launch.sh"
 no_arguments "$@"
 cd "$ROOT"
 python=$(project_python)
-# two processes of one core are faster than one of two, and one GPU takes one process
-processes=$("$python" -c 'import torch; print(1 if torch.cuda.is_available() else 2)')
+# two processes of one core are faster than one of two, and one GPU takes one process; not every CPU knows bf16
+read -r processes precision < <("$python" -c '
+import torch
+from tokenizer.common.runtime import pick_device, slow_precision
+print(1 if torch.cuda.is_available() else 2, "none" if slow_precision(pick_device("auto"), "bf16") else "bf16")')
 
-train() { # train SCRIPT NAME [PROCESSES]: skipped where NAME is finished
+train() { # train SCRIPT NAME [PROCESSES [key=value ...]]: skipped where NAME is finished
   local run=results/mini/$2
   export GPUS=${3:-1}
   [ ! -f "$run/final/model.safetensors" ] || { echo "mini: $2 is finished ($run)" && return; }
-  echo "mini: $2" && bash "scripts/train/$1" "configs/mini/$2.yaml" run.dir="$run"
+  echo "mini: $2" && bash "scripts/train/$1" "configs/mini/$2.yaml" run.dir="$run" "${@:4}"
 }
 curate() { echo "mini: $1" && WORKERS=2 bash scripts/train/2_curate_router_data.sh "configs/mini/$1.yaml"; }
 
@@ -35,7 +39,7 @@ train 4_final_tokenizer.sh final "$processes"
 extract() { echo "mini: $1" && WORKERS=2 bash scripts/train/5a_extract_codes.sh "configs/mini/$1.yaml"; }
 
 for set in extract_c2v extract_c2v_heldout extract_fp extract_fp_heldout; do extract "$set"; done
-# each takes one core, so without a GPU both at once
-export -f train
-printf '%s\n' "5b_gpt_c2v.sh gpt_c2v" "5b_gpt_frame_pred.sh gpt_fp" | xargs -P "$processes" -L 1 bash -c 'train "$@"' train
+# batch_ids counts for each process: the ids of a step stay those of the config
+train 5b_gpt_c2v.sh gpt_c2v "$processes" batch_ids=$((3072 / processes)) run.precision="$precision"
+train 5b_gpt_frame_pred.sh gpt_fp "$processes" batch_ids=$((6144 / processes)) run.precision="$precision"
 "$python" -m evaluations.release generation

@@ -24,7 +24,7 @@ from tokenizer.common.errors import UserError
 from tokenizer.common.optim import OptimConfig
 from tokenizer.common.reporter import Reporter
 from tokenizer.common.run_config import RunConfig
-from tokenizer.common.runtime import pick_device, set_deterministic
+from tokenizer.common.runtime import pick_device, set_deterministic, slow_precision
 from tokenizer.common.state import Adversary, TrainState
 from tokenizer.common.step import LossFn, Summed, TooManySkipped, train_step
 from tokenizer.common.survive import claim, note_unreadable, only_run_in, stop_signals
@@ -80,6 +80,8 @@ def fit(
     with only_run_in(folder) if ranks.is_main() else nullcontext():
         if ranks.is_main():
             claim(folder, config, run.allow_changes)
+            if warning := slow_precision(state.device, run.precision):
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
         store = CheckpointStore(folder / "checkpoints", run.keep_last, run.keep_every)
         if state.load(store) and ranks.is_main():
             print(f"resuming {folder} after step {state.step}", file=sys.stderr, flush=True)
