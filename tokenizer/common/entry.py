@@ -17,7 +17,7 @@ from tokenizer.common.errors import UserError
 from tokenizer.common.loop import LossFn, RunConfig, TrainState, num_clips, train_step
 from tokenizer.common.optim import OptimConfig
 from tokenizer.common.performance import Speed, peak_memory
-from tokenizer.common.runtime import pick_dtype
+from tokenizer.common.runtime import pick_dtype, slow_precision
 from tokenizer.common.step import Values
 
 T = TypeVar("T")
@@ -110,6 +110,8 @@ def rehearse(
     print(f"speed       {seconds:.2f} s a step of {num_clips(batch, run)} clips on {state.device}", end="")
     print(f" x {ranks.num_ranks()}, {share:.0%} of the measured peak of {peak:.2f} TFLOP/s")
     print(f"the run     {run.steps} steps, about {run.steps * seconds / 3600:.1f} h at this speed, into {run.dir}")
+    if warning := slow_precision(state.device, run.precision):
+        print(f"slow        {warning}")
     for line in missing(run, weights) or ["nothing"]:
         print(f"missing     {line}")
     print("dry run: nothing was written")
