@@ -108,7 +108,7 @@ def rehearse(
     print("loss        " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     share, peak = speed.flops / seconds / speed.roof, speed.roof / 1e12
     print(f"speed       {seconds:.2f} s a step of {num_clips(batch, run)} clips on {state.device}", end="")
-    print(f" x {ranks.num_ranks()}, {share:.0%} of the measured peak of {peak:.2f} TFLOP/s")
+    print(f" x {ranks.num_ranks()}, {share:.0%} of the measured peak of {peak:.3g} TFLOP/s")
     print(f"the run     {run.steps} steps, about {run.steps * seconds / 3600:.1f} h at this speed, into {run.dir}")
     if warning := slow_precision(state.device, run.precision):
         print(f"slow        {warning}")
