@@ -24,6 +24,11 @@ train() { # train SCRIPT NAME [PROCESSES [key=value ...]]: skipped where NAME is
   [ ! -f "$run/final/model.safetensors" ] || { echo "mini: $2 is finished ($run)" && return; }
   echo "mini: $2" && bash "scripts/train/$1" "configs/mini/$2.yaml" run.dir="$run" "${@:4}"
 }
+train_gpt() { # train_gpt SCRIPT NAME: batch_ids counts for each process, so that a step keeps the ids of the config
+  local ids
+  ids=$(sed -n 's/^batch_ids: //p' "configs/mini/$2.yaml")
+  train "$@" "$processes" batch_ids=$((ids / processes)) run.precision="$precision"
+}
 curate() { echo "mini: $1" && WORKERS=2 bash scripts/train/2_curate_router_data.sh "configs/mini/$1.yaml"; }
 
 train 1_proxy_tokenizer.sh proxy "$processes"
@@ -39,7 +44,6 @@ train 4_final_tokenizer.sh final "$processes"
 extract() { echo "mini: $1" && WORKERS=2 bash scripts/train/5a_extract_codes.sh "configs/mini/$1.yaml"; }
 
 for set in extract_c2v extract_c2v_heldout extract_fp extract_fp_heldout; do extract "$set"; done
-# batch_ids counts for each process: the ids of a step stay those of the config
-train 5b_gpt_c2v.sh gpt_c2v "$processes" batch_ids=$((3072 / processes)) run.precision="$precision"
-train 5b_gpt_frame_pred.sh gpt_fp "$processes" batch_ids=$((6144 / processes)) run.precision="$precision"
+train_gpt 5b_gpt_c2v.sh gpt_c2v
+train_gpt 5b_gpt_frame_pred.sh gpt_fp
 "$python" -m evaluations.release generation
