@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.batches import BatchRule, TokenBatch, token_batches
+from autoregressive.begin_from import begin_from
 from autoregressive.model import GPT, GPTConfig
-from autoregressive.presets import check_vocabulary
+from autoregressive.presets import check_vocabulary, load_gpt
 from autoregressive.sample_grid import sample_grid
 from autoregressive.sampler import Request, SamplingConfig
 from autoregressive.sequence import PackedSequences, SequenceLayout, length_rule, pack_sequences
@@ -52,6 +53,7 @@ class GPTTrainConfig:
     tokenizer: str = ""  # the one that made the tokens: .safetensors file or run folder
     archive: str = ""  # the tokens, from stage 5a
     val_archive: str = ""  # those of held-out clips
+    init_from: str = ""  # another GPT to begin with, of the same tokenizer and size: .safetensors file or run folder
     val_clips: int = 512  # clips that a validation looks at, spread evenly over val_archive
     samples: int = 8  # clips that a validation samples, for the picture in samples/; 0: none
     batch_ids: int = 0  # ids a step at most, on each process; 0: run.batch_size clips a step, on all together
@@ -81,6 +83,7 @@ class GPTTraining:
         self.tokenizer = load_tokenizer(config.tokenizer, self.device)
         self.archive, self.val_archive = open_archives(config, self.tokenizer)
         self.model = GPT(config.model)
+        self.source_sha256 = self._begin_from(config.init_from) if config.init_from else ""
         self.state = TrainState.start(self.model, config.run, config.optim, kind="gpt")
 
     def batches(self, start_step: int) -> Iterator[TokenBatch]:
@@ -117,6 +120,8 @@ class GPTTraining:
         config = {**to_dict(c), "tokens": self.token_facts()}
         if c.batch_ids:  # a step has so many ids on each process: how many there are decides what it sees
             config["processes"] = ranks.num_ranks()
+        if self.source_sha256:
+            config["init_from_sha256"] = self.source_sha256
         fit(c.run, c.optim, config, self.state, self.batches, self.loss, self.validate)
 
     def rehearse(self) -> None:
@@ -127,6 +132,14 @@ class GPTTraining:
     def token_facts(self) -> dict[str, Any]:
         """What the weights file says of the tokens: which tokenizer reads them, what the class numbers mean."""
         return {**to_dict(self.archive.facts), "archive_sha256": self.archive.sha256}
+
+    def _begin_from(self, path: str) -> str:
+        """Take up the weights of another GPT -> its sha256. A run that resumes replaces them by its own."""
+        source = load_gpt(path)
+        done = begin_from(self.model, self.archive.facts.class_names, self.tokenizer.sha256, source)
+        if ranks.is_main():
+            print(done)
+        return source.sha256
 
     def _sample(self, step: int) -> None:
         """samples/<step>.png: a clip of each of some held-out clips' classes, or of their given frames."""

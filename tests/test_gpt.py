@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.attention import attend_by_length, attend_by_slot, attend_to_longest, attend_varlen
+from autoregressive.begin_from import begin_from
 from autoregressive.kv_cache import check_memory, free_bytes
 from autoregressive.model import GPT, GPTConfig
 from autoregressive.presets import (
@@ -120,6 +121,7 @@ def test_the_kernel_over_the_live_cache_equals_the_reference() -> None:
     pytest.importorskip("triton")
     code = """
 import torch
+from autoregressive.begin_from import begin_from
 from autoregressive.kv_cache import KVCache
 live, position_S = [1, 64, 65, 131], torch.tensor([0, 63, 64, 130])
 ours, reference = (KVCache(1, 2, 24, slots=4, streams=2, places=131) for _ in range(2))
@@ -236,6 +238,49 @@ def test_a_gpt_for_another_tokenizer_is_refused(gpt: GPT) -> None:
     tokenizer.sha256 = "cd" * 32
     with pytest.raises(UserError, match=r"tokenizer abababababab\.\., this one is cdcdcdcdcdcd"):
         check_tokenizer_fits(TrainedGPT(gpt, (), "ab" * 32, "", "gpt"), tokenizer)
+
+
+def test_a_gpt_begins_from_one_with_other_conditions(gpt: GPT) -> None:
+    """Classes by name, a new one as the open condition; positions counted from the condition on."""
+    source = TrainedGPT(gpt, tuple("abcdefghijk"), "ab" * 32, "cd" * 32, "source")
+    ours = GPT(replace(DEBUG, num_classes=3)).eval()
+    done = begin_from(ours, ("k", "new", "b"), "ab" * 32, source)
+    assert done.endswith("37 of 37 positions, 2 of 3 classes, everything else")
+    length, codes = DEBUG.layout.length_id(2), [5, 3]
+    for label, number in ((0, 10), (1, None), (2, 1), (None, None)):
+        begun, known = (
+            model(torch.tensor([model.layout.condition_id(of), length, *codes]), [4])
+            for model, of in ((ours, label), (gpt, number))
+        )
+        assert torch.equal(begun, known)
+
+    frames = GPT(replace(DEBUG, num_classes=0, condition_lengths=[4, 2]))
+    before = frames.positions.detach().clone()
+    given = 6
+    done = begin_from(frames, (), "ab" * 32, source)
+    assert done.endswith(f"{len(before) - given} of {len(before)} positions, 0 of 0 classes, everything else")
+    assert torch.equal(frames.positions[:given], before[:given])
+    assert torch.equal(frames.positions[given:], gpt.positions[: len(before) - given])
+    assert torch.equal(frames.embedding.weight[frames.layout.open_id], gpt.embedding.weight[gpt.layout.open_id])
+    back = GPT(DEBUG)
+    begin_from(back, source.class_names, "ab" * 32, TrainedGPT(frames, (), "ab" * 32, "", "frames"))
+    assert torch.equal(back.positions[: len(before) - given], gpt.positions[: len(before) - given])
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokenizer_sha256", "words"),
+    [
+        ({"width": 64}, "ab" * 32, r"init_from=source has width = 32, but model.width = 64"),
+        ({"levels": [2, 4]}, "ab" * 32, r"has levels = \[2, 4, 8\], but model.levels = \[2, 4\]"),
+        ({}, "cd" * 32, r"codes of tokenizer abababababab\.\., this run has those of cdcdcdcdcdcd\.\."),
+    ],
+)
+def test_a_gpt_does_not_begin_from_what_does_not_fit(
+    gpt: GPT, changes: dict[str, Any], tokenizer_sha256: str, words: str
+) -> None:
+    source = TrainedGPT(gpt, (), "ab" * 32, "", "source")
+    with pytest.raises(UserError, match=words):
+        begin_from(GPT(replace(DEBUG, **changes)), (), tokenizer_sha256, source)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from autoregressive.presets import PRESETS, load_gpt
 from autoregressive.sequence import ClipCodes
 from autoregressive.token_archive import ArchivedClip, ArchiveFacts, TokenArchive, save_archive, save_shard
 from autoregressive.train import GPTTrainConfig, GPTTraining, cross_entropy, read, right_lengths
-from tokenizer.common.checkpoint import save_model
+from tokenizer.common.checkpoint import read_model, save_model
 from tokenizer.common.config import from_dict, to_dict
 from tokenizer.common.errors import UserError
 from tokenizer.common.loop import RunConfig
@@ -223,6 +223,24 @@ def test_killed_and_resumed_ends_with_the_same_bits(archives: dict[str, str], tm
     assert {"loss_length", "loss_code", "ids_per_clip"} <= set(lines[0])
     wanted = ("loss", "perplexity", "length_accuracy", "loss_length", "loss_code")
     assert {f"val/{name}" for name in wanted} <= set(lines[-1])
+
+
+def test_a_run_begins_from_another_and_resumes_to_the_same_bits(
+    archives: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(tmp_path / "source")
+    training(archives, tmp_path / "source").fit()
+    begun = training(archives, tmp_path / "whole", init_from=source)
+    assert f"begun from {source}" in capsys.readouterr().out
+    learnt = load_gpt(source)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(
+        begun.model.state_dict().values(), learnt.model.state_dict().values(), strict=True
+    ))  # fmt: skip
+    begun.fit()
+    fit_and_die(training(archives, tmp_path / "killed", init_from=source), 5)
+    training(archives, tmp_path / "killed", init_from=source).fit()
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+    assert read_model(tmp_path / "whole").config["init_from_sha256"] == learnt.sha256
 
 
 def test_half_precision_trains_validates_and_samples(archives: dict[str, str], tmp_path: Path) -> None:

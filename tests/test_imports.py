@@ -40,7 +40,7 @@ GPT_LAYERS = (
     {"kv_cache", "recorded_step"},
     {"model", "batches", "sample_folder"},
     {"presets", "sampler"},
-    {"sample_grid"},
+    {"sample_grid", "begin_from"},
     {"sample_job", "extract_codes", "train"},
     {"sample_c2v", "sample_frame_prediction"},
 )
