@@ -11,6 +11,7 @@ Letters: L packed ids, W those of them that are to be said, V ids that the head 
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -138,7 +139,7 @@ class GPTTraining:
         source = load_gpt(path)
         done = begin_from(self.model, self.archive.facts.class_names, self.tokenizer.sha256, source)
         if ranks.is_main():
-            print(done)
+            print(done, file=sys.stderr, flush=True)
         return source.sha256
 
     def _sample(self, step: int) -> None:

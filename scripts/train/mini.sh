@@ -12,11 +12,15 @@ set -euo pipefail
 no_arguments "$@"
 cd "$ROOT"
 python=$(project_python)
-# two processes of one core are faster than one of two, and one GPU takes one process; not every CPU knows bf16
-read -r processes precision < <("$python" -c '
+# two processes of one core are faster than one of two, and one GPU takes one process; not every CPU knows bf16, and not
+# every machine has what torch.compile needs
+read -r processes precision compile < <("$python" -c '
 import torch
+from tokenizer.common.compiled import missing_compiler
 from tokenizer.common.runtime import pick_device, slow_precision
-print(1 if torch.cuda.is_available() else 2, "none" if slow_precision(pick_device("auto"), "bf16") else "bf16")')
+device = pick_device("auto")
+precision = "none" if slow_precision(device, "bf16") else "bf16"
+print(2 if device.type == "cpu" else 1, precision, "false" if missing_compiler(device) else "true")')
 
 train() { # train SCRIPT NAME [PROCESSES [key=value ...]]: skipped where NAME is finished
   local run=results/mini/$2
@@ -27,7 +31,7 @@ train() { # train SCRIPT NAME [PROCESSES [key=value ...]]: skipped where NAME is
 train_gpt() { # train_gpt SCRIPT NAME: batch_ids counts for each process, so that a step keeps the ids of the config
   local ids
   ids=$(sed -n 's/^batch_ids: //p' "configs/mini/$2.yaml")
-  train "$@" "$processes" batch_ids=$((ids / processes)) run.precision="$precision"
+  train "$@" "$processes" batch_ids=$((ids / processes)) run.precision="$precision" run.compile="$compile"
 }
 curate() { echo "mini: $1" && WORKERS=2 bash scripts/train/2_curate_router_data.sh "configs/mini/$1.yaml"; }
 

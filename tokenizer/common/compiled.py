@@ -39,7 +39,8 @@ def compile_layers(model: nn.Module, device: torch.device, asked_by: str, instea
 
     Raises UserError where nothing can be compiled: `asked_by` names the setting, `instead` what the user may do.
     """
-    check_can_compile(device, asked_by, instead)
+    if missing := missing_compiler(device):
+        raise UserError(f"{asked_by} for {device} needs {missing}, or {instead}")
     for module in model.modules():
         if isinstance(module, Layer):
             module.compiled = True
@@ -61,18 +62,14 @@ def not_compiled() -> Iterator[None]:
         _held_off = before
 
 
-def check_can_compile(device: torch.device, asked_by: str, instead: str) -> None:
-    """Raises UserError where what writes the kernels is missing: Triton for a GPU, a C++ compiler for a CPU."""
+def missing_compiler(device: torch.device) -> str | None:
+    """What is not there to write the kernels, and what to do: Triton for a GPU, a C++ compiler for a CPU; else None."""
     if device.type == "cuda":
-        if not has_triton():
-            raise UserError(f"{asked_by} for {device} needs the package triton: install it, or {instead}")
-        return
+        return None if has_triton() else "the package triton: install it"
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        raise UserError(
-            f"{asked_by} for {device} needs a C++ compiler, and there is no {compiler!r}: install it, name another in "
-            f"CXX, or {instead}"
-        )
+    if shutil.which(compiler) is not None:
+        return None
+    return f"a C++ compiler, and there is no {compiler!r}: install it, name another in CXX"
 
 
 @cache
