@@ -121,7 +121,6 @@ def test_the_kernel_over_the_live_cache_equals_the_reference() -> None:
     pytest.importorskip("triton")
     code = """
 import torch
-from autoregressive.begin_from import begin_from
 from autoregressive.kv_cache import KVCache
 live, position_S = [1, 64, 65, 131], torch.tensor([0, 63, 64, 130])
 ours, reference = (KVCache(1, 2, 24, slots=4, streams=2, places=131) for _ in range(2))
