@@ -19,8 +19,8 @@ from torch import Tensor
 
 from autoregressive.sequence import PackedSequences, SequenceLayout, pack_sequences
 from autoregressive.token_archive import TokenArchive
+from tokenizer.common.device import generator_for
 from tokenizer.common.errors import UserError
-from tokenizer.common.runtime import generator_for
 from tokenizer.data.loader import epoch_order
 
 _OPEN_BINS = 8  # batches that are filled at the same time; more of them waste less room and mix the order more

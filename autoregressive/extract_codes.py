@@ -6,7 +6,7 @@ Class-to-video: the router chooses each clip's assignment, and the clip keeps it
 (`condition_lengths`): the best assignment of those that begin with these lengths, and the given frames are encoded
 beside the clip. `views` draws that many crops, flips and starts of every clip.
 
-Work is shared and resumed as in stage 2: each shard of the archive is a unit (tokenizer/common/units.py).
+Work is shared and resumed as in stage 2: each shard of the archive is a unit (tokenizer/common/work_units.py).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from tokenizer.assignment import AssignmentSpace
 from tokenizer.budget import Budget, parse_budget
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import to_dict
-from tokenizer.common.entry import parse_work_arguments
+from tokenizer.common.device import pick_device
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.runtime import pick_device
-from tokenizer.common.units import WorkUnits, claim_folder
+from tokenizer.common.work_units import WorkUnits, claim_folder
 from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset
 from tokenizer.data.video_io import VideoError
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
+from tokenizer.training.cli import parse_work_arguments
 
 
 @dataclass

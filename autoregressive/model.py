@@ -19,8 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoregressive.attention import Live, attend_causal
-from autoregressive.kv_cache import KVCache, bytes_per_slot
+from autoregressive.attention import KVCache, Live, attend_causal, bytes_per_slot
 from autoregressive.sequence import SequenceLayout, block_positions
 from tokenizer.common.compiled import Layer
 from tokenizer.common.errors import UserError

@@ -14,10 +14,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autoregressive.class_names import names_of, parse_classes
+from autoregressive.condition import names_of, parse_classes
 from autoregressive.sample_job import REQUIRED, SampleJob, Wanted, add_common_flags, parse, parse_guidance
 from autoregressive.sampler import Request
-from tokenizer.common.arguments import Parser, at_least, positive
+from tokenizer.common.cli import Parser, at_least, positive
 from tokenizer.common.errors import UserError, run_cli
 
 

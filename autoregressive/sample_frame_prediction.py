@@ -26,12 +26,11 @@ from tqdm import tqdm
 from autoregressive.condition import encode_condition
 from autoregressive.sample_job import REQUIRED, SampleJob, Wanted, add_common_flags, parse, parse_lengths
 from autoregressive.sampler import Request
-from tokenizer.common.arguments import Parser, at_least, positive
+from tokenizer.common.cli import Parser, at_least, positive
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.data.kinetics import find_kinetics
-from tokenizer.data.transforms import resize, resize_center_crop
-from tokenizer.data.video_io import display_name, to_model_range
-from tokenizer.router.clip_source import ClipRule, Rest, Skipped, SourceClip, VideoSource, find_sources, stream_clips
+from tokenizer.data.clip_stream import ClipRule, Rest, Skipped, SourceClip, VideoSource, find_sources, stream_clips
+from tokenizer.data.datasets import find_kinetics
+from tokenizer.data.video_io import display_name, resize, resize_center_crop, to_model_range
 
 INSTEAD = "give --vid_path DIR for any folder of videos instead"
 

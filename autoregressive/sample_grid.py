@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from autoregressive.model import GPT
-from autoregressive.sample_pictures import ShownClip, contact_sheet
 from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig
 from autoregressive.sequence import SequenceLayout
 from tokenizer.data.video_io import to_uint8
 from tokenizer.model import VideoTokenizer
 from tokenizer.tokens import VideoTokens
+from tokenizer.viz.frames import ShownClip, contact_sheet
 
 
 def sample_grid(

@@ -22,16 +22,16 @@ from tqdm import tqdm
 from autoregressive.presets import PRESETS, check_tokenizer_fits, load_gpt
 from autoregressive.sample_folder import SampleFolder
 from autoregressive.sample_grid import tokens_of
-from autoregressive.sample_pictures import ShownClip
 from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig
 from autoregressive.sequence import LengthRule, length_rule, longest_sequence
-from tokenizer.common.arguments import Parser, at_least, positive
+from tokenizer.common.cli import Parser, at_least, positive
+from tokenizer.common.device import PRECISIONS, pick_device, pick_dtype
+from tokenizer.common.distributed import adopt_slurm
 from tokenizer.common.errors import UserError
-from tokenizer.common.launcher import adopt_slurm
-from tokenizer.common.runtime import PRECISIONS, pick_device, pick_dtype
 from tokenizer.data.video_io import display_name, to_uint8
 from tokenizer.model import parameters_by_part
 from tokenizer.presets import load_tokenizer
+from tokenizer.viz.frames import ShownClip
 
 MOST_IN_GRID = 64  # clips; more are still written, one by one
 _MOST_UNWRITTEN = 8  # clips that wait for the disk

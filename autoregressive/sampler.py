@@ -23,12 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autoregressive.attention import Live
-from autoregressive.kv_cache import check_memory
+from autoregressive.attention import Live, check_memory
+from autoregressive.cuda_graph import CudaGraphs, RecordedStep, weakly
+from autoregressive.logits import guide, gumbel, id_words, key_words, pick
 from autoregressive.model import GPT
-from autoregressive.noise import gumbel, id_words, key_words
-from autoregressive.pick import guide, pick
-from autoregressive.recorded_step import CudaGraphs, RecordedStep, weakly
 from autoregressive.sequence import ClipCodes, Grammar, LengthRule, SequenceLayout, block_positions, longest_sequence
 from tokenizer.common.compiled import compile_layers, has_triton
 from tokenizer.common.errors import UserError

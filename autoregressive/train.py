@@ -23,21 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.batches import BatchRule, TokenBatch, token_batches
-from autoregressive.begin_from import begin_from
 from autoregressive.model import GPT, GPTConfig
-from autoregressive.presets import check_vocabulary, load_gpt
+from autoregressive.presets import begin_from, check_vocabulary, load_gpt
 from autoregressive.sample_grid import sample_grid
 from autoregressive.sampler import Request, SamplingConfig
 from autoregressive.sequence import PackedSequences, SequenceLayout, length_rule, pack_sequences
 from autoregressive.token_archive import TokenArchive
-from tokenizer.common import ranks
+from tokenizer.common import distributed
 from tokenizer.common.config import to_dict
-from tokenizer.common.entry import parse_training_arguments, rehearse
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.loop import RunConfig, Summed, TrainState, fit, portion, start_run
-from tokenizer.common.optim import OptimConfig
 from tokenizer.model import VideoTokenizer, parameters_by_part
 from tokenizer.presets import load_tokenizer
+from tokenizer.training.cli import parse_training_arguments, rehearse
+from tokenizer.training.optim import OptimConfig
+from tokenizer.training.trainer import RunConfig, Summed, TrainState, fit, portion, start_run
 
 
 def _default_optim() -> OptimConfig:
@@ -91,7 +90,13 @@ class GPTTraining:
         c = self.config
         dropout = c.class_dropout if c.model.num_classes else 0.0
         rule = BatchRule(
-            c.run.seed, c.run.batch_size, c.batch_ids, dropout, ranks.rank(), ranks.num_ranks(), c.run.accumulate
+            c.run.seed,
+            c.run.batch_size,
+            c.batch_ids,
+            dropout,
+            distributed.rank(),
+            distributed.num_ranks(),
+            c.run.accumulate,
         )
         return token_batches(self.archive, self.layout, c.model.width, rule, start_step)
 
@@ -120,7 +125,7 @@ class GPTTraining:
         c = self.config
         config = {**to_dict(c), "tokens": self.token_facts()}
         if c.batch_ids:  # a step has so many ids on each process: how many there are decides what it sees
-            config["processes"] = ranks.num_ranks()
+            config["processes"] = distributed.num_ranks()
         if self.source_sha256:
             config["init_from_sha256"] = self.source_sha256
         fit(c.run, c.optim, config, self.state, self.batches, self.loss, self.validate)
@@ -138,14 +143,14 @@ class GPTTraining:
         """Take up the weights of another GPT -> its sha256. A run that resumes replaces them by its own."""
         source = load_gpt(path)
         done = begin_from(self.model, self.archive.facts.class_names, self.tokenizer.sha256, source)
-        if ranks.is_main():
+        if distributed.is_main():
             print(done, file=sys.stderr, flush=True)
         return source.sha256
 
     def _sample(self, step: int) -> None:
         """samples/<step>.png: a clip of each of some held-out clips' classes, or of their given frames."""
         num = min(self.config.samples, len(self.val_archive))
-        if num == 0 or not ranks.is_main():
+        if num == 0 or not distributed.is_main():
             return
         clips = [self.val_archive.clip(i * len(self.val_archive) // num) for i in range(num)]
         rule = length_rule(self.layout)

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from tokenizer.common.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from evaluations.metrics.clip_scores import score_clip
     from evaluations.metrics.extractors import load_extractor
     from evaluations.metrics.frechet import frechet_of_features
-    from evaluations.metrics.image_quality import score_clip
     from evaluations.protocols import find_protocol
-    from evaluations.results import read_result
+    from evaluations.shards import read_result
 
 __all__ = ["find_protocol", "frechet_of_features", "load_extractor", "read_result", "score_clip"]
 
@@ -19,7 +19,7 @@ __getattr__ = lazy_names(
         "find_protocol": "evaluations.protocols",
         "frechet_of_features": "evaluations.metrics.frechet",
         "load_extractor": "evaluations.metrics.extractors",
-        "read_result": "evaluations.results",
-        "score_clip": "evaluations.metrics.image_quality",
+        "read_result": "evaluations.shards",
+        "score_clip": "evaluations.metrics.clip_scores",
     },
 )

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from autoregressive.class_names import names_of
+from autoregressive.condition import names_of
 from autoregressive.sample_job import parse_guidance
 from autoregressive.sampler import Request
 from evaluations.clip_list import ListedClip
 from evaluations.generation import Generator, add_sampling_flags, check_task
 from evaluations.job import Evaluation, add_common_flags, check_tokenizer, parse
-from tokenizer.common.arguments import Parser
+from tokenizer.common.cli import Parser
 from tokenizer.common.errors import UserError, run_cli
 
 

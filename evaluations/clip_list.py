@@ -23,15 +23,12 @@ from tqdm import tqdm
 from evaluations.protocols import Protocol
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
-from tokenizer.common.units import lock
+from tokenizer.common.work_units import lock
 from tokenizer.data.clips import DataConfig, build_dataset
-from tokenizer.data.kinetics import find_kinetics
+from tokenizer.data.datasets import find_kinetics, find_ucf101
 from tokenizer.data.manifest_table import read_rows
-from tokenizer.data.parallel import map_ahead
-from tokenizer.data.safe_decode import decode_clip_at, decode_clips
-from tokenizer.data.transforms import rng_for
-from tokenizer.data.ucf101 import find_ucf101
-from tokenizer.data.video_io import DecodedClip, VideoError, display_name, list_videos, to_uint8
+from tokenizer.data.safe_decode import decode_clip_at, decode_clips, map_ahead
+from tokenizer.data.video_io import DecodedClip, VideoError, display_name, list_videos, rng_for, to_uint8
 
 T = TypeVar("T")
 

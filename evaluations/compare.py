@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from evaluations.metrics.bootstrap import PairedComparison, compare_paired
-from evaluations.metrics.image_quality import lower_is_better
-from evaluations.results import Result, read_result
-from tokenizer.common.arguments import Parser, at_least
+from evaluations.metrics.clip_scores import lower_is_better
+from evaluations.shards import Result, read_result
 from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.cli import Parser, at_least
 from tokenizer.common.errors import UserError, run_cli
 
 _NOT_METRICS = {"index", "name", "label", "start", "lengths", "skipped"}

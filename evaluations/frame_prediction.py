@@ -19,7 +19,7 @@ from autoregressive.sampler import Request
 from evaluations.clip_list import ListedClip
 from evaluations.generation import Generator, add_sampling_flags, check_task
 from evaluations.job import Evaluation, add_common_flags, check_tokenizer, parse
-from tokenizer.common.arguments import Parser
+from tokenizer.common.cli import Parser
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.video_io import to_model_range
 

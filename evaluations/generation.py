@@ -19,9 +19,9 @@ from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig
 from autoregressive.sequence import SequenceLayout, length_rule, longest_sequence
 from evaluations.clip_list import ListedClip
 from evaluations.job import Evaluation, Made, require, token_figures
-from tokenizer.common.arguments import Parser, at_least, positive
+from tokenizer.common.cli import Parser, at_least, positive
+from tokenizer.common.device import PRECISIONS, pick_dtype
 from tokenizer.common.errors import UserError
-from tokenizer.common.runtime import PRECISIONS, pick_dtype
 from tokenizer.data.video_io import VideoError, to_uint8
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer

@@ -15,9 +15,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from evaluations.metrics.names import COVARIANCES, NAMES
+from evaluations.metrics.frechet import COVARIANCES, NAMES
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.data.synthetic import SCENES
+from tokenizer.data.scenes import SCENES
 
 TASKS = ("reconstruction", "class_to_video", "frame_prediction")
 DATASETS = ("ucf101", "k600", "webvid", "folder", "mini")

@@ -18,17 +18,9 @@ from typing import Any
 import torch
 
 from evaluations.clip_list import ClipList, ListedClip
-from evaluations.job import (
-    Evaluation,
-    Made,
-    add_common_flags,
-    check_tokenizer,
-    parse,
-    require,
-    token_figures,
-)
+from evaluations.job import Evaluation, Made, add_common_flags, check_tokenizer, parse, require, token_figures
 from tokenizer.budget import FORMS, choose_rows, find_price, parse_budget
-from tokenizer.common.arguments import Parser
+from tokenizer.common.cli import Parser
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.video_io import VideoError, to_model_range, to_uint8
 from tokenizer.model import VideoTokenizer

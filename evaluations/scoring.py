@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluations.metrics.clip_scores import score_clip
 from evaluations.metrics.extractors import Extractor, load_extractor
-from evaluations.metrics.image_quality import score_clip
 from evaluations.protocols import Protocol
 from tokenizer.common.checkpoint import read_model
-from tokenizer.data.transforms import resize
-from tokenizer.data.video_io import to_model_range
+from tokenizer.data.video_io import resize, to_model_range
 from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
 
 

@@ -5,15 +5,18 @@
     card.json card.txt      the protocol card
     metrics.json per_clip.csv pictures/     written by the process that finds all shards there
 
-The shards are work units (tokenizer/common/units.py): whoever comes first takes one. A shard holds what its clips give
-and nothing else, and all of them are summed in the order of the list, so the numbers do not depend on how the work was
-shared.
+The shards are work units (tokenizer/common/work_units.py): whoever comes first takes one. A shard holds what its clips
+give and nothing else, and all of them are summed in the order of the list, so the numbers do not depend on how the
+work was shared.
 
 Letters: S clips, F numbers in a feature.
+
+Read what an evaluation wrote: metrics.json with its card, and the table of clips.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -27,7 +30,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tokenizer.common.checkpoint import atomic_write
-from tokenizer.common.units import WorkUnits, claim_folder, lock
+from tokenizer.common.errors import UserError
+from tokenizer.common.work_units import WorkUnits, claim_folder, lock
 
 SHARD = 32  # clips; lost at most when a process is killed
 _REFILLS, _MOST_SHARED = 16, 32  # of a sampler's slots; processes that such shards still keep busy
@@ -121,3 +125,31 @@ class RealCache:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with lock(self.path.with_suffix(".lock")):  # evaluations of other systems may end at the same moment
             atomic_write(self.path, save({"index": index_S, "feature": feature_SF.contiguous()}))
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished evaluation. `clips`: name -> column -> cell, scored clips only, in the order of the list."""
+
+    folder: Path
+    summary: dict[str, Any]
+    clips: dict[str, dict[str, str]]
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """Its protocol card."""
+        return self.summary["card"]
+
+
+def read_result(folder: str | Path) -> Result:
+    """UserError where `folder` holds no finished evaluation."""
+    folder = Path(folder)
+    try:
+        summary = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        with open(folder / "per_clip.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: has no {Path(error.filename).name}; finish the evaluation first") from error
+    except ValueError as error:
+        raise UserError(f"{folder}: metrics.json is damaged ({error}); run the evaluation again") from error
+    return Result(folder, summary, {row["name"]: row for row in rows if not row.get("skipped")})

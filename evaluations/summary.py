@@ -24,10 +24,15 @@ import torch
 from torch import Tensor
 
 from evaluations.metrics.bootstrap import Interval, mean_interval, spread_interval
-from evaluations.metrics.frechet import fit_gaussian, frechet_distance, frechet_of_features
-from evaluations.metrics.image_quality import mean_scores
-from evaluations.metrics.kvd import kernel_distance
-from evaluations.metrics.names import KERNEL_NAMES, NAMES
+from evaluations.metrics.clip_scores import mean_scores
+from evaluations.metrics.frechet import (
+    KERNEL_NAMES,
+    NAMES,
+    fit_gaussian,
+    frechet_distance,
+    frechet_of_features,
+    kernel_distance,
+)
 from evaluations.protocols import MIN_CLIPS, Protocol
 from evaluations.shards import Record
 

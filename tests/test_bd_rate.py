@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluations.bd_rate import Curve, bd_rate, bootstrap, cost_at, frontier
+from evaluations.metrics.bd_rate import Curve, bd_rate, bootstrap, cost_at, frontier
+from tokenizer.common.device import generator_for
 from tokenizer.common.errors import UserError
-from tokenizer.common.runtime import generator_for
 
 
 def curve(*points: tuple[float, float]) -> Curve:

@@ -4,7 +4,7 @@ import numpy as np
 
 from tokenizer.data.classed_scenes import CLASS_NAMES, draw_classed_scene, render_classed_scene, render_duotone_scene
 from tokenizer.data.clips import DataConfig, build_dataset
-from tokenizer.data.dead_leaves import dead_leaves
+from tokenizer.data.scenes import dead_leaves
 
 SEEDS = range(4 * len(CLASS_NAMES))
 

@@ -17,8 +17,8 @@ from autoregressive.sampler import Request, Sampler, SamplingConfig
 from tokenizer.common import compiled
 from tokenizer.common.compiled import compile_layers
 from tokenizer.common.errors import UserError
-from tokenizer.common.performance import FlopCount
 from tokenizer.presets import build_tokenizer
+from tokenizer.training.profiling import FlopCount
 
 CPU = torch.device("cpu")
 

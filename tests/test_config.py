@@ -14,15 +14,7 @@ from hypothesis import strategies as st
 from autoregressive.extract_codes import ExtractConfig
 from autoregressive.presets import PRESETS, check_size
 from autoregressive.train import GPTTrainConfig
-from tokenizer.common.config import (
-    ConfigError,
-    differences,
-    from_dict,
-    load_config,
-    load_section,
-    save_config,
-    to_dict,
-)
+from tokenizer.common.config import ConfigError, differences, from_dict, load_config, load_section, save_config, to_dict
 from tokenizer.common.errors import UserError
 from tokenizer.model import TokenizerConfig
 from tokenizer.router.curate import CurateConfig

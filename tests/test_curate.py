@@ -17,14 +17,13 @@ from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError
 from tokenizer.data.bundled_clips import bundled_videos
 from tokenizer.data.clips import DataConfig, build_dataset
-from tokenizer.data.synthetic import SCENES
+from tokenizer.data.scenes import SCENES
 from tokenizer.losses.perceptual import load_perceptual
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import build_tokenizer
-from tokenizer.router import table as table_module
-from tokenizer.router.curate import CurateConfig, Curation
-from tokenizer.router.score_assignments import Scorer
-from tokenizer.router.table import QualityTable
+from tokenizer.router import reward as table_module
+from tokenizer.router.curate import CurateConfig, Curation, Scorer
+from tokenizer.router.reward import QualityTable
 
 
 def heldout_scenes(num: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from evaluations.protocols import PROTOCOLS
 from evaluations.summary import summarise
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
-from tokenizer.common.units import lock
+from tokenizer.common.work_units import lock
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.video_io import to_uint8, write_video
 from tokenizer.presets import build_tokenizer

@@ -16,9 +16,16 @@ import torch
 from tokenizer.common.checkpoint import file_sha256
 from tokenizer.common.errors import UserError
 from tokenizer.frozen import download
-from tokenizer.frozen.preprocess import IMAGENET_MEAN, IMAGENET_STD, prepare_frames
-from tokenizer.frozen.videomae import VIDEOMAE, FrozenVideoMAE
-from tokenizer.frozen.vjepa2 import VJEPA2, FeatureShape, FrozenVJEPA2
+from tokenizer.frozen.encoders import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    VIDEOMAE,
+    VJEPA2,
+    FeatureShape,
+    FrozenVideoMAE,
+    FrozenVJEPA2,
+    prepare_frames,
+)
 from tokenizer.frozen.weights import Family, FrozenConfig
 
 transformers = pytest.importorskip("transformers")

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from tokenizer import train
 from tokenizer.common.checkpoint import CheckpointStore, read_model, save_model
 from tokenizer.common.config import load_config, to_dict
+from tokenizer.common.device import slow_precision
 from tokenizer.common.errors import UserError
-from tokenizer.common.runtime import slow_precision
-from tokenizer.common.step import train_step
 from tokenizer.data.loader import ClipBatch
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.model import Router, RouterConfig
 from tokenizer.train import TokenizerTrainConfig, TokenizerTraining
+from tokenizer.training.train_step import train_step
 
 pytest.importorskip("transformers")
 

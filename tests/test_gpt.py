@@ -13,17 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoregressive.attention import attend_by_length, attend_by_slot, attend_to_longest, attend_varlen
-from autoregressive.begin_from import begin_from
-from autoregressive.kv_cache import check_memory, free_bytes
-from autoregressive.model import GPT, GPTConfig
-from autoregressive.presets import (
-    FRAME_PREDICTION,
-    PRESETS,
-    TrainedGPT,
-    check_tokenizer_fits,
-    load_gpt,
+from autoregressive.attention import (
+    attend_by_length,
+    attend_by_slot,
+    attend_to_longest,
+    attend_varlen,
+    check_memory,
+    free_bytes,
 )
+from autoregressive.model import GPT, GPTConfig
+from autoregressive.presets import FRAME_PREDICTION, PRESETS, TrainedGPT, begin_from, check_tokenizer_fits, load_gpt
 from autoregressive.sequence import BlockPositions, ClipCodes
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
@@ -121,7 +120,7 @@ def test_the_kernel_over_the_live_cache_equals_the_reference() -> None:
     pytest.importorskip("triton")
     code = """
 import torch
-from autoregressive.kv_cache import KVCache
+from autoregressive.attention import KVCache
 live, position_S = [1, 64, 65, 131], torch.tensor([0, 63, 64, 130])
 ours, reference = (KVCache(1, 2, 24, slots=4, streams=2, places=131) for _ in range(2))
 q_Rhe, k_Rhe, v_Rhe = torch.randn(8, 3, 2, 24).unbind(1)  # parts of one projection

@@ -24,10 +24,10 @@ from autoregressive.train import GPTTrainConfig, GPTTraining, cross_entropy, rea
 from tokenizer.common.checkpoint import read_model, save_model
 from tokenizer.common.config import from_dict, to_dict
 from tokenizer.common.errors import UserError
-from tokenizer.common.loop import RunConfig
-from tokenizer.common.optim import OptimConfig
 from tokenizer.presets import PRESETS as TOKENIZERS
 from tokenizer.presets import build_tokenizer, load_tokenizer
+from tokenizer.training.optim import OptimConfig
+from tokenizer.training.trainer import RunConfig
 
 MODEL = replace(PRESETS["GPT-debug"], num_classes=2)
 FRAMES = replace(PRESETS["GPT-debug"], num_classes=0, condition_lengths=[8, 2])

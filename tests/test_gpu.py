@@ -14,12 +14,11 @@ import torch
 from resuming import assert_same_weights, fit_and_die
 from torch import Tensor
 
-from autoregressive.attention import attend_by_length
+from autoregressive.attention import KVCache, attend_by_length
 from autoregressive.attention import attend_varlen as attend_varlen_causal
-from autoregressive.kv_cache import KVCache
+from autoregressive.cuda_graph import RecordedStep
 from autoregressive.model import GPT
 from autoregressive.presets import PRESETS
-from autoregressive.recorded_step import RecordedStep
 from autoregressive.sampler import Request, Sampler, SamplingConfig
 from autoregressive.sequence import length_rule
 from tokenizer import load_router, load_tokenizer

@@ -20,27 +20,27 @@ PACKAGES = ("tokenizer", "autoregressive", "evaluations")
 # Packing is what the attention blocks speak.
 LAYERS = (
     {"common"},
-    {"assignment"},
+    {"assignment", "viz"},
     {"blocks", "frozen"},
     {"data"},
     {"budget", "tokens"},
     {"model"},
     {"presets", "streaming"},
+    {"training"},
     {"losses"},
     {"router"},
-    {"policy"},
-    {"train", "mini_figures"},
+    {"train"},
 )
 LAYER_OF = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 
 # The same for the files of `autoregressive`.
 GPT_LAYERS = (
-    {"sequence", "live_kernel", "noise", "pick", "condition", "sample_pictures", "class_names"},
-    {"attention", "sample_page", "token_archive"},
-    {"kv_cache", "recorded_step"},
+    {"sequence", "decode_kernel", "logits", "condition"},
+    {"attention", "token_archive"},
+    {"cuda_graph"},
     {"model", "batches", "sample_folder"},
     {"presets", "sampler"},
-    {"sample_grid", "begin_from"},
+    {"sample_grid"},
     {"sample_job", "extract_codes", "train"},
     {"sample_c2v", "sample_frame_prediction"},
 )
@@ -50,9 +50,10 @@ GPT_LAYER_OF = {room: height for height, rooms in enumerate(GPT_LAYERS) for room
 LIBRARIES_WITH_A_COMMAND = {
     "tokenizer.presets",
     "autoregressive.presets",
-    "tokenizer.mini_figures",
+    "tokenizer.viz.plots",
+    "tokenizer.router.curate",
     "autoregressive.token_archive",
-    "evaluations.mini_generation",
+    "evaluations.report",
     "evaluations.protocols",
 }
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tokenizer.common.device import pick_device
+from tokenizer.common.distributed import _check_gpus, adopt_slurm, first_node
 from tokenizer.common.errors import UserError
-from tokenizer.common.launcher import adopt_slurm, first_node
-from tokenizer.common.ranks import _check_gpus
-from tokenizer.common.runtime import pick_device
 
 
 def test_slurm_is_read_where_srun_started_several_tasks() -> None:

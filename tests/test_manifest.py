@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from tokenizer.common.errors import UserError
 from tokenizer.data.clips import DataConfig, build_dataset
-from tokenizer.data.manifest_check import CheckRule, check_manifest, collect
+from tokenizer.data.datasets import ASCII_ORDER, OFFICIAL_ORDER, class_index
+from tokenizer.data.manifest import CheckRule, check_manifest, collect
 from tokenizer.data.manifest_table import ManifestRow, read_rows, write_rows
 from tokenizer.data.prepare import PrepareRule, prepare_video
-from tokenizer.data.ucf101 import ASCII_ORDER, OFFICIAL_ORDER, class_index
 from tokenizer.data.video_io import probe, write_video
 
 NAME = st.text(st.characters(exclude_characters="\0\r", exclude_categories=("Cs",)), min_size=1, max_size=12)

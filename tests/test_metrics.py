@@ -17,12 +17,11 @@ from torch import Tensor
 
 from evaluations.metrics import extractors
 from evaluations.metrics.bootstrap import compare_paired, mean_interval, spread_interval
+from evaluations.metrics.clip_scores import lower_is_better, mean_scores, score_clip
 from evaluations.metrics.extractors import load_extractor
-from evaluations.metrics.frechet import CHUNK, fit_gaussian, frechet_distance, frechet_of_features
-from evaluations.metrics.image_quality import lower_is_better, mean_scores, score_clip
-from evaluations.metrics.kvd import kernel_distance
+from evaluations.metrics.frechet import CHUNK, fit_gaussian, frechet_distance, frechet_of_features, kernel_distance
+from tokenizer.common.device import generator_for
 from tokenizer.common.errors import UserError
-from tokenizer.common.runtime import generator_for
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.losses.perceptual import load_perceptual
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from tokenizer.common.ema import Ema
 from tokenizer.common.errors import UserError
-from tokenizer.common.optim import (
+from tokenizer.training.optim import (
+    Ema,
     OptimConfig,
     build_optimizer,
     learning_rate,

@@ -17,18 +17,20 @@ import torch
 
 from autoregressive.model import GPT
 from autoregressive.presets import PRESETS
-from evaluations import quality_cost, report, sweep
-from evaluations.bd_rate import Curve, bd_rate
-from evaluations.curve_charts import Series, curve_chart
+from evaluations import report
+from evaluations.metrics.bd_rate import Curve, bd_rate
 from evaluations.protocols import PROTOCOLS, card_of, card_text, find_protocol
-from evaluations.report_tables import PAPER, Run, find_runs, own_tables, paper_tables
+from evaluations.quality_cost import __main__ as quality_cost
+from evaluations.quality_cost import sweep
+from evaluations.quality_cost.charts import Series, curve_chart
+from evaluations.report import PAPER, Run, find_runs, own_tables, paper_tables
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.presets import build_tokenizer
 from tokenizer.router.model import Router, RouterConfig
-from tokenizer.router.table import QualityTable
+from tokenizer.router.reward import QualityTable
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [2, 4, 8]  # of VQ_debug: 8 to 32 tokens in 4 blocks

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tokenizer.common.config import load_config
-from tokenizer.common.survive import note_unreadable
 from tokenizer.data.loader import ClipBatch, epoch_order
 from tokenizer.data.video_io import write_video
 from tokenizer.train import TokenizerTrainConfig, TokenizerTraining
+from tokenizer.training.trainer import note_unreadable
 
 PROXY = Path(__file__).parents[1] / "configs" / "debug" / "proxy.yaml"
 DAMAGED = {"videos/1.mp4": "videos/2.mp4", "videos/4.mp4": "videos/5.mp4"}  # and the clip that stands in for each

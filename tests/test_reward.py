@@ -7,9 +7,17 @@ from hypothesis import strategies as st
 
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.errors import UserError
-from tokenizer.router.labels import hard_labels, soft_labels, threshold_labels
-from tokenizer.router.reward import RewardStats, best_uniform, reward, reward_percentile, stats_of
-from tokenizer.router.table import QualityTable
+from tokenizer.router.reward import (
+    QualityTable,
+    RewardStats,
+    best_uniform,
+    hard_labels,
+    reward,
+    reward_percentile,
+    soft_labels,
+    stats_of,
+    threshold_labels,
+)
 
 SPACE = AssignmentSpace((8, 16, 32), 2)
 STATS = RewardStats(lpips_mean=0.3, lpips_std=0.1, tokens_mean=37.0, tokens_std=14.0)

@@ -10,23 +10,18 @@ import torch
 from tokenizer.common.checkpoint import read_model, save_model
 from tokenizer.common.config import load_config, save_config, to_dict
 from tokenizer.common.errors import UserError
-from tokenizer.common.loop import RunConfig
-from tokenizer.common.optim import OptimConfig
 from tokenizer.data.clips import ClipSample, DataConfig, build_dataset
 from tokenizer.data.loader import ClipBatch
 from tokenizer.data.video_io import VideoError
-from tokenizer.frozen.vjepa2 import VJEPA2, FrozenVJEPA2
+from tokenizer.frozen.encoders import VJEPA2, FrozenVJEPA2
 from tokenizer.frozen.weights import FrozenConfig
 from tokenizer.model import TokenizerConfig
 from tokenizer.router.model import Router, RouterConfig, VJEPA2StemConfig, frequency_filters
 from tokenizer.router.predict import check_router_fits, load_router
-from tokenizer.router.table import QualityTable
-from tokenizer.router.train import (
-    RouterTrainConfig,
-    RouterTraining,
-    TableClips,
-    measure,
-)
+from tokenizer.router.reward import QualityTable
+from tokenizer.router.train import RouterTrainConfig, RouterTraining, TableClips, measure
+from tokenizer.training.optim import OptimConfig
+from tokenizer.training.trainer import RunConfig
 
 TINY = RouterConfig(num_frames=8, size=16, levels=[2, 4, 8], layers=1, width=32, heads=2)  # 2 blocks, 9 rows
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from tokenizer.common.sharing import Places
-from tokenizer.router.augment import draw_patches, recolour, zoom_and_turn
+from tokenizer.common.distributed import Places
+from tokenizer.router.train import draw_patches, recolour, zoom_and_turn
 
 
 def random_clips(num_clips: int) -> Tensor:

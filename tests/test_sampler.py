@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from autoregressive.logits import guide, gumbel, id_words, keep_top_k, keep_top_p, key_words, pick
 from autoregressive.model import GPT, GPTConfig
-from autoregressive.noise import gumbel, id_words, key_words
-from autoregressive.pick import guide, keep_top_k, keep_top_p, pick
 from autoregressive.presets import PRESETS
 from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig
 from autoregressive.sequence import Grammar, LengthRule, length_rule, longest_sequence

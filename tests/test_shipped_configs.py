@@ -15,18 +15,17 @@ import yaml
 from torch import nn
 
 from tokenizer.common.config import load_config, load_section
-from tokenizer.common.watch import read_curve
-from tokenizer.frozen.videomae import FrozenVideoMAE
-from tokenizer.frozen.vjepa2 import FrozenVJEPA2
+from tokenizer.frozen.encoders import FrozenVideoMAE, FrozenVJEPA2
 from tokenizer.frozen.weights import FrozenConfig
-from tokenizer.losses.adversary import Adversary
+from tokenizer.losses.alignment import Alignment
+from tokenizer.losses.gan import Adversary
 from tokenizer.losses.objective import LossConfig
-from tokenizer.losses.semantic import Alignment
 from tokenizer.model import TokenizerConfig, VideoTokenizer
 from tokenizer.router.curate import CurateConfig
 from tokenizer.router.model import Router, RouterConfig, VJEPA2StemConfig
 from tokenizer.router.train import RouterTrainConfig
 from tokenizer.train import TokenizerTrainConfig
+from tokenizer.training.logger import read_curve
 
 pytest.importorskip("transformers")
 
@@ -65,7 +64,7 @@ def unpublished(config: FrozenConfig) -> FrozenConfig:
 def each_encoder_once() -> pytest.MonkeyPatch:
     """They are frozen and on the meta device: all tests of this file may share one of each size."""
     patch = pytest.MonkeyPatch()
-    for module, kind in (("adversary", FrozenVideoMAE), ("semantic", FrozenVJEPA2)):
+    for module, kind in (("gan", FrozenVideoMAE), ("alignment", FrozenVJEPA2)):
         build = lru_cache(lambda size, precision, kind=kind: kind(FrozenConfig("", size, precision)))
         patch.setattr(
             f"tokenizer.losses.{module}.{kind.__name__}",

@@ -14,7 +14,7 @@ import torch
 from autoregressive.presets import check_tokenizer_fits, load_gpt
 from tokenizer import load_router, load_tokenizer
 from tokenizer.common.checkpoint import read_model
-from tokenizer.router.table import QualityTable
+from tokenizer.router.reward import QualityTable
 
 ROOT = Path(__file__).parents[1]
 HELD_OUT = ROOT / "tokenizer" / "data" / "bundled" / "tree_000.mp4"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from evaluations.strategies import (
+from evaluations.quality_cost.strategies import (
     budget_points,
     default_budgets,
     reward_points,
@@ -13,8 +13,7 @@ from evaluations.strategies import (
     uniform_points,
 )
 from tokenizer.assignment import AssignmentSpace
-from tokenizer.router.reward import stats_of
-from tokenizer.router.table import QualityTable
+from tokenizer.router.reward import QualityTable, stats_of
 
 SPACE = AssignmentSpace((2, 4), num_blocks=2)  # rows: 2 2, 2 4, 4 2, 4 4
 LPIPS = torch.tensor([[0.50, 0.30, 0.20, 0.10], [0.12, 0.11, 0.11, 0.10], [0.90, 0.80, 0.85, 0.70]])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tokenizer.data.bundled_clips import FOLDER, bundled_videos
-from tokenizer.data.synthetic import FAST_SPEED, KINDS, draw_scene, render, render_scene
+from tokenizer.data.scenes import FAST_SPEED, KINDS, draw_scene, render, render_scene
 
 SEEDS = range(120)
 

@@ -16,18 +16,11 @@ from torch.nn import functional as F
 from tokenizer import presets
 from tokenizer.assignment import pack
 from tokenizer.blocks.attention import Attention
-from tokenizer.blocks.patchify import patchify
-from tokenizer.blocks.query_init import pooling_pyramid
+from tokenizer.blocks.patches import patchify, pooling_pyramid
 from tokenizer.common.errors import UserError
 from tokenizer.common.image_quality import psnr
 from tokenizer.data.clips import DataConfig, build_dataset
-from tokenizer.model import (
-    TokenizerConfig,
-    TokenizerOutput,
-    TransformerConfig,
-    VideoTokenizer,
-    parameters_by_part,
-)
+from tokenizer.model import TokenizerConfig, TokenizerOutput, TransformerConfig, VideoTokenizer, parameters_by_part
 from tokenizer.presets import PRESETS, build_tokenizer
 from tokenizer.streaming import reconstruct_streaming
 

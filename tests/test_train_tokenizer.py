@@ -18,10 +18,9 @@ from tokenizer.common.config import load_config, to_dict
 from tokenizer.common.errors import UserError
 from tokenizer.data.loader import ClipBatch
 from tokenizer.losses.objective import LossConfig
-from tokenizer.policy import PolicyConfig, build_policy
 from tokenizer.presets import PRESETS, load_tokenizer
 from tokenizer.router.model import Router, RouterConfig
-from tokenizer.train import TokenizerTrainConfig, TokenizerTraining
+from tokenizer.train import PolicyConfig, TokenizerTrainConfig, TokenizerTraining, build_policy
 
 DEBUG = Path(__file__).parents[1] / "configs" / "debug"
 CPU = torch.device("cpu")

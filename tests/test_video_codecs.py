@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from autoregressive.model import GPT, GPTConfig
-from evaluations import video_codecs
-from evaluations.token_bits import gpt_bits, plain_bits
-from evaluations.video_codecs import CODECS, Codec, RateSearch, decode, encode, find_codecs, pick_codecs
+from evaluations.quality_cost import video_codecs
+from evaluations.quality_cost.sweep import gpt_bits, plain_bits
+from evaluations.quality_cost.video_codecs import CODECS, Codec, RateSearch, decode, encode, find_codecs, pick_codecs
 from tokenizer.common.errors import UserError
-from tokenizer.data.synthetic import render_scene
+from tokenizer.data.scenes import render_scene
 from tokenizer.data.video_io import iter_clips
 from tokenizer.tokens import VideoTokens
 

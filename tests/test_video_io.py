@@ -15,8 +15,7 @@ from torchvision.transforms import v2
 
 from tokenizer.common.errors import UserError
 from tokenizer.data import video_io
-from tokenizer.data.transforms import resize_center_crop
-from tokenizer.data.video_io import VideoError
+from tokenizer.data.video_io import VideoError, resize_center_crop
 
 BACKENDS = tuple(name for name, module in (("pyav", "av"), ("decord", "decord")) if importlib.util.find_spec(module))
 

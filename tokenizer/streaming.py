@@ -16,7 +16,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from tokenizer.blocks.query_init import level_cells, pooling_pyramid
+from tokenizer.blocks.patches import level_cells, pooling_pyramid
 from tokenizer.blocks.transformer import KeysValues, concat_blocks
 from tokenizer.model import VideoTokenizer
 

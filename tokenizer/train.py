@@ -5,6 +5,8 @@
 
 Started again with the same run.dir it resumes by itself, to the same result. `--dry-run` builds everything, runs two
 steps and says what the run would cost.
+
+Where the lengths come from while a tokenizer trains: fixed, random (stage 1) or a frozen router (stage 4).
 """
 
 from __future__ import annotations
@@ -13,32 +15,98 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tokenizer.assignment import pack
+from tokenizer.assignment import AssignmentSpace, pack
 from tokenizer.blocks.quantizer import code_usage
 from tokenizer.common.config import to_dict
-from tokenizer.common.entry import parse_training_arguments, rehearse
+from tokenizer.common.device import generator_for
+from tokenizer.common.distributed import Places
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.image_quality import psnr
-from tokenizer.common.loop import RunConfig, TrainState, fit, portion, start_run
-from tokenizer.common.optim import OptimConfig
-from tokenizer.common.picture import save_comparison
-from tokenizer.common.runtime import generator_for
-from tokenizer.common.sharing import Places
-from tokenizer.common.step import Tally, Terms
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.loader import ClipBatch, batches
 from tokenizer.frozen.weights import marked
-from tokenizer.losses.adversary import Adversary, AdversaryConfig
+from tokenizer.losses.alignment import Alignment, AlignmentConfig
+from tokenizer.losses.gan import Adversary, AdversaryConfig
 from tokenizer.losses.objective import LossConfig, tokenizer_loss
 from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
-from tokenizer.losses.semantic import Alignment, AlignmentConfig
 from tokenizer.model import TokenizerConfig, TokenizerOutput, VideoTokenizer, parameters_by_part
-from tokenizer.policy import PolicyConfig, build_policy
+from tokenizer.router.predict import check_router_fits, load_router
+from tokenizer.training.cli import parse_training_arguments, rehearse
+from tokenizer.training.optim import OptimConfig
+from tokenizer.training.train_step import Tally, Terms
+from tokenizer.training.trainer import RunConfig, TrainState, fit, portion, start_run
+from tokenizer.viz.frames import save_comparison
+
+
+class Policy(Protocol):
+    """Clips -> their lengths, int64 [B, N] on the CPU. Draws only from the generator.
+
+    places: where the clips stand in the global batch; left out where they are all of it.
+    """
+
+    def __call__(self, video_BCTHW: Tensor, generator: torch.Generator, places: Places | None = None) -> Tensor: ...
+
+
+_OF_ROUTER = ("router_ckpt", "router_config", "router_sha256")
+
+
+@dataclass
+class PolicyConfig:
+    kind: str = "random"  # "random": uniform over all rows, per clip; "fixed": `lengths`; "router": its argmax
+    lengths: list[int] = field(default_factory=list)  # for kind "fixed": tokens of each block
+    router_config: str = ""  # for kind "router": its YAML, checked against the weights (may be empty)
+    router_ckpt: str = ""  # for kind "router": .safetensors file or run folder of stage 3
+    router_sha256: str = ""  # of its weights; a run fills it in, so that it never resumes with another router
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("random", "fixed", "router"):
+            raise UserError(f"policy.kind = {self.kind!r}: choose 'random', 'fixed' or 'router'")
+        if self.kind == "fixed" and not self.lengths:
+            raise UserError("policy.kind = 'fixed' needs policy.lengths, e.g. [256, 256, 256, 256]")
+        if self.kind == "router" and not self.router_ckpt:
+            raise UserError("policy.kind = 'router' needs policy.router_ckpt, the result of stage 3")
+        for name, belongs_to in (("lengths", "fixed"), *((name, "router") for name in _OF_ROUTER)):
+            if getattr(self, name) and self.kind != belongs_to:
+                raise UserError(f"policy.{name} is set, but policy.kind = {self.kind!r} does not read it")
+
+
+def build_policy(config: PolicyConfig, tokenizer: TokenizerConfig, device: torch.device) -> Policy:
+    """The policy of a config, into which the router's sha256 is entered.
+
+    Raises UserError where lengths or router do not fit the tokenizer, or the router is not the one that is named.
+    """
+    space = AssignmentSpace(tuple(tokenizer.levels), tokenizer.num_blocks)
+    if config.kind == "random":
+        return partial(_random, space)
+    if config.kind == "fixed":
+        length_N = torch.tensor(config.lengths)
+        space.rows_of(length_N)
+        return lambda video_BCTHW, generator, places=None: length_N.expand(len(video_BCTHW), -1)
+    router = load_router(config.router_ckpt, device, config.router_config or None)
+    check_router_fits(router, tokenizer)
+    if config.router_sha256 not in ("", router.sha256):
+        raise UserError(
+            f"policy.router_sha256={config.router_sha256} is not that of {config.router_ckpt}, {router.sha256}"
+        )
+    config.router_sha256 = router.sha256
+    return lambda video_BCTHW, generator, places=None: router.assign(video_BCTHW)
+
+
+def _random(
+    space: AssignmentSpace, video_BCTHW: Tensor, generator: torch.Generator, places: Places | None = None
+) -> Tensor:
+    """Drawn for the whole global batch, so that a clip's lengths do not depend on the number of processes."""
+    if places is None:
+        return space.lengths_of(space.draw_rows(len(video_BCTHW), generator))
+    return space.lengths_of(places.pick(space.draw_rows(places.total, generator)))
+
 
 _PICTURED = 6  # clips in the picture of a validation
 _START_BATCHES = 64  # at most so many batches are encoded to start the codebook

@@ -12,7 +12,7 @@ from statistics import NormalDist
 import numpy as np
 
 from tokenizer.common.errors import UserError
-from tokenizer.data.transforms import rng_for
+from tokenizer.data.video_io import rng_for
 
 DRAWS = 1000
 LEVEL = 0.95

@@ -30,7 +30,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluations.metrics.names import NAMES
+from evaluations.metrics.frechet import NAMES
 from tokenizer.common.checkpoint import file_sha256
 from tokenizer.common.errors import UserError
 

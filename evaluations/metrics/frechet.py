@@ -9,6 +9,15 @@ Rows are summed in chunks of fixed size in the order in which they come: feature
 same bits, however many are handed over at a time and whichever process computed them.
 
 Letters: S clips of a set, B clips handed over at a time, F numbers in a feature, R rank of a covariance.
+
+What the distances are called. The extractor is part of the name, because numbers of two extractors never compare.
+
+Kernel distance between the features of two sets of clips: the unbiased squared MMD with a cubic kernel (KVD, KID).
+
+The kernel is (x . y / F + 1)^3. Unbiased: its mean is 0 for two draws of one set at any number of clips, so it may come
+out a little below 0. It needs no Gaussian and is what to look at where clips are few.
+
+Letters: S T clips of the two sets, F numbers in a feature.
 """
 
 from __future__ import annotations
@@ -20,8 +29,13 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from evaluations.metrics.names import COVARIANCES
 from tokenizer.common.errors import UserError
+
+NAMES = {"i3d": "fvd_i3d", "videomae": "fd_videomae", "effnet": "fcd_effnet"}  # extractor -> its Frechet distance
+KERNEL_NAMES = {"i3d": "kvd_i3d", "videomae": "kd_videomae", "effnet": "kcd_effnet"}
+# Convention of a covariance -> what is taken off the number of clips. LARP and StyleGAN-V: n.
+COVARIANCES = {"n": 0, "n-1": 1}
+
 
 CHUNK = 256  # rows summed together; part of the result's last bits
 
@@ -104,3 +118,29 @@ def _divisor(count: int, covariance: str) -> int:
     if count < 2:
         raise UserError(f"a Gaussian needs the features of at least 2 clips, got {count}")
     return count - COVARIANCES[covariance]
+
+
+_ROWS = 1024  # rows of a kernel matrix at a time
+
+
+def kernel_distance(x_SF: Tensor, y_TF: Tensor) -> float:
+    """The unbiased estimate over all pairs, float64. UserError for fewer than 2 clips or unequal widths."""
+    if min(len(x_SF), len(y_TF)) < 2:
+        raise UserError(f"a kernel distance needs at least 2 clips a side, got {len(x_SF)} and {len(y_TF)}")
+    if x_SF.shape[1] != y_TF.shape[1]:
+        raise UserError(f"features of {x_SF.shape[1]} and {y_TF.shape[1]} numbers come from different extractors")
+    x_SF, y_TF = x_SF.double(), y_TF.double()
+    num_x, num_y = len(x_SF), len(y_TF)
+    within_x = (_kernel_sum(x_SF, x_SF) - _own_sum(x_SF)) / (num_x * (num_x - 1))
+    within_y = (_kernel_sum(y_TF, y_TF) - _own_sum(y_TF)) / (num_y * (num_y - 1))
+    return float(within_x + within_y - 2 * _kernel_sum(x_SF, y_TF) / (num_x * num_y))
+
+
+def _kernel_sum(x_SF: Tensor, y_TF: Tensor) -> Tensor:
+    width = x_SF.shape[1]
+    return torch.stack([(rows @ y_TF.T / width + 1).pow(3).sum() for rows in x_SF.split(_ROWS)]).sum()
+
+
+def _own_sum(x_SF: Tensor) -> Tensor:
+    """The kernel of each clip with itself, summed."""
+    return (x_SF.square().mean(dim=1) + 1).pow(3).sum()

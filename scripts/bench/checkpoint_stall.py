@@ -20,11 +20,10 @@ from pathlib import Path
 import torch
 from _report import report
 
-from tokenizer.common.background import BackgroundWriter
 from tokenizer.common.checkpoint import CheckpointStore
-from tokenizer.common.loop import RunConfig, TrainState, train_step
-from tokenizer.common.optim import OptimConfig
 from tokenizer.presets import build_tokenizer
+from tokenizer.training.optim import OptimConfig
+from tokenizer.training.trainer import BackgroundWriter, RunConfig, TrainState, train_step
 
 GOAL = 0.05
 REPEATS = 3

@@ -21,9 +21,8 @@ from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.losses.perceptual import load_perceptual
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import build_tokenizer
-from tokenizer.router.reward import reward, stats_of
-from tokenizer.router.score_assignments import Scorer, Scores
-from tokenizer.router.table import QualityTable
+from tokenizer.router.curate import Scorer, Scores
+from tokenizer.router.reward import QualityTable, reward, stats_of
 
 GOAL = 3.0
 

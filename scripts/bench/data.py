@@ -21,8 +21,7 @@ from _report import report
 
 from tokenizer.data.bundled_clips import bundled_videos
 from tokenizer.data.prepare import PrepareRule, prepare_video
-from tokenizer.data.transforms import resize
-from tokenizer.data.video_io import iter_clips, read_clip_at, write_video
+from tokenizer.data.video_io import iter_clips, read_clip_at, resize, write_video
 
 GOAL = 10.0
 HEIGHT, WIDTH, FPS, NUM_CLIPS = 720, 1280, 30, 19  # 304 frames: ten seconds

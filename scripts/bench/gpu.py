@@ -38,13 +38,13 @@ from autoregressive.sampler import Request, Sampler, SamplerCounts, SamplingConf
 from autoregressive.sequence import length_rule
 from autoregressive.train import gpt_loss
 from tokenizer.common.compiled import not_compiled
+from tokenizer.common.device import generator_for, pick_device
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.loop import RunConfig, TrainState, start_run, train_step
-from tokenizer.common.optim import OptimConfig
-from tokenizer.common.performance import FlopCount, gemm_roof, peak_memory
-from tokenizer.common.runtime import generator_for, pick_device
 from tokenizer.losses.objective import LossConfig, tokenizer_loss
 from tokenizer.presets import build_tokenizer
+from tokenizer.training.optim import OptimConfig
+from tokenizer.training.profiling import FlopCount, gemm_roof, peak_memory
+from tokenizer.training.trainer import RunConfig, TrainState, start_run, train_step
 
 PARTS = ("gpt", "tokenizer", "sampler")
 GOALS = {"gpt": 0.35, "tokenizer": 0.30, "sampler": 0.5, "loop": 10.0}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tokenizer.blocks import quantizer as module
 from tokenizer.blocks.quantizer import ENTROPY_TEMPERATURE, VectorQuantizer
-from tokenizer.common.performance import peak_memory
+from tokenizer.training.profiling import peak_memory
 
 GOAL = 2.0
 CODES, WIDTH, REPEATS = 16384, 8, 3

@@ -28,13 +28,12 @@ import torch
 import torch.nn.functional as F
 from _report import report
 
+from autoregressive.logits import guide, gumbel, id_words, key_words, pick
 from autoregressive.model import GPT
-from autoregressive.noise import gumbel, id_words, key_words
-from autoregressive.pick import guide, pick
 from autoregressive.presets import PRESETS
 from autoregressive.sampler import Request, Sampler, SamplingConfig
 from autoregressive.sequence import LengthRule, length_rule
-from tokenizer.common.runtime import generator_for
+from tokenizer.common.device import generator_for
 
 GOAL, GOAL_UTILISATION, GOALS_STEP = 2.3, 0.95, {"fp32_b1": 0.75, "bf16_b16": 0.5}
 SLOTS, CLIPS, LIVE, REPEATS = 8, 64, 756, 3

@@ -17,12 +17,12 @@ import time
 import torch
 from _report import report
 
-from tokenizer.common.loop import RunConfig, TrainState, train_step
-from tokenizer.common.optim import OptimConfig
-from tokenizer.common.performance import FlopCount
 from tokenizer.losses.objective import LossConfig, tokenizer_loss
 from tokenizer.model import TransformerConfig
 from tokenizer.presets import build_tokenizer
+from tokenizer.training.optim import OptimConfig
+from tokenizer.training.profiling import FlopCount
+from tokenizer.training.trainer import RunConfig, TrainState, train_step
 
 GOAL = 0.65
 REPEATS = 3

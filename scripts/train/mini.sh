@@ -17,7 +17,7 @@ python=$(project_python)
 read -r processes precision compile < <("$python" -c '
 import torch
 from tokenizer.common.compiled import missing_compiler
-from tokenizer.common.runtime import pick_device, slow_precision
+from tokenizer.common.device import pick_device, slow_precision
 device = pick_device("auto")
 precision = "none" if slow_precision(device, "bf16") else "bf16"
 print(2 if device.type == "cpu" else 1, precision, "false" if missing_compiler(device) else "true")')
@@ -43,11 +43,11 @@ train 3_router.sh router
 train 4_final_tokenizer.sh final "$processes"
 
 # Release: measure on held-out clips, copy weights, figures and model card into ckpts/mini.
-"$python" -m evaluations.release tokenizer
+"$python" scripts/mini/release.py tokenizer
 
 extract() { echo "mini: $1" && WORKERS=2 bash scripts/train/5a_extract_codes.sh "configs/mini/$1.yaml"; }
 
 for set in extract_c2v extract_c2v_heldout extract_fp extract_fp_heldout; do extract "$set"; done
 train_gpt 5b_gpt_c2v.sh gpt_c2v
 train_gpt 5b_gpt_frame_pred.sh gpt_fp
-"$python" -m evaluations.release generation
+"$python" scripts/mini/release.py generation

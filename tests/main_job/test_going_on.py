@@ -17,8 +17,9 @@ import pytest
 from job_files import ENTRY, copies, frames, read
 
 from tokenizer.common.errors import UserError, run_cli
+from tokenizer.data import clip_stream
 from tokenizer.data.video_io import write_video
-from tokenizer.router import clip_source, results
+from tokenizer.router import results
 
 
 def test_a_second_run_does_nothing_again(
@@ -29,8 +30,8 @@ def test_a_second_run_does_nothing_again(
     out = job(vid_path=source)
     first = (out / "metrics.json").read_bytes()
     decoded: list[str] = []
-    original = clip_source.decode_clips
-    monkeypatch.setattr(clip_source, "decode_clips", lambda p, *a, **k: decoded.append(p.name) or original(p, *a, **k))
+    original = clip_stream.decode_clips
+    monkeypatch.setattr(clip_stream, "decode_clips", lambda p, *a, **k: decoded.append(p.name) or original(p, *a, **k))
     job(vid_path=source)
     assert decoded == ["cut.mp4", "empty.mp4", "text.mp4"]  # they may have been mended
     assert (out / "metrics.json").read_bytes() == first

@@ -15,8 +15,9 @@ from job_files import read, without_router
 from tokenizer.common.image_quality import psnr
 from tokenizer.data.video_io import iter_clips, to_model_range
 from tokenizer.presets import load_tokenizer
-from tokenizer.router import report, results
+from tokenizer.router import results
 from tokenizer.tokens import VideoTokens
+from tokenizer.viz import report
 
 
 def test_everything_is_written(job: Callable[..., Path], weights: dict[str, str], capsys: Any) -> None:

@@ -12,11 +12,11 @@ import torch
 from sampling_files import CLASSES, ROOT, common, contents, num_frames, save_random_gpt
 
 from autoregressive import sample_c2v, sample_folder, sample_frame_prediction
-from autoregressive.class_names import names_of, parse_classes
+from autoregressive.condition import names_of, parse_classes
 from autoregressive.sampler import Sampler
 from tokenizer.common.errors import UserError
 from tokenizer.data.bundled_clips import FOLDER as BUNDLED
-from tokenizer.data.ucf101 import ASCII_ORDER
+from tokenizer.data.datasets import ASCII_ORDER
 from tokenizer.data.video_io import to_uint8
 from tokenizer.presets import load_tokenizer
 from tokenizer.tokens import VideoTokens

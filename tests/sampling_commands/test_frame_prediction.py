@@ -10,13 +10,13 @@ from sampling_files import CLASSES, contents, num_frames
 
 from autoregressive.model import GPT
 from autoregressive.sample_grid import sample_grid
-from autoregressive.sample_pictures import ShownClip, contact_sheet, grid_video, mark_given
 from autoregressive.sampler import Request, SamplingConfig
 from tokenizer.common.errors import UserError
 from tokenizer.data.bundled_clips import FOLDER as BUNDLED
 from tokenizer.data.video_io import write_video
 from tokenizer.presets import load_tokenizer
 from tokenizer.tokens import VideoTokens
+from tokenizer.viz.frames import ShownClip, contact_sheet, grid_video, mark_given
 
 
 def test_frame_prediction_of_a_folder(frame_prediction, models: Path, videos: Path, tmp_path: Path) -> None:

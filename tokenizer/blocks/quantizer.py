@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.common.ranks import mean_of_rows, mean_of_sums, num_ranks
+from tokenizer.common.distributed import mean_of_rows, mean_of_sums, num_ranks
 
 ENTROPY_TEMPERATURE = 0.01
 

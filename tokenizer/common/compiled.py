@@ -74,7 +74,7 @@ def missing_compiler(device: torch.device) -> str | None:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    from torch._dynamo.exc import TorchDynamoException  # what nobody needs who does not compile
+    from torch._dynamo.exc import TorchDynamoException
 
     call = torch.compile(function, dynamic=True)
 

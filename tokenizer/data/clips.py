@@ -26,9 +26,18 @@ from tokenizer.data.bundled_clips import SPLITS, bundled_videos
 from tokenizer.data.classed_scenes import CLASS_NAMES, render_classed_scene, render_duotone_scene
 from tokenizer.data.manifest_table import read_rows
 from tokenizer.data.safe_decode import decode_clip_at
-from tokenizer.data.synthetic import KINDS, render_scene
-from tokenizer.data.transforms import horizontal_flip, random_resized_crop, rng_for
-from tokenizer.data.video_io import VideoError, display_name, iter_clips, list_videos, read_clip_at, to_model_range
+from tokenizer.data.scenes import KINDS, render_scene
+from tokenizer.data.video_io import (
+    VideoError,
+    display_name,
+    horizontal_flip,
+    iter_clips,
+    list_videos,
+    random_resized_crop,
+    read_clip_at,
+    rng_for,
+    to_model_range,
+)
 
 
 class _Renderer(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tokenizer.common.arguments import Parser, at_least, positive
+from tokenizer.common.cli import Parser, at_least, positive
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
 from tokenizer.data.video_io import file_slug, to_uint8, write_video

@@ -15,11 +15,11 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tokenizer.common import ranks
+from tokenizer.common import distributed
+from tokenizer.common.distributed import Places, shares
 from tokenizer.common.errors import UserError
-from tokenizer.common.sharing import Places, shares
 from tokenizer.data.clips import ClipDataset, ClipSample
-from tokenizer.data.transforms import rng_for
+from tokenizer.data.video_io import rng_for
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def batches(
     """
     if batch_size < 1 or num_workers < 0:
         raise UserError(f"batch_size={batch_size} must be at least 1 and num_workers={num_workers} at least 0")
-    num_ranks, rank = (1, 0) if whole else (ranks.num_ranks(), ranks.rank())
+    num_ranks, rank = (1, 0) if whole else (distributed.num_ranks(), distributed.rank())
     shares(batch_size, num_ranks * accumulate)  # a batch that cannot be shared is refused before anything is read
 
     def own_places(step: int) -> list[int]:

@@ -24,14 +24,12 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer.common.arguments import Parser, at_least, positive
 from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.cli import Parser, at_least, positive
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.manifest_table import ManifestRow, read_rows, write_rows
-from tokenizer.data.parallel import map_ahead
-from tokenizer.data.safe_decode import decode_clips
-from tokenizer.data.transforms import resize
-from tokenizer.data.video_io import DecodedClip, VideoError, display_name, file_slug
+from tokenizer.data.safe_decode import decode_clips, map_ahead
+from tokenizer.data.video_io import DecodedClip, VideoError, display_name, file_slug, resize
 
 KEYFRAME_EVERY = 8
 

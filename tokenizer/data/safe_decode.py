@@ -3,6 +3,8 @@
 A native decoder can crash or hang where no Python exception or time-out reaches it. Here that is one more VideoError.
 The process is long-lived and reused from file to file (starting one takes seconds, a clip some milliseconds); it is an
 ordinary subprocess, so it works in scripts without a `__main__` guard and inside the workers of a DataLoader.
+
+Work on a long stream with a few threads, in order, with a bounded number of items in flight.
 """
 
 from __future__ import annotations
@@ -15,15 +17,40 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tokenizer.common.errors import UserError
-from tokenizer.data.backends import VideoError
+from tokenizer.data.readers import VideoError
 from tokenizer.data.video_io import DecodedClip
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def map_ahead(work: Callable[[A], B], items: Iterable[A], num_threads: int) -> Iterator[B]:
+    """`work(item)` of every item, in their order; `num_threads` run at once and twice as many wait at most.
+
+    Threads are enough where the work waits for another process or for a codec. An exception ends the stream.
+    """
+    with ThreadPoolExecutor(num_threads) as pool:
+        waiting: deque[Future[B]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) >= 2 * num_threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
 
 TIME_LIMIT_S = 60.0  # for one clip
 _START_LIMIT_S = 300.0  # importing torch on a busy machine

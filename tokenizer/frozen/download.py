@@ -12,8 +12,7 @@ from pathlib import Path
 
 from tokenizer.common.checkpoint import file_sha256
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.frozen.videomae import VIDEOMAE
-from tokenizer.frozen.vjepa2 import VJEPA2
+from tokenizer.frozen.encoders import VIDEOMAE, VJEPA2
 from tokenizer.frozen.weights import CONFIG_FILE, WEIGHTS_FILE, Family, fetch
 
 FAMILIES = {family.key: family for family in (VJEPA2, VIDEOMAE)}

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from tokenizer.common.checkpoint import file_sha256
+from tokenizer.common.device import pick_dtype
 from tokenizer.common.errors import UserError
-from tokenizer.common.runtime import pick_dtype
 
 logger = logging.getLogger(__name__)
 

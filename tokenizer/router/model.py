@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.assignment import AssignmentSpace
-from tokenizer.blocks.frequency import cosine_filters
-from tokenizer.blocks.patchify import patchify
-from tokenizer.blocks.vit import ViTLayer
+from tokenizer.blocks.patches import patchify
+from tokenizer.blocks.positions import cosine_filters
+from tokenizer.blocks.transformer import ViTLayer
 from tokenizer.common.errors import UserError
-from tokenizer.frozen.vjepa2 import FeatureShape
+from tokenizer.frozen.encoders import FeatureShape
 from tokenizer.frozen.weights import FrozenConfig
 
 TABLE_STD = 0.02

@@ -17,8 +17,8 @@ from tokenizer.assignment import AssignmentSpace
 from tokenizer.budget import Budget, choose_rows, parse_budget
 from tokenizer.common.checkpoint import load_strict, read_model
 from tokenizer.common.config import differences, from_dict, load_section, to_dict
+from tokenizer.common.device import autocast
 from tokenizer.common.errors import UserError
-from tokenizer.common.runtime import autocast
 from tokenizer.model import TokenizerConfig
 from tokenizer.router.model import Router, RouterConfig
 from tokenizer.router.stem import build_stem

@@ -18,18 +18,18 @@ from typing import Any
 import torch
 
 from tokenizer.budget import FORMS, Budget, find_price, parse_budget
-from tokenizer.common.arguments import Parser, at_least, positive
+from tokenizer.common.cli import Parser, at_least, positive
+from tokenizer.common.device import pick_device
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.runtime import pick_device
+from tokenizer.data.clip_stream import ClipRule, ClipWalk, find_sources
 from tokenizer.data.video_io import display_name, to_model_range
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
-from tokenizer.router.clip_source import ClipRule, ClipWalk, find_sources
 from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
 from tokenizer.router.reconstruct import PERCEPTUAL_ORDER, Reconstructor, pick_perceptual
-from tokenizer.router.report import write_report
 from tokenizer.router.results import ResultsFolder
 from tokenizer.router.summary import codebook_use, means, rank_correlation, tokenizer_facts, versions
+from tokenizer.viz.report import write_report
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -20,10 +20,10 @@ from typing import Any
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import differences
 from tokenizer.common.errors import UserError
+from tokenizer.data.clip_stream import Skipped, SourceClip
 from tokenizer.data.video_io import DecodedClip, write_video
-from tokenizer.router.clip_pictures import filmstrip, side_by_side
-from tokenizer.router.clip_source import Skipped, SourceClip
 from tokenizer.router.reconstruct import Reconstruction
+from tokenizer.viz.frames import filmstrip, side_by_side
 
 _TOKENS = "tokens.safetensors"
 _FILES = ("original.mp4", "reconstruction.mp4", "side_by_side.mp4", "frames.jpg", _TOKENS)

@@ -1,0 +1,292 @@
+"""Quality-cost curves: every strategy that shares out tokens, and codecs at the same bytes, on the same clips.
+
+    bash scripts/test/quality_cost_curve.sh                              # the shipped miniature
+    python -m evaluations.quality_cost --vq-ckpt T --router-ckpt R --table TABLE --out DIR
+    python -m evaluations.quality_cost --protocol ucf101-recon-train --vq-ckpt T --router-ckpt R --out DIR
+
+With --protocol the clips and the networks that judge are those of a named protocol, and its card stands beside the
+result. Writes DIR/points.csv (one row for each setting), DIR/clips.csv (one for each clip in each setting),
+DIR/metrics.json (with the savings at equal quality and their intervals), the charts as SVG and report.html. Any number
+of processes may run the same command at once, and a stopped one goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoregressive.presets import check_tokenizer_fits, load_gpt
+from evaluations.job import check_tokenizer, code_version
+from evaluations.metrics.clip_scores import lower_is_better
+from evaluations.metrics.extractors import load_extractor
+from evaluations.metrics.frechet import NAMES
+from evaluations.protocols import MIN_CLIPS, Protocol, card_of, card_text
+from evaluations.quality_cost.clips import FREE, CurveClips, clips_of_flags, clips_of_protocol, settle_protocol
+from evaluations.quality_cost.job import StrategyInputs, fresh_table, rows_of_table, write_results
+from evaluations.quality_cost.points import (
+    CurvePoint,
+    Quality,
+    clip_figures,
+    frechet_over_clips,
+    mean_over_clips,
+    of_codecs,
+    of_rows,
+    savings,
+    summaries,
+    wanted_keys,
+)
+from evaluations.quality_cost.strategies import QUALITY_WEIGHTS, STRATEGIES, Point
+from evaluations.quality_cost.sweep import REAL, Figures, Measure, Measured, Sweep, claim
+from evaluations.quality_cost.video_codecs import CODECS, Codec, find_codecs, pick_codecs
+from evaluations.report import CURVE_KIND, write_report
+from evaluations.scoring import Scorer, load_scorer, trained_as
+from tokenizer.common.cli import Parser, at_least, positive
+from tokenizer.common.device import pick_device
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.data.video_io import display_name
+from tokenizer.model import VideoTokenizer
+from tokenizer.presets import load_tokenizer
+from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
+from tokenizer.router.reconstruct import PERCEPTUAL_ORDER, pick_perceptual
+from tokenizer.router.reward import QualityTable
+from tokenizer.router.summary import tokenizer_facts, versions
+
+# Redrawn sets behind an interval of a Frechet distance: each costs a decomposition for every point.
+FEW_CLIPS, FRECHET_DRAWS, FEW_FRECHET_DRAWS = 128, 100, 20
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, spelt as in the other evaluations."""
+    parser = Parser("Quality-cost curves of strategies and codecs on the same clips.")
+    _add_inputs(parser)
+    _add_points(parser)
+    add = parser.add_argument
+    networks = f"lpips_vgg | lpips_alex | stlpips_vgg | stlpips_alex | auto ({' or '.join(PERCEPTUAL_ORDER)}, default)"
+    add("--perceptual", metavar="NAME", help=f"{networks}; of a protocol: marked as changed")
+    add("--extractor", choices=(*NAMES, "none"), help="Frechet distance as well (default: none, or the protocol's)")
+    add("--extractor-weights", metavar="PATH", help="i3d: TorchScript file or address; videomae: folder")
+    add("--extractor-sha256", metavar="HEX", help="what the extractor's weights must have; needed for an address")
+    add("--force", action="store_true", help=f"a Frechet distance of fewer than {MIN_CLIPS} clips")
+    add("--draws", type=at_least(1), metavar="N", help=f"of the bootstrap (default: {FREE['draws']})")
+    add("--seed", type=int, help=f"of the bootstrap (default: {FREE['seed']}, or the protocol's)")
+    add("--batch-size", type=at_least(1), default=8, metavar="N", help="assignments in the tokenizer at once")
+    threads = "of each process; the last bits depend on it, and more processes are faster (default: 1)"
+    add("--num-threads", type=at_least(1), default=1, metavar="N", help=threads)
+    add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    add("--out", type=Path, default=Path("results/quality_cost"), help="results folder (default: results/quality_cost)")
+    return parser.parse_args()
+
+
+def _add_inputs(parser: Parser) -> None:
+    """Weights and clips."""
+    add = parser.add_argument
+    add("--tok-config", metavar="T.yaml", help="YAML of the tokenizer, checked against its weights")
+    add("--vq-ckpt", metavar="T", help="weights of the tokenizer whose reconstructions are measured")
+    add("--router-ckpt", metavar="R", action="append", default=[], help="weights of a router; again for other w_q")
+    again = "YAML of the router, checked against its weights; again for each --router-ckpt, in their order"
+    add("--router-config", metavar="R.yaml", action="append", default=[], help=again)
+    add("--gpt-model", metavar="SIZE", help="GPT-B | GPT-L | GPT-LP | GPT-mini | GPT-debug, checked against G")
+    add("--gpt-ckpt", metavar="G", help="class-to-video GPT: entropy-coded size of the tokens as well")
+    add("--table", help="quality table of a proxy on these clips, or 'fresh': made here with the tokenizer itself")
+    add("--protocol", metavar="NAME", help="clips and networks of a protocol of reconstruction, with its card")
+    add("--data", metavar="PATH", help="with --protocol: manifest .csv or folder of videos (default: UCF_ROOT)")
+    add("--count", type=at_least(1), metavar="N", help="with --protocol: another number of clips, marked as changed")
+    sources = "clips without a protocol: folders, files, manifests, bundled:heldout (default: those of --table)"
+    add("--sources", nargs="+", metavar="SOURCE", help=sources)
+    add("--fps", type=positive, help="frame rate to read --sources at (default: each file's own)")
+    add("--max-clips", type=at_least(1), metavar="N", help="the first N clips of --sources only")
+
+
+def _add_points(parser: Parser) -> None:
+    """Strategies and codecs."""
+    add = parser.add_argument
+    names = f"comma-separated: {', '.join(STRATEGIES[:-1])} (default: all that the inputs allow)"
+    add("--strategies", default="all", help=names)
+    sweep = "w_q of max-reward (default: 0.4 to 2.0)"
+    add("--weights", type=numbers, default=QUALITY_WEIGHTS, metavar="W,W", help=sweep)
+    thresholds = "LPIPS of threshold (default: deciles of the table)"
+    add("--thresholds", type=numbers, default=(), metavar="D,D", help=thresholds)
+    budgets = "budgets of the first router (default: tokens and average at the uniform totals)"
+    add("--budgets", nargs="+", metavar="FORM:N", help=budgets)
+    codecs = f"comma-separated: {', '.join(CODECS)}; all | none (default: all that are there)"
+    add("--codecs", default="all", help=codecs)
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """An argparse type: numbers separated by commas."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers separated by commas") from None
+
+
+def main() -> None:
+    args = parse_arguments()
+    if not args.vq_ckpt:
+        raise UserError("--vq-ckpt is missing: give the weights of the tokenizer to be measured")
+    protocol = settle_protocol(args)
+    torch.set_num_threads(args.num_threads)
+    device = pick_device(args.device)
+    tokenizer = load_tokenizer(args.vq_ckpt, device, args.tok_config)
+    routers = load_routers(args, tokenizer)
+    codecs = () if args.codecs == "none" else pick_codecs(args.codecs.split(","))
+    stored = QualityTable.load(args.table) if args.table not in (None, "fresh") else None
+    if protocol is None:
+        clips = clips_of_flags(args, tokenizer.config, stored)
+    else:
+        check_tokenizer(protocol, tokenizer)
+        clips = clips_of_protocol(protocol, args.data)
+    measure = pick_measure(args, protocol, tokenizer, len(clips))
+    claim(args.out, clips, measure)
+    card = protocol and curve_card(protocol, clips, measure, routers, args)
+    if card:
+        print(card_text(card), flush=True)
+
+    table = stored and rows_of_table(stored, clips.names, tokenizer.space)
+    if args.table == "fresh":
+        table = fresh_table(measure, clips, args.out)
+    inputs = StrategyInputs(
+        tokenizer.space, clips, table, routers, args.out, args.weights, args.thresholds, args.budgets or ()
+    )
+    chosen = inputs.points(args.strategies)
+    points = curve_points(chosen, codecs, measure)
+    sweep = Sweep(args.out, clips, wanted_keys(points, clips.names, [REAL]), measure)
+
+    def finish() -> None:
+        measured = sweep.measured()
+        rows = [clip_figures(point, measured, clips.names) for point in points]
+        covariance = protocol.covariance if protocol else "n"
+        qualities = list_qualities(points, rows, measured, clips.names, measure, args.draws, covariance)
+        metrics = {
+            **run_facts(args, measure, clips, table),
+            "card": card,
+            "points": summaries(points, rows, qualities),
+            "savings": savings(points, rows, qualities, args.seed),
+        }
+        write_results(args.out, points, rows, clips.names, tokenizer.space, metrics)
+        page = write_report(args.out, metrics)
+        print(f"{len(clips)} clips, {len(points)} points: {args.out / 'points.csv'}; report: {page}")
+
+    if not sweep.work(finish):
+        print(f"no unit is free; others are at work in {args.out}, the last of them writes the results")
+
+
+def list_qualities(
+    points: Sequence[CurvePoint],
+    rows: Sequence[Sequence[Figures]],
+    measured: Measured,
+    names: Sequence[str],
+    measure: Measure,
+    draws: int,
+    covariance: str,
+) -> list[Quality]:
+    """The metrics of clips, and the Frechet distance where there is an extractor."""
+    found = [Quality(name, mean_over_clips(rows, name), not lower_is_better(name), draws) for name in measure.metrics]
+    if extractor := measure.scorer.extractor:
+        draws = min(draws, FRECHET_DRAWS if len(names) <= FEW_CLIPS else FEW_FRECHET_DRAWS)
+        distances = frechet_over_clips(points, measured, names, covariance)
+        found.append(Quality(extractor.distance_name, distances, False, draws, percentile=False))
+    return found
+
+
+def load_routers(args: argparse.Namespace, tokenizer: VideoTokenizer) -> list[TrainedRouter]:
+    """In the order of --router-ckpt. UserError where one does not fit the tokenizer or its YAML."""
+    if args.router_config and len(args.router_config) != len(args.router_ckpt):
+        raise UserError(
+            f"{len(args.router_config)} --router-config for {len(args.router_ckpt)} --router-ckpt: give one for each, "
+            "in their order, or none"
+        )
+    configs = args.router_config or [None] * len(args.router_ckpt)
+    routers = [load_router(path, tokenizer.device, yaml) for path, yaml in zip(args.router_ckpt, configs, strict=True)]
+    for router in routers:
+        check_router_fits(router, tokenizer.config)
+    return routers
+
+
+def pick_measure(
+    args: argparse.Namespace, protocol: Protocol | None, tokenizer: VideoTokenizer, num_clips: int
+) -> Measure:
+    """The metrics, and the GPT where the tokens are to be entropy-coded."""
+    if args.gpt_model and not args.gpt_ckpt:
+        raise UserError("--gpt-model is only checked against weights; give --gpt-ckpt too")
+    gpt = load_gpt(args.gpt_ckpt, tokenizer.device, args.gpt_model) if args.gpt_ckpt else None
+    if gpt:
+        check_tokenizer_fits(gpt, tokenizer)
+    if args.extractor != "none" and num_clips < (2 if args.force else MIN_CLIPS):
+        raise UserError(
+            f"a Frechet distance of {num_clips} clips says little (at least {MIN_CLIPS}): --force computes it "
+            "from 2 on and the results say so, --extractor none leaves it out"
+        )
+    if protocol is not None:
+        return Measure(tokenizer, load_scorer(protocol, args, tokenizer.device), gpt, args.batch_size)
+    perceptual, reason = pick_perceptual(args.perceptual, tokenizer.device)
+    if perceptual is None:
+        raise UserError(f"no perceptual distance: {reason}")
+    extractor = None
+    if args.extractor != "none":
+        extractor = load_extractor(args.extractor, args.extractor_weights, args.extractor_sha256, tokenizer.device)
+    return Measure(tokenizer, Scorer(perceptual, extractor), gpt, args.batch_size)
+
+
+def curve_points(chosen: list[Point], codecs: tuple[Codec, ...], measure: Measure) -> list[CurvePoint]:
+    """The strategies' points, then each codec at the bytes of every uniform level and of the routers."""
+    tokenizer = measure.tokenizer
+    targets = [point for point in chosen if point.strategy in ("uniform", "router")]
+    names = [codec.name for codec in codecs]
+    coded = of_codecs(names, targets, tokenizer.space, tokenizer.config.codebook_size)
+    return [*of_rows(chosen, measure.gpt is not None), *coded]
+
+
+def curve_card(
+    protocol: Protocol, clips: CurveClips, measure: Measure, routers: Sequence[TrainedRouter], args: argparse.Namespace
+) -> dict[str, Any]:
+    """The protocol card, as that of an evaluation of reconstruction."""
+    system = {
+        "tokenizer_sha256": measure.tokenizer.sha256,
+        "router_sha256": [router.sha256 for router in routers],
+        "gpt_sha256": measure.gpt and measure.gpt.sha256,
+    }
+    return card_of(
+        protocol,
+        list=clips.facts["list"],
+        **measure.scorer.facts(),
+        system=system,
+        trained_as={"tokenizer": trained_as(args.vq_ckpt)},
+        device=str(measure.tokenizer.device),
+        code=code_version(),
+    )
+
+
+def run_facts(
+    args: argparse.Namespace, measure: Measure, clips: CurveClips, table: QualityTable | None
+) -> dict[str, Any]:
+    """What a reader of the figures must know."""
+    there, missing = find_codecs()
+    extractor = measure.scorer.extractor
+    return {
+        "kind": CURVE_KIND,
+        "num_clips": len(clips),
+        **clips.facts,
+        "notes": clips.notes,
+        "metrics": list(measure.metrics),
+        "frechet": [extractor.distance_name] if extractor else [],
+        "extractor": measure.facts()["extractor"],
+        "few_clips": len(clips) < MIN_CLIPS,
+        "tokenizer": {"weights": display_name(args.vq_ckpt), **tokenizer_facts(measure.tokenizer)},
+        "routers": [display_name(path) for path in args.router_ckpt],
+        "gpt": measure.gpt and {"weights": display_name(args.gpt_ckpt), "sha256": measure.gpt.sha256},
+        "table": table and {"file": display_name(args.table), "proxy_sha256": table.meta.get("tokenizer_sha256"),
+                            "perceptual": table.meta.get("perceptual_net")},
+        "codecs": {codec.name: {"encoder": codec.encoder, "options": codec.options} for codec in there},
+        "missing_codecs": list(missing),
+        "bootstrap": {"draws": args.draws, "seed": args.seed},
+        "versions": versions(),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,199 @@
+"""How the clips of one update are shared out: equal counts for every process and part, and work as equal as can be.
+
+What the launcher of a process has written into its environment: torchrun, srun, or run_workers of the scripts.
+
+Which process of how many this is (its rank), and the few things that the processes of one run tell each other.
+
+`join` finds the others however they were started: `torchrun`, `accelerate launch`, MPI or plain `srun`. With one
+process everything here is the identity, so code that calls it needs no second path.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from datetime import timedelta
+from typing import NamedTuple, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor, distributed
+
+from tokenizer.common.errors import UserError
+
+
+def several_processes() -> bool:
+    """Whether a launcher, or WORKERS of the scripts, has started others like this one."""
+    return any(os.environ.get(name, "1") != "1" for name in ("WORKERS", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+
+
+def local_rank() -> int:
+    """Which process of this machine this is, in the words of torchrun, of run_workers (scripts) or of srun; else 0."""
+    under_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    return int(os.environ.get("LOCAL_RANK") or (os.environ.get("SLURM_LOCALID", "0") if under_srun else "0"))
+
+
+def adopt_slurm(environment: MutableMapping[str, str]) -> None:
+    """Under plain `srun`, say in the words of torchrun who this is; elsewhere, and for one task, do nothing."""
+    if "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    if not nodes:
+        raise UserError("SLURM_STEP_NUM_TASKS is set but SLURM_STEP_NODELIST is not: start with srun or torchrun")
+    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["LOCAL_WORLD_SIZE"] = environment.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].split(",")[0]
+    environment.setdefault("MASTER_ADDR", first_node(nodes))
+    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def first_node(nodes: str) -> str:
+    """The first host of SLURM's short list: `gpu[03-06,9],login1` -> gpu03."""
+    match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
+    if match is None:
+        raise UserError(f"SLURM_STEP_NODELIST={nodes!r}: no host name at its start; set MASTER_ADDR")
+    return "".join(part or "" for part in match.groups())
+
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(hours=2)  # the others wait while rank 0 validates
+
+
+def join(on_cpu: bool) -> PartialState:
+    """Meet the other processes of the run, gloo on CPU and nccl on GPUs; called again it changes nothing."""
+    adopt_slurm(os.environ)
+    if _several():
+        return PartialState()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and not on_cpu:
+        _check_gpus(os.environ, torch.cuda.device_count())
+    options = InitProcessGroupKwargs(timeout=_PATIENCE).to_kwargs() if several else {}
+    return PartialState(cpu=on_cpu, **options)
+
+
+def _check_gpus(environment: Mapping[str, str], visible: int) -> None:
+    """UserError for more processes than GPUs on this machine, unless SLURM shows every task a GPU of its own."""
+    here = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if here > visible and not (visible == 1 and "SLURM_LOCALID" in environment):
+        raise UserError(f"{here} processes on this machine, but torch sees {visible} GPUs: start one for each, GPUS=n")
+
+
+def rank() -> int:
+    """This process's number, 0 in a run of one."""
+    return distributed.get_rank() if _several() else 0
+
+
+def num_ranks() -> int:
+    """How many processes train together."""
+    return distributed.get_world_size() if _several() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and speaks."""
+    return rank() == 0
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of every rank's `tensor`, on the device it came from, without gradients; shapes must agree."""
+    if not _several():
+        return tensor.detach()
+    total = tensor.detach().clone().to(PartialState().device)
+    distributed.all_reduce(total)
+    return total.to(tensor.device)
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of every rank's `tensor`, without gradients."""
+    return sum_over_ranks(tensor) / num_ranks()
+
+
+def mean_of_rows(x: Tensor) -> Tensor:
+    """The mean over the rows (dimension 0) of all processes, which may hold unequal numbers of them, with gradients."""
+    return mean_of_sums(x.sum(dim=0), len(x)) if _several() else x.mean(dim=0)
+
+
+def mean_of_sums(own: Tensor, rows: int) -> Tensor:
+    """The same from the sum over this process's `rows`.
+
+    Once gradients are averaged over the processes, this one's are exactly those of the global mean.
+    """
+    if not _several():
+        return own / rows
+    packed = sum_over_ranks(torch.cat([own.flatten(), own.new_tensor([rows])]))
+    total, rows_of_all = packed[:-1].view_as(own), packed[-1]
+    own = own * (num_ranks() / rows_of_all)
+    return own + (total / rows_of_all - own).detach()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any rank says yes: the same answer everywhere."""
+    return bool(sum_over_ranks(torch.tensor(float(flag))))
+
+
+def from_main(value: T) -> T:
+    """What rank 0 has, everywhere. Plain data only: it is pickled between the processes of one run."""
+    if not _several():
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, device=PartialState().device)
+    return box[0]
+
+
+def copy_from_main(tensors: Iterable[Tensor]) -> None:
+    """Make these tensors equal to those of rank 0, in place."""
+    if _several():
+        for tensor in tensors:
+            distributed.broadcast(tensor, src=0)
+
+
+def wait_for_all() -> None:
+    """Go on when every rank has come here."""
+    if _several():
+        distributed.barrier()
+
+
+def _several() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+class Places(NamedTuple):
+    """Where the clips of a batch stand in the global batch of their step.
+
+    What is drawn at random for a clip is drawn for the whole global batch and then picked: `places.pick(drawn_B)`. So
+    it does not depend on the number of processes.
+    """
+
+    own: list[int]
+    total: int
+
+    def pick(self, drawn: Tensor) -> Tensor:
+        """The rows of this batch out of those of the global batch [total, ..]."""
+        return drawn[self.own]
+
+
+def shares(num_clips: int, num_parts: int, costs: Sequence[float] | None = None) -> list[list[int]]:
+    """Places 0 .. num_clips-1 for each of `num_parts`, equally many each.
+
+    Without costs they are consecutive. With costs (say the squared length of each clip) the dearest is given away
+    first, each time to the cheapest part that still has room. UserError where the clips cannot be shared equally.
+    """
+    if num_clips % num_parts:
+        near = max(num_parts, round(num_clips / num_parts) * num_parts)
+        raise UserError(
+            f"run.batch_size={num_clips} is the global batch: it must be a multiple of processes x run.accumulate = "
+            f"{num_parts}; the nearest is {near}"
+        )
+    room = num_clips // num_parts
+    if costs is None or num_parts == 1:
+        return [list(range(part * room, (part + 1) * room)) for part in range(num_parts)]
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    spent = [0.0] * num_parts
+    for place in sorted(range(num_clips), key=lambda place: -costs[place]):
+        part = min((p for p in range(num_parts) if len(parts[p]) < room), key=lambda p: spent[p])
+        parts[part].append(place)
+        spent[part] += costs[place]
+    return [sorted(part) for part in parts]

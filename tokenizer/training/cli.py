@@ -1,0 +1,135 @@
+"""What the entries of the stages share: command line, default results folder, and the rehearsal of a training."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tokenizer.common import distributed
+from tokenizer.common.config import load_config
+from tokenizer.common.device import pick_dtype, slow_precision
+from tokenizer.common.errors import UserError
+from tokenizer.training.optim import OptimConfig
+from tokenizer.training.profiling import Speed, peak_memory
+from tokenizer.training.train_step import Values
+from tokenizer.training.trainer import LossFn, RunConfig, TrainState, num_clips, train_step
+
+T = TypeVar("T")
+
+
+def parse_training_arguments(schema: type[T], stage: str, description: str) -> tuple[T, bool]:
+    """`CONFIG.yaml [key.sub=value ...] [flags]` -> the config with `run.dir` filled in, and whether to rehearse.
+
+    The default results folder is results/<stage>/<file name of the config without .yaml>.
+    """
+    parser = _parser(description, "build all, run a few steps, say what the run would cost and what it lacks")
+    parser.add_argument(
+        "--global-batch-size", type=int, metavar="N", help="clips of one update over all processes: run.batch_size=N"
+    )
+    parser.add_argument(
+        "--overfit-one-batch",
+        action="store_true",
+        help="train on the first batch alone, into a folder of its own (..-overfit): can the model learn at all?",
+    )
+    args = parser.parse_intermixed_args()  # so that a flag may stand before, between or after the settings
+    overrides = list(args.overrides)
+    if args.global_batch_size is not None:
+        overrides.append(f"run.batch_size={args.global_batch_size}")
+    if args.overfit_one_batch:
+        overrides.append("run.overfit_one_batch=true")
+    config: Any = load_config(schema, args.config, overrides)
+    if args.global_batch_size is not None and (ids := vars(config).get("batch_ids")):
+        raise UserError(f"--global-batch-size: {args.config} cuts its steps by batch_ids={ids}; change that")
+    config.run.dir = config.run.dir or f"results/{stage}/{args.config.name.removesuffix('.yaml')}"
+    if args.overfit_one_batch:
+        config.run.dir = f"{config.run.dir.rstrip('/')}-overfit"
+    return config, args.dry_run
+
+
+def parse_work_arguments(schema: type[T], stage: str, description: str) -> tuple[T, bool]:
+    """The same for a stage whose work any number of processes share (2 and 5a): the config with `dir` filled in."""
+    args = _parser(description, "load everything, say how much work is left, write nothing").parse_intermixed_args()
+    config: Any = load_config(schema, args.config, args.overrides)
+    config.dir = config.dir or f"results/{stage}/{args.config.name.removesuffix('.yaml')}"
+    return config, args.dry_run
+
+
+def _parser(description: str, dry_run: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("config", type=Path, help="YAML of this stage, see configs/README.md")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the YAML")
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
+    return parser
+
+
+def rehearse(
+    run: RunConfig,
+    optim: OptimConfig,
+    state: TrainState,
+    batches: Callable[[int], Iterator[Any]],
+    loss_fn: LossFn,
+    parts: dict[str, int],
+) -> None:
+    """Some steps without a results folder; prints parameters by part, the loss terms, hours at this speed, and lacks.
+
+    Two steps of each kind, see `Speed`: the first pays for allocations and its arithmetic is counted, the other's time.
+    """
+    source, speed = batches(0), Speed(state.device, pick_dtype(run.precision), state.period)
+    state.train_mode(True)
+    for batch in itertools.islice(source, state.period):
+        with speed.counting(num_clips(batch, run)):
+            train_step(run, optim, state, batch, loss_fn)
+    for batch in itertools.islice(source, 2 if run.compile else 0):  # the first that are not counted are for compiling
+        train_step(run, optim, state, batch, loss_fn)
+    values: Values = {}
+    start = time.perf_counter()
+    for batch in itertools.islice(source, state.period):
+        values |= train_step(run, optim, state, batch, loss_fn)
+    seconds = (time.perf_counter() - start) / state.period
+    if not distributed.is_main():
+        return
+    total = sum(parts.values())
+    by_part = ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in parts.items())
+    beside = {"companion": state.companion, "adversary": state.opponent.module if state.opponent else None}
+    others = {name: sum(p.numel() for p in m.parameters()) for name, m in beside.items() if m is not None}
+    weights = (total * 5 + sum(others.values()) * 4) * 4 / 2**30
+    print(f"parameters  {total / 1e6:.2f}M: {by_part}")
+    for name, number in others.items():
+        print(f"            beside the model: {name} {number / 1e6:.2f}M")
+    print(f"memory      weights, gradients, Adam and EMA in fp32: {weights:.2f} GiB, plus activations; ", end="")
+    print(f"at most {peak_memory(state.device) / 2**30:.2f} GiB in these steps")
+    figures = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    print("loss        " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    share, peak = speed.flops / seconds / speed.roof, speed.roof / 1e12
+    print(f"speed       {seconds:.2f} s a step of {num_clips(batch, run)} clips on {state.device}", end="")
+    print(f" x {distributed.num_ranks()}, {share:.0%} of the measured peak of {peak:.3g} TFLOP/s")
+    print(f"the run     {run.steps} steps, about {run.steps * seconds / 3600:.1f} h at this speed, into {run.dir}")
+    if warning := slow_precision(state.device, run.precision):
+        print(f"slow        {warning}")
+    for line in missing(run, weights) or ["nothing"]:
+        print(f"missing     {line}")
+    print("dry run: nothing was written")
+
+
+def missing(run: RunConfig, weights_gib: float) -> list[str]:
+    """What would stop this run later: packages of trackers, the reference curve, room on the disk, a taken folder."""
+    lacks = [f"the package {name} of run.trackers" for name in run.trackers if importlib.util.find_spec(name) is None]
+    if run.reference and not Path(run.reference).is_file():
+        lacks.append(f"the file run.reference={run.reference}")
+    place = Path(run.dir).absolute()
+    if (place / "config.yaml").exists():
+        lacks.append(
+            f"an empty folder: {run.dir} holds a run already, which would be resumed if its config is this one"
+        )
+    while not place.exists():
+        place = place.parent
+    free, wanted = shutil.disk_usage(place).free / 2**30, weights_gib * (run.keep_last + 1)
+    if free < wanted:
+        lacks.append(f"room for checkpoints: {free:.1f} GiB are free at {place}, about {wanted:.1f} are needed")
+    return lacks

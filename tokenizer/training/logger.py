@@ -1,0 +1,314 @@
+"""What rank 0 says of a run: metrics.jsonl, the progress line, trackers, warnings. Other ranks are silent.
+
+What a run says while it runs: `metrics.jsonl` for machines, one progress line for people.
+
+What deserves a warning while a run goes on: a game that is lost, a curve that leaves its reference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from tokenizer.common import distributed
+from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.device import pick_dtype
+from tokenizer.common.errors import UserError
+from tokenizer.training.profiling import Speed
+from tokenizer.training.train_state import RunConfig
+
+
+class MetricsLog:
+    """One JSON object a line, each with its `step`. Floats read back to the same bits; inf and NaN are null."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line for the state after `step` updates."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | {name: _finite(value) for name, value in values.items()}) + "\n")
+
+    def sync(self) -> None:
+        """Put the lines on the disk; called before a checkpoint, so that a checkpoint never outlives its lines."""
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written after `step`, and a last line that a kill cut short."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
+        atomic_write(self.path, b"".join(kept))
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a plain line at every report, so that a log file stays readable."""
+
+    def __init__(self, total: int, start: int, shown: bool = True) -> None:
+        hidden = not shown or not sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=start, unit="step", disable=hidden, dynamic_ncols=True)
+        self._total, self._step = total, start
+
+    def advance(self) -> None:
+        """One step is done."""
+        self._step += 1
+        self._bar.update()
+
+    def report(self, loss: float, seconds_per_step: float, data_wait: float) -> None:
+        """Show the loss, the time left and the share (0-1) of the time that was spent waiting for data."""
+        self._bar.set_postfix(loss=f"{loss:.4g}", data_wait=f"{data_wait:.0%}")
+        if self._bar.disable:
+            left = tqdm.format_interval(seconds_per_step * (self._total - self._step))
+            self.say(
+                f"step {self._step}/{self._total}  loss {loss:.4g}  {seconds_per_step:.3g} s/step  ETA {left}  "
+                f"data wait {data_wait:.0%}"
+            )
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
+
+
+class Clock:
+    """Wall time of the laps between two log lines, and the share of it spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.seconds_per_step = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new lap, without a word about the old one."""
+        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wraps the fetching of one batch."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+        self._steps += 1
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds, share of them spent waiting for data) since the last lap; begins a new one."""
+        seconds = time.perf_counter() - self._start
+        share = self._waited / max(seconds, 1e-9)
+        self.seconds_per_step = seconds / max(1, self._steps)
+        self.restart()
+        return seconds, share
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut short by a kill is dropped with the later ones
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_WINDOW = 10  # steps of a discriminator that are judged together: one batch says little
+_DRIFT = 0.25  # of the reference's value, in the mean over the last lines
+_DRIFT_LINES = 5
+
+
+def game_warning(accuracy: float, logit_gap: float) -> str | None:
+    """What is wrong with a discriminator of this accuracy (0.5 = guessing) and logit gap (real minus fake), or None.
+
+    Healthy is an accuracy of about 0.55 to 0.9 with a gap above 0.
+    """
+    if not math.isfinite(accuracy + logit_gap):
+        return "the discriminator's figures are not finite: lower adversary.optim.lr"
+    if accuracy > 0.97:
+        return (
+            f"the discriminator wins (accuracy {accuracy:.2f}, logit gap {logit_gap:.1f}): its gradient teaches little "
+            "now. Lower adversary.optim.lr, raise adversary.every or adversary.lecam, or lower loss.gan"
+        )
+    if accuracy < 0.52 and abs(logit_gap) < 0.05:
+        return (
+            f"the discriminator is dead (accuracy {accuracy:.2f}, logit gap {logit_gap:.2f}): it cannot tell real from "
+            "fake. Raise adversary.optim.lr or lower adversary.every"
+        )
+    if accuracy < 0.4:
+        return (
+            f"the discriminator is fooled (accuracy {accuracy:.2f}): reconstructions look more real to it than clips. "
+            "Lower loss.gan or raise adversary.optim.lr"
+        )
+    return None
+
+
+class GameWatch:
+    """Judges the mean of the discriminator's last figures, and says a warning once, until it has been healthy again.
+
+    No verdict before the window is full, so none from a single batch; a figure that is not finite is told at once.
+    """
+
+    def __init__(self) -> None:
+        self._last: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
+        self._said: str | None = None
+
+    def look(self, values: Mapping[str, Any]) -> str | None:
+        """A new warning, or None."""
+        if "adversary/accuracy" not in values or "adversary/logit_gap" not in values:
+            return None
+        self._last.append((float(values["adversary/accuracy"]), float(values["adversary/logit_gap"])))
+        accuracy, gap = (sum(figures) / len(figures) for figures in zip(*self._last, strict=True))
+        if len(self._last) < _WINDOW and math.isfinite(accuracy + gap):
+            return None
+        warning = game_warning(accuracy, gap)
+        kind = warning.partition("(")[0] if warning else None
+        new, self._said = kind != self._said, kind
+        return warning if new else None
+
+
+class ReferenceCurve:
+    """The loss of an earlier run by step; a run that leaves it is told so once."""
+
+    def __init__(self, path: str) -> None:
+        """UserError for a file that is not there or holds no loss."""
+        if not Path(path).is_file():
+            raise UserError(f"run.reference={path}: no such file; give a metrics.jsonl, or leave it empty")
+        self.path, self._loss = path, dict(read_curve(path, "loss"))
+        if not self._loss:
+            raise UserError(f"run.reference={path}: no line holds a loss; give the metrics.jsonl of a run")
+        self._ratios: list[float] = []
+        self._said = False
+
+    def look(self, step: int, loss: float) -> str | None:
+        """A warning where the mean of the last lines differs by more than a quarter from the reference's."""
+        if step not in self._loss or self._said:
+            return None
+        self._ratios = [*self._ratios, loss / self._loss[step]][-_DRIFT_LINES:]
+        ratio = sum(self._ratios) / len(self._ratios)
+        if len(self._ratios) < _DRIFT_LINES or abs(ratio - 1) <= _DRIFT:
+            return None
+        self._said = True
+        return f"the loss is {ratio:.2f} times that of the reference {self.path} over the last {_DRIFT_LINES} lines"
+
+
+def read_curve(path: str | Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) of every line of a metrics.jsonl that holds a finite `name`."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last one short
+    return [(row["step"], float(row[name])) for row in rows if isinstance(row.get(name), int | float)]
+
+
+class Reporter:
+    """The voice of one run from `start_step` on."""
+
+    def __init__(
+        self, run: RunConfig, config: Mapping[str, Any], start_step: int, device: torch.device, period: int = 1
+    ) -> None:
+        """period: of the kinds of step, see `Speed`."""
+        self.run, self.speaks = run, distributed.is_main()
+        self.clock = Clock()
+        self.log = MetricsLog(Path(run.dir) / "metrics.jsonl")
+        self.progress = Progress(run.steps, start_step, shown=self.speaks)
+        self.game = GameWatch()
+        self.reference = ReferenceCurve(run.reference) if run.reference else None
+        self.trackers = start_trackers(run, config) if run.trackers else None
+        self.speed = Speed(device, pick_dtype(run.precision), period)
+        self._stalled = 0.0
+        if self.speaks:
+            self.log.rewind(start_step)
+
+    def step(self, step: int, values: Mapping[str, Any], untold: dict[str, Any]) -> None:
+        """After every step; `values` are written at the steps that the config names, and at the last.
+
+        `untold`: the last figures of a player that rests at most steps; the next line holds them and empties it.
+        """
+        self.progress.advance()
+        if not self.speaks:
+            return
+        self._warn(step, self.game.look(values))
+        if step % self.run.log_every and step != self.run.steps:
+            return
+        seconds, data_wait = self.clock.lap()
+        perf = self.speed.figures(self.clock.seconds_per_step)
+        perf["perf/eta_seconds"] = self.clock.seconds_per_step * (self.run.steps - step)
+        perf["perf/checkpoint_stall"], self._stalled = self._stalled / max(seconds, 1e-9), 0.0
+        self._write(step, {**untold, **values, "seconds": seconds, "data_wait": data_wait, **perf})
+        untold.clear()
+        self.progress.report(values["loss"], self.clock.seconds_per_step, data_wait)
+        self._warn(step, self.reference.look(step, values["loss"]) if self.reference else None)
+
+    def validated(self, step: int, measured: Mapping[str, float]) -> None:
+        """After a validation, whose time does not count as training."""
+        values = {f"val/{name}": float(value) for name, value in measured.items()}
+        self._write(step, values)
+        self.progress.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self.clock.restart()
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Wraps the saving of a checkpoint: lines first, and its time is noted."""
+        self.log.sync()
+        start = time.perf_counter()
+        yield
+        self._stalled += time.perf_counter() - start
+
+    def close(self) -> None:
+        """The last word."""
+        self.progress.close()
+        if self.trackers is not None:
+            self.trackers.end_training()
+
+    def _warn(self, step: int, warning: str | None) -> None:
+        if warning:
+            self.progress.say(f"warning: step {step}: {warning}")
+
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+        self.log.write(step, values)
+        if self.trackers is not None:
+            self.trackers.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
+
+
+def start_trackers(run: RunConfig, config: Mapping[str, Any]) -> Accelerator | None:
+    """TensorBoard files in `run.dir/tracking`, or wandb, which stays offline unless a key or WANDB_MODE says otherwise.
+
+    None on the ranks that are silent. UserError where a package is absent.
+    """
+    for name in run.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"run.trackers={run.trackers}: {name} is not installed; pip install -e '.[log]'")
+    if not distributed.is_main():
+        return None
+    if "WANDB_API_KEY" not in os.environ:
+        os.environ.setdefault("WANDB_MODE", "offline")
+    folder = Path(run.dir).absolute()
+    accelerator = Accelerator(mixed_precision="no", log_with=list(run.trackers), project_dir=folder / "tracking")
+    same = hashlib.sha256(str(folder).encode()).hexdigest()[:16]  # the same run after a resume
+    wandb = {"name": folder.name, "id": same, "resume": "allow", "dir": str(folder)}
+    flat = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in _flat(config)}
+    accelerator.init_trackers("evatok", config=flat, init_kwargs={"wandb": wandb} if "wandb" in run.trackers else {})
+    return accelerator
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

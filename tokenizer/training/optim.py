@@ -1,0 +1,160 @@
+"""AdamW with two parameter groups, the two learning-rate schedules, and the optimiser's state as named tensors.
+
+An exponential moving average of the weights, kept beside the raw ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from tokenizer.common.checkpoint import load_strict
+from tokenizer.common.errors import UserError
+
+SCHEDULES = ("cosine", "wsd")
+
+
+@dataclass
+class OptimConfig:
+    """The optimiser of every stage; the defaults are the tokenizer's (paper, section on training)."""
+
+    lr: float = 1e-4  # the peak, reached after the warm-up
+    min_lr: float = 1e-6  # where the schedule ends
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 1e-4  # matrices only, see param_groups
+    warmup_steps: int = 5000  # linear from lr / warmup_steps
+    clip_norm: float = 1.0  # the gradient's largest global norm
+    schedule: str = "cosine"  # cosine | wsd (warm-up, stable, decay with 1 - sqrt)
+    decay_fraction: float = 0.2  # wsd: the last share of the steps that decays
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"optim.schedule={self.schedule!r}: must be one of {', '.join(SCHEDULES)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas={self.betas}: must be two numbers in [0, 1)")
+        if not 0 <= self.min_lr <= self.lr:
+            raise UserError(f"optim.min_lr={self.min_lr}: must lie between 0 and optim.lr={self.lr}")
+        if not 0 < self.decay_fraction <= 1:
+            raise UserError(f"optim.decay_fraction={self.decay_fraction}: must lie in (0, 1]")
+        if self.clip_norm <= 0 or self.warmup_steps < 0:
+            raise UserError(f"optim.clip_norm={self.clip_norm} must be > 0, warmup_steps={self.warmup_steps} >= 0")
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups of the trainable parameters: matrices and kernels decay; vectors (biases, norms, gains) do not."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
+    """AdamW over `param_groups`; the learning rate is set anew at every step by the loop."""
+    groups = param_groups(model, config.weight_decay)
+    fused = groups[0]["params"][0].is_cuda or None  # one kernel there; None is torch's own choice
+    return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=fused)
+
+
+def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
+    """The rate of update number `step` (from 0) of `total_steps`; a pure function, so resume needs no scheduler.
+
+    Linear warm-up, then either half a cosine down to `min_lr`, or the peak held until the last `decay_fraction` of
+    the steps, which fall to `min_lr` as 1 - sqrt(progress).
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    start = config.warmup_steps
+    if config.schedule == "wsd":
+        start = max(start, total_steps - round(total_steps * config.decay_fraction))
+    progress = min(1.0, max(0.0, (step - start) / max(1, total_steps - start)))
+    height = 1 - math.sqrt(progress) if config.schedule == "wsd" else (1 + math.cos(math.pi * progress)) / 2
+    return config.min_lr + (config.lr - config.min_lr) * height
+
+
+def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimiser's state as `<parameter name>/<key>` -> tensor, exact: what safetensors can hold."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor], origin: str = "optimizer state"
+) -> None:
+    """The inverse of `optimizer_tensors`; UserError for a name or shape that the model does not have."""
+    parameters = dict(model.named_parameters())
+    state: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition("/")
+        if name not in parameters:
+            raise UserError(f"{origin}: holds {full_name}, which the model does not have; use the config it came with")
+        if tensor.ndim and tensor.shape != parameters[name].shape:
+            have, want = tuple(tensor.shape), tuple(parameters[name].shape)
+            raise UserError(f"{origin}: {full_name} is {have}, the model has {want}; use the config it came with")
+        state.setdefault(name, {})[key] = tensor
+    name_of = {parameter: name for name, parameter in parameters.items()}
+    ordered = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    by_index = {index: state[name] for index, name in enumerate(ordered) if name in state}
+    optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+class Ema:
+    """Averages `model`'s parameters and copies its buffers. It has no state of its own but the averaged weights.
+
+    The decay ramps up as (1 + step) / (10 + step) to `decay`, so that a short run is not averaged with its start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._now = 0.0
+        self._averaged = AveragedModel(model, multi_avg_fn=self._average).requires_grad_(False)
+        self._averaged.n_averaged.fill_(1)  # AveragedModel copies instead of averaging while this is 0
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after update number `step` (from 0)."""
+        self._now = min(self.decay, (1 + step) / (10 + step))
+        self._averaged.update_parameters(model)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The averaged weights under the names of the model's own state_dict."""
+        return dict(self._averaged.module.state_dict())
+
+    def load(self, tensors: Mapping[str, Tensor], origin: str = "EMA weights") -> None:
+        """Strictly; see `load_strict`."""
+        load_strict(self._averaged.module, tensors, origin)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Inside the `with`, `model` has the averaged weights; afterwards its own again, to the bit."""
+        averaged = self._averaged.module
+        owns, means = (chain(module.parameters(), module.buffers()) for module in (model, averaged))
+        pairs = list(zip(owns, means, strict=True))
+        with torch.no_grad():
+            own = [tensor.clone() for tensor, _ in pairs]
+            for tensor, mean in pairs:
+                tensor.copy_(mean)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (tensor, _), saved in zip(pairs, own, strict=True):
+                    tensor.copy_(saved)
+
+    @torch.no_grad()
+    def _average(self, averaged: _Tensors, current: _Tensors, _num_averaged: Tensor | int) -> None:
+        torch._foreach_lerp_(averaged, current, 1 - self._now)

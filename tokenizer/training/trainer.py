@@ -1,0 +1,326 @@
+"""The beat of every training: step, log, validate, save. Each stage brings its batches and its loss.
+
+A run can be killed at any moment and started again with the same command; on CPU it then ends with the same bits.
+Three rules make that true: batches are a function of the step, every random draw is a function of (seed, step), and
+the learning rate is a function of the step. What is left to remember is TrainState.
+
+Checkpoints written while training goes on: a copy in memory now, the disk in another thread.
+
+What keeps a run folder whole: one run at a time, one config, and a signal that waits for the step to end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from tokenizer.common import distributed
+from tokenizer.common.checkpoint import CheckpointStore, atomic_write, file_sha256, save_model
+from tokenizer.common.compiled import not_compiled
+from tokenizer.common.config import differences
+from tokenizer.common.device import pick_device, set_deterministic, slow_precision
+from tokenizer.common.errors import UserError
+from tokenizer.training.logger import Reporter
+from tokenizer.training.optim import OptimConfig
+from tokenizer.training.train_state import FREE_TO_CHANGE, NEVER_TO_CHANGE, Adversary, RunConfig, TrainState
+from tokenizer.training.train_step import LossFn, Summed, TooManySkipped, train_step
+
+
+class BackgroundWriter:
+    """One write at a time. What went wrong in the thread is raised by the next `save` or by `join`."""
+
+    def __init__(self, store: CheckpointStore) -> None:
+        self.store = store
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self,
+        step: int,
+        groups: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        config: Mapping[str, Any],
+    ) -> None:
+        """Copy everything to the CPU and start writing it; waits first for the write before."""
+        self.join()
+        copies = {
+            group: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for group, tensors in groups.items()
+        }
+        self._thread = threading.Thread(target=self._write, args=(step, copies, dict(state), config))
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until everything is on the disk. Raises what the writing raised, an OSError of a full disk say."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write(self, *what: Any) -> None:
+        try:
+            self.store.save(*what)
+        except BaseException as error:  # handed on by `join`
+            self._error = error
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """Yields a list that receives the name of a SIGINT, SIGTERM or SIGUSR1 (SLURM's notice that the time is up).
+
+    The loop looks at it between two steps.
+    """
+    received: list[str] = []
+
+    def remember(number: int, _frame: Any) -> None:
+        if received:  # asked twice: stop at once, the last checkpoint stands
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, remember) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Two runs in one folder would tear each other's checkpoints: the second one stops here."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers would inherit it
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(f"{folder}: another run is writing here; wait for it or choose run.dir=OTHER") from error
+        yield
+
+
+def claim(folder: Path, config: Mapping[str, Any], allow_changes: bool = False) -> None:
+    """Write `config.yaml`. UserError for a folder that was made with another config.
+
+    With `allow_changes` what differs is said, the old config is kept as `config.<n>.yaml`, and only another model or
+    other tokens are refused.
+    """
+    text = yaml.safe_dump(dict(config), sort_keys=False)
+    path = folder / "config.yaml"
+    if path.exists():
+        found = differences(yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text))
+        changed = [line for line in found if line.partition(":")[0] not in FREE_TO_CHANGE]
+        fatal = [line for line in changed if line.partition(":")[0].partition(".")[0] in NEVER_TO_CHANGE]
+        if changed and (fatal or not allow_changes):
+            way_out = "choose run.dir=OTHER" if fatal else "choose run.dir=OTHER, or go on with run.allow_changes=true"
+            raise UserError(
+                f"{folder}: was made with another config (there / here): {'; '.join(fatal or changed)}; {way_out}"
+            )
+        if changed:
+            kept = folder / f"config.{len(list(folder.glob('config.*.yaml'))) + 1}.yaml"
+            atomic_write(kept, path.read_bytes())
+            print(f"{folder}: goes on with changes (before / now): {'; '.join(changed)}; {kept.name} is the old config")
+    atomic_write(path, text.encode())
+
+
+def note_unreadable(folder: Path, batch: Any) -> None:
+    """Enter the damaged files that were met in this batch into `quarantine.jsonl`, one object a line, each once.
+
+    Other workers, other processes and an earlier start of the run may have met the same file.
+    """
+    met: Mapping[str, str] = getattr(batch, "unreadable", {})
+    if not met:
+        return
+    with open(folder / "quarantine.jsonl", "a+", encoding="utf-8") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # until the file is closed
+        file.seek(0)
+        known = {json.loads(line)["file"] for line in file if line.endswith("}\n")}
+        for name, reason in met.items():
+            if name not in known:
+                file.write(json.dumps({"file": name, "reason": reason}) + "\n")
+
+
+__all__ = [
+    "Adversary",
+    "LossFn",
+    "RunConfig",
+    "Summed",
+    "TrainState",
+    "fit",
+    "num_clips",
+    "portion",
+    "start_run",
+    "train_step",
+]
+
+
+def start_run(run: RunConfig) -> torch.device:
+    """Threads, seeds, kernels, the run's other processes: an entry point calls it before it builds the model."""
+    distributed.join(on_cpu=run.device == "cpu" or not torch.cuda.is_available())
+    if run.num_threads is not None:
+        torch.set_num_threads(run.num_threads)
+    set_deterministic(run.seed)
+    return pick_device(run.device)
+
+
+def fit(
+    run: RunConfig,
+    optim: OptimConfig,
+    config: Mapping[str, Any],
+    state: TrainState,
+    batches: Callable[[int], Iterator[Any]],
+    loss_fn: LossFn,
+    validate: Callable[[int], Mapping[str, float]] | None = None,
+    finish: Callable[[], None] | None = None,
+) -> None:
+    """Train `state` in `run.dir` up to `run.steps`, resuming by itself, and write `final/`.
+
+    `config` is the whole config as plain data; it is stored with the run and inside the weights. `batches(s)` yields
+    the batches from step s on. `loss_fn(batch, step)` returns the loss and its terms (detached scalars); what it
+    draws at random comes from `generator_for(seed, name, step)` or torch's global generator, reseeded at every step.
+    `validate(step)` and `finish()` run with the averaged weights, in eval mode, without gradients.
+
+    Raises UserError for a folder of another run and for a loss or gradient that is not finite (naming step and term),
+    KeyboardInterrupt after SIGINT or SIGTERM, once a checkpoint is saved.
+    """
+    if not run.dir:
+        raise UserError("run.dir is empty: name the results folder, run.dir=DIR")
+    folder = Path(run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    start_run(run)
+    with only_run_in(folder) if distributed.is_main() else nullcontext():
+        if distributed.is_main():
+            claim(folder, config, run.allow_changes)
+            if warning := slow_precision(state.device, run.precision):
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
+        store = CheckpointStore(folder / "checkpoints", run.keep_last, run.keep_every)
+        if state.load(store) and distributed.is_main():
+            print(f"resuming {folder} after step {state.step}", file=sys.stderr, flush=True)
+        reporter = Reporter(run, config, state.step, state.device, state.period)
+        with closing(reporter):
+            if state.step < run.steps:
+                _train(run, optim, config, state, batches, loss_fn, validate, reporter, BackgroundWriter(store))
+        if distributed.is_main():
+            _write_final(folder / "final", state, config)
+            print(f"{state.step} steps done: {folder / 'final' / 'model.safetensors'}", flush=True)
+            if finish is not None:
+                with _averaged_weights(state):
+                    finish()
+        distributed.wait_for_all()
+
+
+def _train(
+    run: RunConfig,
+    optim: OptimConfig,
+    config: Mapping[str, Any],
+    state: TrainState,
+    batches: Callable[[int], Iterator[Any]],
+    loss_fn: LossFn,
+    validate: Callable[[int], Mapping[str, float]] | None,
+    reporter: Reporter,
+    writer: BackgroundWriter,
+) -> None:
+    source = iter(batches(0 if run.overfit_one_batch else state.step))
+    if run.overfit_one_batch:
+        source = itertools.repeat(next(source))
+    state.train_mode(True)
+    with stop_signals() as stop, _joined(writer):
+        while state.step < run.steps:
+            # step
+            with reporter.clock.waiting():
+                batch = next(source)
+            note_unreadable(Path(run.dir), batch)
+            try:
+                with reporter.speed.counting(num_clips(batch, run)):
+                    values = train_step(run, optim, state, batch, loss_fn)
+            except TooManySkipped:
+                _save(state, config, reporter, writer)
+                raise
+            last = state.step == run.steps
+
+            # log
+            reporter.step(state.step, values, state.untold)
+
+            # validate: on rank 0, while the others wait in their next step
+            if validate is not None and distributed.is_main() and (state.step % run.validate_every == 0 or last):
+                try:
+                    with _averaged_weights(state):
+                        measured = validate(state.step)
+                except Exception:  # of memory, say: it must not cost the steps before it
+                    _save(state, config, reporter, writer)
+                    raise
+                reporter.validated(state.step, measured)
+
+            # save
+            stopped = distributed.any_rank(bool(stop))
+            if state.step % run.checkpoint_every == 0 or last or stopped:
+                _save(state, config, reporter, writer)
+            if stopped and not last:
+                writer.join()
+                distributed.wait_for_all()
+                name = stop[0] if stop else "a signal to another process"
+                raise KeyboardInterrupt(f"stopped by {name} after step {state.step}; the same command continues")
+
+
+def _save(state: TrainState, config: Mapping[str, Any], reporter: Reporter, writer: BackgroundWriter) -> None:
+    if distributed.is_main():
+        with reporter.saving():
+            state.save(writer, config)
+
+
+def num_clips(batch: Any, run: RunConfig) -> int:
+    """Clips of a step, on all processes: run.batch_size, unless the batch itself counts them."""
+    return getattr(batch, "num_in_step", 0) or run.batch_size
+
+
+def portion(run: RunConfig) -> int:
+    """Clips that a process computes at once in a step, and so what a validation may take at once."""
+    return max(1, run.batch_size // (distributed.num_ranks() * run.accumulate))
+
+
+@contextmanager
+def _joined(writer: BackgroundWriter) -> Iterator[None]:
+    """Nobody leaves before the last checkpoint is written."""
+    try:
+        yield
+    except BaseException:
+        try:
+            writer.join()
+        except OSError as error:  # the first trouble is the one to raise
+            print(f"warning: the last checkpoint could not be written: {error}", file=sys.stderr, flush=True)
+        raise
+    writer.join()
+
+
+@contextmanager
+def _averaged_weights(state: TrainState) -> Iterator[None]:
+    """The model as it will be used: averaged weights, fp32, eval mode, no gradients; afterwards training goes on."""
+    state.train_mode(False)
+    try:
+        with state.ema.applied(state.model), torch.no_grad(), not_compiled():
+            yield
+    finally:
+        state.train_mode(True)
+
+
+def _write_final(folder: Path, state: TrainState, config: Mapping[str, Any]) -> None:
+    """`model.safetensors` (averaged), `model.raw.safetensors`, and their SHA256SUMS."""
+    sums = folder / "SHA256SUMS"
+    sums.unlink(missing_ok=True)  # a kill in between must not leave sums of other weights
+    files = {"model.safetensors": ("ema", state.ema.tensors())}
+    files["model.raw.safetensors"] = ("raw", dict(state.model.state_dict()))
+    for name, (weights, tensors) in files.items():
+        save_model(folder / name, tensors, config, {"kind": state.kind, "weights": weights, "step": str(state.step)})
+    atomic_write(sums, "".join(f"{file_sha256(folder / name)}  {name}\n" for name in files).encode())
