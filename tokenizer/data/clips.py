@@ -5,7 +5,10 @@ A source is a folder, a video file, a manifest .csv (see manifest_table.py), or 
     synthetic:SPLIT:N     N rendered scenes of known complexity
     classed:SPLIT:N       N rendered scenes with a class as label: shape, motion, speed; of two colours out of eight
     duotone:SPLIT:N       the same scenes, all of the same two colours
-and each of these four may end in A-B in place of N: number A up to B - 1 alone, as in bundled:train:0-84.
+    doom:SPLIT:N          N walks through textured rooms, with the motion as label; SPLIT is train, validation or test
+    steady_doom:SPLIT:N   the same with one motion at one speed in each walk (both need the extra [scenes])
+    FILE.safetensors:N    N clips that pack.py has rendered or decoded before, or without :N all
+and each of these may end in A-B in place of N: number A up to B - 1 alone, as in bundled:train:0-84.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ import torch
 from tokenizer.common.errors import UserError
 from tokenizer.data.bundled_clips import SPLITS, bundled_videos
 from tokenizer.data.classed_scenes import CLASS_NAMES, render_classed_scene, render_duotone_scene
+from tokenizer.data.clip_store import is_store, open_store
+from tokenizer.data.doom import MOTIONS, STEADY_MOTIONS, render_doom_walk, render_steady_walk
+from tokenizer.data.doom import SPLITS as DOOM_SPLITS
 from tokenizer.data.manifest_table import read_rows
 from tokenizer.data.safe_decode import decode_clip_at
 from tokenizer.data.scenes import KINDS, render_scene
@@ -35,6 +41,7 @@ from tokenizer.data.video_io import (
     list_videos,
     random_resized_crop,
     read_clip_at,
+    resize_center_crop,
     rng_for,
     to_model_range,
 )
@@ -46,12 +53,15 @@ class _Renderer(NamedTuple):
     render: Callable[[int, str, int, int], tuple[np.ndarray, str]]
     turns: Sequence[str]
     labelled: bool  # whether these are classes
+    splits: Sequence[str] = SPLITS
 
 
 _RENDERERS = {
     "synthetic": _Renderer(render_scene, KINDS, labelled=False),
     "classed": _Renderer(render_classed_scene, CLASS_NAMES, labelled=True),
     "duotone": _Renderer(render_duotone_scene, CLASS_NAMES, labelled=True),
+    "doom": _Renderer(render_doom_walk, MOTIONS, labelled=True, splits=DOOM_SPLITS),
+    "steady_doom": _Renderer(render_steady_walk, STEADY_MOTIONS, labelled=True, splits=DOOM_SPLITS),
 }
 RENDERED = tuple(f"{kind}/" for kind in _RENDERERS)  # how the names of rendered scenes begin
 
@@ -205,6 +215,8 @@ def _items_of(source: str, cfg: DataConfig) -> list[_Item]:
     if kind in _RENDERERS:
         split, numbers = _part(source)
         return [_rendered(kind, split, i, cfg) for i in numbers]
+    if is_store(source.partition(":")[0]):
+        return _store_items(source, cfg)
     if source.lower().endswith(".csv"):
         return _manifest_items(Path(source), cfg)
     folder = Path(source).absolute().parent  # names begin with the folder or file that was given
@@ -214,14 +226,32 @@ def _items_of(source: str, cfg: DataConfig) -> list[_Item]:
 
 def _part(source: str) -> tuple[str, range]:
     """ "kind:split:N" or "kind:split:A-B" -> the split and the numbers of its clips; bundled clips: all where none."""
-    match = re.fullmatch(rf"(\w+):({'|'.join(SPLITS)})(?::(?:(\d+)-)?(\d+))?", source)
+    kind = source.partition(":")[0]
+    splits = _RENDERERS[kind].splits if kind in _RENDERERS else SPLITS
+    match = re.fullmatch(rf"(\w+):({'|'.join(splits)})(?::(?:(\d+)-)?(\d+))?", source)
     if match and (match[4] or match[1] == "bundled"):
         numbers = range(int(match[3] or 0), int(match[4] or len(bundled_videos(match[2]))))
         if numbers:
             return match[2], numbers
-    kind = source.partition(":")[0]
-    plain = "bundled:train, bundled:heldout" if kind == "bundled" else f"{kind}:train:N, {kind}:heldout:N"
+    plain = ", ".join(f"{kind}:{split}" + (":N" if kind in _RENDERERS else "") for split in splits)
     raise UserError(f"data source {source!r}: expected {plain} or {kind}:train:A-B (number A up to B - 1)")
+
+
+def _store_items(source: str, cfg: DataConfig) -> list[_Item]:
+    """Clips of a packed file, all or those of "FILE:N" or "FILE:A-B"."""
+    path, _, part = source.partition(":")
+    store = open_store(path)
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)", part or str(len(store)))
+    numbers = range(int(match[1] or 0), int(match[2])) if match else range(0)
+    if not numbers or numbers[-1] >= len(store):
+        raise UserError(f"data source {source!r}: {path} holds {len(store)} clips; expected {path}:N or {path}:A-B")
+    num_frames, side = store.shape[:2]
+    if num_frames != cfg.num_frames or side < cfg.size:
+        raise UserError(
+            f"{path} holds clips of {num_frames} frames of {side}x{side}, not {cfg.num_frames} of at least {cfg.size}: "
+            f"pack it with --num-frames {cfg.num_frames} --size {cfg.size}"
+        )
+    return [_Item(store.clips[i].name, store.clips[i].label, _stored(path, i, cfg)) for i in numbers]
 
 
 def _manifest_items(manifest: Path, cfg: DataConfig) -> list[_Item]:
@@ -252,6 +282,19 @@ def _bundled(path: Path, cfg: DataConfig) -> _Draw:
     return frames
 
 
+def _stored(path: str, index: int, cfg: DataConfig) -> _Draw:
+    """Our own packed clip; with augmentation at its full side, so that a crop has room."""
+
+    def frames(rng: np.random.Generator | None) -> tuple[np.ndarray, str | None]:
+        store = open_store(path)
+        frames_THWC = store.frames(index)
+        if rng is None or cfg.crop_scale == 1:
+            frames_THWC = resize_center_crop(frames_THWC, cfg.size)
+        return frames_THWC, store.clips[index].kind
+
+    return frames
+
+
 def _file(path: Path, cfg: DataConfig) -> _Draw:
     """Anybody's files: a separate process decodes, so a crash or a hang costs one clip."""
 
@@ -265,7 +308,7 @@ def _file(path: Path, cfg: DataConfig) -> _Draw:
 
 def _rendered(kind: str, split: str, index: int, cfg: DataConfig) -> _Item:
     """Scene `index`, or with augmentation a fresh one of the same kind or class each time."""
-    render, turns, labelled = _RENDERERS[kind]
+    render, turns, labelled, _ = _RENDERERS[kind]
 
     def frames(rng: np.random.Generator | None) -> tuple[np.ndarray, str | None]:
         seed = index if rng is None else index + len(turns) * int(rng.integers(1, 2**31))
@@ -277,7 +320,8 @@ def _rendered(kind: str, split: str, index: int, cfg: DataConfig) -> _Item:
 
 def _augment(frames_THWC: np.ndarray, cfg: DataConfig, rng: np.random.Generator) -> np.ndarray:
     if cfg.crop_scale < 1:
-        frames_THWC = random_resized_crop(frames_THWC, cfg.size, (cfg.crop_scale, 1.0), rng)
+        smallest = max(cfg.crop_scale, cfg.size / min(frames_THWC.shape[1:3]))  # never scaled up
+        frames_THWC = random_resized_crop(frames_THWC, cfg.size, (smallest, 1.0), rng)
     if cfg.flip and rng.random() < 0.5:
         frames_THWC = horizontal_flip(frames_THWC)
     return frames_THWC

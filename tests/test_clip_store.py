@@ -1,0 +1,74 @@
+"""Packed clips: raw ones are the pixels of their source, compressed ones near; names, labels and rest are kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tokenizer.common.errors import UserError
+from tokenizer.common.image_quality import psnr
+from tokenizer.data.clip_store import compress, open_store
+from tokenizer.data.clips import DataConfig, build_dataset
+from tokenizer.data.pack import pack_clips
+
+SOURCES = ["synthetic:train:6", "classed:heldout:3"]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """The source set, and what its raw and its compressed file give."""
+    folder = tmp_path_factory.mktemp("packed")
+    source = build_dataset(DataConfig(SOURCES, size=40, augment=False))
+    assert pack_clips(source, folder / "raw.safetensors") == 9
+    assert pack_clips(build_dataset(_of(folder / "raw.safetensors")), folder / "small.safetensors", crf=15) == 9
+    return source, folder / "raw.safetensors", folder / "small.safetensors"
+
+
+def _of(path, part="", **more):
+    return DataConfig([f"{path}{part}"], **{"size": 40, "augment": False, **more})
+
+
+def test_raw_is_exact_and_compressed_is_near(packed):
+    source, *paths = packed
+    raw, small = (build_dataset(_of(path)) for path in paths)
+    for i in range(len(source)):
+        ours, exact, near = (data.get(i) for data in (source, raw, small))
+        assert (ours.name, ours.label, ours.kind) == (exact.name, exact.label, exact.kind)
+        assert (ours.name, ours.label, ours.kind) == (near.name, near.label, near.kind)
+        assert torch.equal(ours.video_CTHW, exact.video_CTHW)
+        assert psnr(near.video_CTHW[None], ours.video_CTHW[None]) > 30
+        resting = (ours.video_CTHW[:, 1:] == ours.video_CTHW[:, :-1]).flatten(2).all(2).all(0)
+        assert torch.equal(near.video_CTHW[:, 1:][:, resting], near.video_CTHW[:, :-1][:, resting])
+    assert paths[1].stat().st_size < paths[0].stat().st_size / 10
+    for path in paths:
+        assert open_store(str(path)).digest() == open_store(str(path)).sha256
+
+
+def test_parts_crops_and_refusals(packed):
+    _, raw, _ = packed
+    assert [len(build_dataset(_of(raw, part))) for part in ("", ":4", ":2-9")] == [9, 4, 7]
+    assert build_dataset(_of(raw, ":2-9")).names[0] == "synthetic/train/000002"
+    crop = build_dataset(_of(raw, size=32, augment=True, crop_scale=0.1, flip=False)).get(0).video_CTHW
+    whole = build_dataset(_of(raw, size=32)).get(0).video_CTHW
+    assert crop.shape == whole.shape == (3, 16, 32, 32) and not torch.equal(crop, whole)
+    for part, more, words in (
+        (":12", {}, "holds 9 clips"),
+        ("", {"size": 64}, "--size 64"),
+        ("", {"num_frames": 8}, "--num-frames 8"),
+    ):
+        with pytest.raises(UserError, match=words):
+            build_dataset(_of(raw, part, **more))
+
+
+def test_a_file_that_is_no_store_is_one_line(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"not one")
+    for name in ("a", "missing"):
+        with pytest.raises(UserError, match="clip store"):
+            build_dataset(_of(tmp_path / f"{name}.safetensors"))
+
+
+def test_equal_frames_are_stored_once():
+    frames_THWC = np.repeat(np.random.default_rng(0).integers(0, 255, (2, 16, 16, 3), np.uint8), [3, 2], axis=0)
+    _, shown = compress(frames_THWC, 20)
+    assert shown == [0, 0, 0, 1, 1]

@@ -1,0 +1,171 @@
+"""Clips rendered or decoded once, in one .safetensors file that is itself a data source; `pack.py` writes it.
+
+Raw, every pixel is kept (16 frames of 72x72: 249 KB a clip), and a read copies one clip from the mapped file.
+Compressed, each clip is H.264 in full colour (crf 21: about 5 KB a clip of 72x72 and 37 dB), and a read decodes it in
+this process: read only stores that you trust. Frames that equal the one before are stored once, so a paused camera
+still shows equal frames.
+
+The header holds the names, labels and kinds of the clips, the sources they were made of, and the sha256 of the data.
+Letters: N clips, T frames, H W rows and columns, C colours.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from tokenizer.common.errors import UserError
+
+_KIND = "clip_store"
+
+
+@dataclass(frozen=True)
+class StoredClip:
+    """What a store keeps of a clip beside its frames."""
+
+    name: str
+    label: str | None
+    kind: str | None
+
+
+class ClipStore:
+    """An open store: `clips`, and `frames(index)`. UserError for a file that is none."""
+
+    def __init__(self, path: str | Path) -> None:
+        header, start = _read_header(Path(path))
+        facts = json.loads(header["__metadata__"][_KIND])
+        self.path = str(path)
+        self.clips = [StoredClip(*clip) for clip in facts["clips"]]
+        self.sources: list[str] = facts["sources"]
+        self.versions: dict[str, Any] = facts["versions"]
+        self.sha256: str = facts["sha256"]
+        self._parts = {
+            name: np.memmap(
+                path, np.uint8 if part["dtype"] == "U8" else np.int64, "r", start + part["data_offsets"][0],
+                tuple(part["shape"]),
+            )
+            for name, part in header.items()
+            if name != "__metadata__"
+        }  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, height and width of a clip."""
+        num_frames, height, width = self.frames(0).shape[:3]
+        return num_frames, height, width
+
+    def frames(self, index: int) -> np.ndarray:
+        """Clip `index`: uint8 [T, H, W, C]."""
+        if "frames" in self._parts:
+            return np.array(self._parts["frames"][index])
+        begin, end = self._parts["ends"][index : index + 2]
+        return _decode(self._parts["packets"][begin:end].tobytes())[self._parts["shown"][index]]
+
+    def digest(self) -> str:
+        """sha256 of the frames, or of the packets, as they are in the file now."""
+        return _digest({name: np.asarray(part) for name, part in self._parts.items()})
+
+
+@functools.lru_cache(maxsize=8)
+def open_store(path: str) -> ClipStore:
+    """The store at `path`, opened once by each process."""
+    return ClipStore(path)
+
+
+def is_store(source: str) -> bool:
+    return source.lower().endswith(".safetensors")
+
+
+def write_raw(path: Path, frames_NTHWC: np.ndarray, clips: Sequence[StoredClip], facts: dict[str, Any]) -> None:
+    """uint8 frames (a memory map may be larger than memory) and what is known of them."""
+    _write(path, {"frames": frames_NTHWC}, clips, facts)
+
+
+def write_compressed(
+    path: Path, encoded: Sequence[tuple[bytes, list[int]]], clips: Sequence[StoredClip], facts: dict[str, Any]
+) -> None:
+    """Clips as `compress` returns them."""
+    parts: dict[str, np.ndarray] = {
+        "packets": np.frombuffer(bytearray().join(data for data, _ in encoded), np.uint8),
+        "ends": np.cumsum([0, *(len(data) for data, _ in encoded)]).astype(np.int64),
+        "shown": np.asarray([shown for _, shown in encoded], np.int64),
+    }
+    _write(path, parts, clips, facts)
+
+
+def compress(frames_THWC: np.ndarray, crf: int) -> tuple[bytes, list[int]]:
+    """H.264 of the frames that differ from the one before, and for each frame which of these it shows."""
+    new = [True, *(bool((a != b).any()) for a, b in zip(frames_THWC[1:], frames_THWC[:-1], strict=True))]
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="h264") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": str(crf), "preset": "slow"})
+        stream.height, stream.width = frames_THWC.shape[1:3]
+        stream.pix_fmt = "yuv444p"
+        stream.thread_count = 1
+        for frame_HWC in frames_THWC[np.asarray(new)]:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return _without_banner(buffer.getvalue()), (np.cumsum(new) - 1).tolist()
+
+
+def _decode(data: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(data), "r", format="h264") as container:
+        container.streams.video[0].thread_count = 1
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def _without_banner(data: bytes) -> bytes:
+    """H.264 without x264's note of its own settings, 700 bytes of each clip (SEI units, type 6)."""
+    units = data.split(b"\x00\x00\x01")
+    kept = [unit for unit in units[1:] if unit[0] & 31 != 6]
+    return b"".join(b"\x00\x00\x01" + unit for unit in kept)
+
+
+def _write(path: Path, parts: dict[str, np.ndarray], clips: Sequence[StoredClip], facts: dict[str, Any]) -> None:
+    known = {**facts, "clips": [[clip.name, clip.label, clip.kind] for clip in clips], "sha256": _digest(parts)}
+    aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    try:
+        tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
+        save_file(tensors, aside, metadata={_KIND: json.dumps(known, sort_keys=True)})
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _digest(parts: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(parts):
+        digest.update(parts[name].data if parts[name].flags.c_contiguous else parts[name].tobytes())
+    return digest.hexdigest()
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file and where its data begin."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < os.path.getsize(path) else {}
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such clip store; python -m tokenizer.data.pack writes one") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a clip store: {error}") from error
+    if _KIND not in header.get("__metadata__", {}):
+        raise UserError(f"{path}: not a clip store; python -m tokenizer.data.pack writes one")
+    return header, 8 + length
