@@ -22,7 +22,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,14 @@ from tokenizer.common.errors import UserError
 from tokenizer.data.video_io import write_video
 from tokenizer.tokens import VideoTokens
 from tokenizer.viz.frames import ShownClip, clip_video, contact_sheet, grid_video
-from tokenizer.viz.page import PAUSE, fact_list, figure_row, film_style, films_in, html_page, token_bars
+from tokenizer.viz.page import film_sheet, render
 
 MOST_FILMS = 60  # 60 films of 128x128 clips are about 8 MB
 
 
 @dataclass(frozen=True)
 class Card:
-    """A clip on the page, under a heading, with what is written below it."""
+    """A clip on the page: the heading of its group, and the text below it."""
 
     heading: str
     text: str
@@ -50,51 +50,39 @@ class Card:
 
 
 def sample_page(summary: Mapping[str, Any], cards: Sequence[Card], longest: int) -> str:
-    """The page. `summary`: what samples.json holds. `cards`: at least one. `longest`: a full bar of tokens."""
-    films, sections = {}, [_header(summary, len(cards))]
-    for heading, under in itertools.groupby(enumerate(cards), lambda numbered: numbered[1].heading):
-        articles = ""
-        for i, card in under:
-            films[f"c{i}"] = _film(card.clip)
-            articles += _article(f"c{i}", card, longest)
-        sections.append(f'<h2>{escape(heading)}</h2><div class="clips">{articles}</div>')
-    sections.append(f"<h2>How they were made</h2>{fact_list(_facts(summary))}")
+    """report.html. `summary`: what samples.json holds. `cards`: at least one. `longest`: tokens of a full bar."""
     first = cards[0].clip
-    return html_page(_title(summary), film_style(films, len(first.frames_THWC), len(first.rows)), sections)
+    films = {f"c{i}": _film(card.clip) for i, card in enumerate(cards)}
+    shown = [
+        {"key": f"c{i}", "heading": card.heading, "text": card.text, "lengths": card.clip.lengths}
+        for i, card in enumerate(cards)
+    ]
+    return render(
+        "samples.html",
+        title=f"{summary['num_samples']} sampled clips",
+        lede=_lede(summary, len(cards)),
+        figures=[
+            ("clips", summary["num_samples"], "sampled"),
+            ("tokens a clip", f"{summary['mean_tokens']:.1f}", "mean, without length tokens"),
+            ("broken", summary["num_broken"], "sequences that violate the grammar"),
+        ],
+        groups=[(heading, list(group)) for heading, group in itertools.groupby(shown, itemgetter("heading"))],
+        captions=["sampled"] if first.real_THWC is None else ["original", "sampled"],
+        longest=longest,
+        films=film_sheet(films, len(first.frames_THWC), len(first.rows)),
+        facts=_facts(summary),
+    )
 
 
-def _title(summary: Mapping[str, Any]) -> str:
-    return f"{summary['num_samples']} sampled clips"
-
-
-def _header(summary: Mapping[str, Any], num_shown: int) -> str:
-    figures = {
-        "clips": (str(summary["num_samples"]), "sampled"),
-        "tokens a clip": (f"{summary['mean_tokens']:.1f}", "on the mean, without length tokens"),
-        "broken": (str(summary["num_broken"]), "sequences against the grammar"),
-    }
-    given = "Framed in blue: the frames that were given. " if summary["settings"].get("given_frames") else ""
+def _lede(summary: Mapping[str, Any], num_shown: int) -> str:
+    given = "Given frames have a blue border. " if summary["settings"].get("given_frames") else ""
     num_good = summary["num_samples"] - summary["num_broken"]
-    less = f"{num_shown} of {num_good} are shown. " if num_shown < num_good else ""
-    lede = f"{given}{less}The bars are the tokens that the model gave each temporal block."
-    return (
-        f'<header><h1>{_title(summary)}</h1><p class="lede">{escape(lede)}</p>{figure_row(figures)}</header>'
-        f'<div class="bar"><span></span>{PAUSE}</div>'
-    )
-
-
-def _article(key: str, card: Card, longest: int) -> str:
-    kinds, clip, text = {"real": "original", "ours": "sampled"}, card.clip, escape(card.text)
-    if clip.real_THWC is None:
-        del kinds["real"]
-    return (
-        f'<article class="clip {key}"><div class="pair">{films_in(kinds)}</div>{token_bars(clip.lengths, longest)}'
-        f'<h3 title="{text}">{text}</h3><p class="why">{sum(clip.lengths)} tokens</p></article>'
-    )
+    less = f"{num_shown} of {num_good} clips are shown. " if num_shown < num_good else ""
+    return f"{given}{less}The bars show the tokens that the model gave each temporal block."
 
 
 def _film(clip: ShownClip) -> bytes:
-    """All frames in one JPEG: the original above the sampled one, where there is one."""
+    """All frames in one JPEG: the original, if there is one, above the sampled clip."""
     picture = io.BytesIO()
     film = rearrange(np.stack(clip.rows), "R T H W C -> (R H) (T W) C")
     Image.fromarray(film).save(picture, format="JPEG", quality=90, subsampling=0)

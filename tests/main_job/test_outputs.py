@@ -70,7 +70,23 @@ def test_report_is_one_safe_file(job: Callable[..., Path], monkeypatch: pytest.M
     monkeypatch.setattr(report, "NUM_EXTREMES", 1)
     report.write_report(out)
     page = (out / "report.html").read_text()
-    assert page.count("data:image/jpeg;base64,") == 3 and "3 of 5, evenly spread" in page
+    assert page.count("data:image/jpeg;base64,") == page.count("<article") == 3
+    assert "<h2>Worst reconstructions<" in page and "<h2>Other clips<" in page and "evenly spread" in page
+
+
+def test_a_clip_is_shown_once_in_the_first_group_that_has_it() -> None:
+    """Clip i has i tokens; clips 0 and 1 are also the worst."""
+    records = [{"name": f"{i:02d}", "tokens": i, "motion": 1.0, "psnr": 10.0 + i} for i in range(80)]
+    groups = report.grouped(records)
+    assert [heading for heading, _, _ in groups] == ["Worst reconstructions", "Most tokens", "Other clips"]
+    assert [r["name"] for r in groups[0][2]] == ["00", "01", "02"] and [r["tokens"] for r in groups[1][2]] == [
+        79,
+        78,
+        77,
+    ]
+    assert len(groups[2][2]) == report.MOST_FILMS - 6 and "54 of 74" in groups[2][1]
+    names = [r["name"] for _, _, group in groups for r in group]
+    assert len(set(names)) == len(names)
 
 
 def test_names_cannot_reach_the_page_as_html(job: Callable[..., Path], videos: Path, tmp_path: Path) -> None:

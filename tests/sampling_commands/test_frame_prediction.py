@@ -36,7 +36,7 @@ def test_frame_prediction_of_a_folder(frame_prediction, models: Path, videos: Pa
         assert num_frames(folder / "side_by_side.mp4") == num_frames(folder / "original.mp4") == 16
     assert num_frames(out / "grids/frame_prediction.mp4") == 16 and (out / "grids/frame_prediction.png").is_file()
     page = (out / "report.html").read_text()
-    assert page.count("data:image/jpeg;base64,") == 3 and "Framed in blue" in page
+    assert page.count("data:image/jpeg;base64,") == 3 and "blue border" in page
 
     before = contents(out, "frames.npy")
     assert frame_prediction(out, *flags) == summary

@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +29,17 @@ from tokenizer.presets import load_tokenizer
 from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
 from tokenizer.router.reconstruct import PERCEPTUAL_ORDER, Reconstructor, pick_perceptual
 from tokenizer.router.results import ResultsFolder
-from tokenizer.router.summary import codebook_use, means, rank_correlation, tokenizer_facts, versions
-from tokenizer.viz.report import write_report
+from tokenizer.router.summary import (
+    assignment_use,
+    codebook_use,
+    means,
+    padding,
+    rank_correlation,
+    tokenizer_facts,
+    tokens_by_motion,
+    versions,
+)
+from tokenizer.viz.report import padding_sentence, write_report
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -168,7 +178,7 @@ def protocol_facts(args: argparse.Namespace, made_by: Reconstructor) -> dict[str
 
 
 def finish(folder: ResultsFolder, names: list[str], walk: ClipWalk, facts: dict[str, Any], complete: bool) -> None:
-    """Write what sums up the clips of this run, and say the essence in a line. Raises UserError where there is none."""
+    """Write skipped.json, metrics.json and the report, and print the essence. UserError if no clip was done."""
     folder.write_skipped(walk.skipped)
     if not names:
         if complete:
@@ -176,28 +186,51 @@ def finish(folder: ResultsFolder, names: list[str], walk: ClipWalk, facts: dict[
             listed = folder.folder / "skipped.json"
             raise UserError(f"none of the {len(walk.sources)} videos could be read, see {listed}{first}")
         return
-    records = [folder.records[name] for name in names]
-    mean = means(records)
-    summary = {
+    records, tokenizer = [folder.records[name] for name in names], facts["tokenizer"]
+    metrics = {
         "clips": records,
-        "mean": mean,
+        "mean": means(records),
+        "padding": padding(records),
+        "assignments": assignment_use(records, len(tokenizer["levels"]) ** tokenizer["num_blocks"]),
+        "tokens_by_motion": tokens_by_motion(records),
         "motion_tokens_rank_correlation": rank_correlation(
             *([r[key] for r in records] for key in ("motion", "tokens"))
         ),
-        "codebook": codebook_use(folder.token_files(names), facts["tokenizer"]["codebook_size"]),
+        "codebook": codebook_use(folder.token_files(names), tokenizer["codebook_size"]),
         "num_videos": len(walk.sources),
         "num_skipped": len(walk.skipped),
         "frames_left_out": sum(rest.num_frames for rest in walk.rests),  # at the ends of videos, too few for a clip
         "complete": complete,
+        **facts,
     }
-    folder.write_metrics({**summary, **facts})
-    report = write_report(folder.folder)
-    left_out = f", {summary['frames_left_out']} frame(s) at their ends left out" if walk.rests else ""
-    lpips = "" if mean["lpips"] is None else f", {facts['lpips_backbone']} {mean['lpips']:.4f}"
-    print(
-        f"{len(records)} clip(s), {mean['tokens']:.1f} tokens each, PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}"
-        f"{lpips}; {len(walk.skipped)} video(s) skipped{left_out}; report: {report}"
+    folder.write_metrics(metrics)
+    print(closing_lines(metrics, write_report(folder.folder)))
+
+
+def closing_lines(metrics: Mapping[str, Any], report: Path) -> str:
+    """The result in a few lines: assignments, motion beside tokens, padding, and last the mean figures."""
+    mean, use, correlation = metrics["mean"], metrics["assignments"], metrics["motion_tokens_rank_correlation"]
+    commonest = " ".join(map(str, use["commonest"]))
+    lines = [
+        f"{use['num_distinct']} distinct assignments of {use['num_possible']}; the commonest ({commonest}) has "
+        f"{use['commonest_share']:.0%} of the clips"
+    ]
+    thirds = metrics["tokens_by_motion"]
+    if len(thirds) > 1:
+        each = "; ".join(f"{t['motion']:.1f} grey levels: {t['tokens']:.1f} tokens" for t in thirds)
+        rank = "none" if correlation is None else f"{correlation:+.2f}"
+        lines.append(
+            f"motion and tokens, clips in {len(thirds)} groups from still to lively: {each}; rank correlation {rank}"
+        )
+    if padded := padding_sentence(metrics):
+        lines.append(padded)
+    left_out = f", {metrics['frames_left_out']} frame(s) at their ends left out" if metrics["frames_left_out"] else ""
+    lpips = "" if mean["lpips"] is None else f", {metrics['lpips_backbone']} {mean['lpips']:.4f}"
+    lines.append(
+        f"{len(metrics['clips'])} clip(s), {mean['tokens']:.1f} tokens each, PSNR {mean['psnr']:.2f} dB, "
+        f"SSIM {mean['ssim']:.4f}{lpips}; {metrics['num_skipped']} video(s) skipped{left_out}; report: {report}"
     )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     settings.json      what decides a clip's result; a run with other settings is refused
     clips.jsonl        one line for each finished clip, appended when its folder is complete
-    clips/<name>/      original.mp4  reconstruction.mp4  side_by_side.mp4  frames.jpg  tokens.safetensors
+    clips/<name>/      original.mp4  reconstruction.mp4  side_by_side.mp4  film.jpg  tokens.safetensors
     metrics.json  skipped.json  report.html      written at the end, also after Ctrl-C
 
 A folder under clips/ is written aside and renamed, so it is there entirely or not at all.
@@ -23,10 +23,10 @@ from tokenizer.common.errors import UserError
 from tokenizer.data.clip_stream import Skipped, SourceClip
 from tokenizer.data.video_io import DecodedClip, write_video
 from tokenizer.router.reconstruct import Reconstruction
-from tokenizer.viz.frames import filmstrip, side_by_side
+from tokenizer.viz.frames import error_map, filmstrip, side_by_side
 
 _TOKENS = "tokens.safetensors"
-_FILES = ("original.mp4", "reconstruction.mp4", "side_by_side.mp4", "frames.jpg", _TOKENS)
+_FILES = ("original.mp4", "reconstruction.mp4", "side_by_side.mp4", "film.jpg", _TOKENS)
 _WRITING = ".writing-"
 
 
@@ -88,7 +88,7 @@ class ResultsFolder:
         write_video(aside / "original.mp4", real, decoded.fps)
         write_video(aside / "reconstruction.mp4", ours, decoded.fps)
         write_video(aside / "side_by_side.mp4", side_by_side(real, ours, lengths, longest), decoded.fps)
-        filmstrip(real, ours).save(aside / "frames.jpg", quality=90, subsampling=0)
+        filmstrip(real, ours, error_map(real, ours)).save(aside / "film.jpg", quality=90, subsampling=0)
         result.tokens.save(aside / _TOKENS)
         if target.exists():  # of a file that has since been replaced
             shutil.rmtree(target)

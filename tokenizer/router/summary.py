@@ -1,4 +1,4 @@
-"""What a set of finished clips amounts to: means, rank correlation of motion and tokens, use of the codebook.
+"""Summary of a set of finished clips: means, padding, assignments, motion and tokens, use of the codebook.
 
 Letters: S clips of the whole set, V codebook size.
 """
@@ -6,6 +6,7 @@ Letters: S clips of the whole set, V codebook size.
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -25,13 +26,47 @@ PACKAGES = ("evatok", "torch", "av", "numpy")
 
 
 def means(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean of every measure over the clips; None where any clip has none (lpips without weights)."""
+    """Mean of every measure over the clips; None if a clip lacks it (lpips without weights)."""
     columns = {key: [record[key] for record in records] for key in MEASURES}
     return {key: None if None in column else float(np.mean(column)) for key, column in columns.items()}
 
 
+def assignment_use(records: Sequence[Mapping[str, Any]], num_possible: int) -> dict[str, Any]:
+    """The number of distinct assignments, of `num_possible`; the commonest one and its share of the clips, 0 to 1."""
+    ranked = Counter(tuple(record["assignment"]) for record in records).most_common()
+    commonest, count = min(ranked, key=lambda item: (-item[1], sum(item[0]), item[0]))  # a tie goes to the cheaper
+    return {
+        "num_distinct": len(ranked),
+        "num_possible": num_possible,
+        "commonest": list(commonest),
+        "commonest_share": count / len(records),
+    }
+
+
+def tokens_by_motion(records: Sequence[Mapping[str, Any]], num_groups: int = 3) -> list[dict[str, Any]]:
+    """Mean motion and mean tokens of the stillest third of the clips, the middle third, and the liveliest third."""
+    ranked = sorted(records, key=lambda record: record["motion"])
+    groups = [ranked[i * len(ranked) // num_groups : (i + 1) * len(ranked) // num_groups] for i in range(num_groups)]
+    return [
+        {"num_clips": len(group)} | {key: float(np.mean([r[key] for r in group])) for key in ("motion", "tokens")}
+        for group in groups
+        if group
+    ]
+
+
+def padding(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Clips whose last frame is repeated, how many such frames there are, and the means of the other clips or None."""
+    padded = [record["num_padded"] for record in records if record["num_padded"]]
+    whole = [record for record in records if not record["num_padded"]]
+    return {
+        "num_clips": len(padded),
+        "num_frames": sum(padded),
+        "mean_without": means(whole) if whole else None,
+    }
+
+
 def rank_correlation(x_S: Sequence[float], y_S: Sequence[float]) -> float | None:
-    """Spearman's coefficient, -1 to 1, equal values sharing their mean rank. None where one side is all the same."""
+    """Spearman's coefficient, -1 to 1, equal values sharing their mean rank. None if all values of a side are equal."""
     if len(set(x_S)) < 2 or len(set(y_S)) < 2:
         return None
     return float(spearmanr(x_S, y_S).statistic)
@@ -59,7 +94,7 @@ def codebook_use(token_files: Iterable[Path], codebook_size: int) -> dict[str, A
 
 
 def tokenizer_facts(tokenizer: VideoTokenizer) -> dict[str, Any]:
-    """What a reader of the results must know of the tokenizer. `paper_size`: it has the shape of the paper's S-B."""
+    """The tokenizer's shape and sha256. `paper_size`: whether it has the shape of the paper's S-B."""
     config, paper = tokenizer.config, PRESETS["VQ_SB"]
     return {
         "sha256": tokenizer.sha256,
@@ -74,7 +109,7 @@ def tokenizer_facts(tokenizer: VideoTokenizer) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that can move a figure."""
+    """Python and the packages that can change a figure."""
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
@@ -82,4 +117,4 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"  # the repository itself, run from where it lies
+        return "not installed"  # the repository itself, run in place

@@ -1,14 +1,11 @@
-"""Sampled clips for people: the frames that were given are framed, and a strip shows the tokens of each block.
+"""Pictures of clips: side-by-side videos over a strip of tokens, films, grids, sheets, and a validation's picture.
 
-Letters: T frames, H W rows and columns, C colours.
-
-The picture of a validation: originals over reconstructions, with a bar of tokens under each temporal block.
-
-Pictures of one clip for people: the side-by-side video with its strip of tokens, and the film of the report.
+Letters: B clips, C colours, T frames, H W rows and columns, N temporal blocks.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +52,7 @@ def _bars(shares: list[float], width: int) -> np.ndarray:
 
 _SHOWN_SIDE = 256  # smaller clips are enlarged by a whole number, so that every pixel stays a square
 _FILM_SIDE = 128  # larger clips are reduced to this in the film strip
+FULL_ERROR = 64  # grey levels at which an error map is brightest
 _GAP = 8
 _STRIP_HEIGHT = 48  # multiple of 2: H.264 wants even sides
 _PAPER, _TRACK, _BAR, _BAR_NOW, _INK = (24, 24, 27), (52, 52, 58), (176, 104, 20), (245, 158, 11), (244, 244, 245)
@@ -73,7 +71,7 @@ def over_strip(
     Clips smaller than `side` are enlarged by a whole number, up to it.
 
     The strip runs from left to right as time does: a bar of height length / longest for each block with the number on
-    it, bright while the block plays, and a line at the frame on show.
+    it, bright while the block plays, and a line at the current frame.
     """
     zoom = max(1, side // clips[0].shape[1])
     columns = [frames.repeat(zoom, axis=1).repeat(zoom, axis=2) for frames in clips]
@@ -84,20 +82,35 @@ def over_strip(
     return np.concatenate([pictures, np.stack(strips)], axis=1)
 
 
-def filmstrip(real_THWC: np.ndarray, ours_THWC: np.ndarray) -> Image.Image:
-    """All frames in one picture: originals in the upper row, reconstructions in the lower."""
-    num_frames, height, width = real_THWC.shape[:3]
-    film = Image.fromarray(rearrange(np.stack([real_THWC, ours_THWC]), "two T H W C -> (two H) (T W) C"))
+def filmstrip(*clips_THWC: np.ndarray) -> Image.Image:
+    """All frames in one picture, a row for each clip; frames larger than 128 pixels are reduced to that."""
+    num_frames, height, width = clips_THWC[0].shape[:3]
+    film = Image.fromarray(rearrange(np.stack(clips_THWC), "R T H W C -> (R H) (T W) C"))
     if height <= _FILM_SIDE:
         return film
-    small = (num_frames * round(width * _FILM_SIDE / height), 2 * _FILM_SIDE)
+    small = (num_frames * round(width * _FILM_SIDE / height), len(clips_THWC) * _FILM_SIDE)
     return film.resize(small, Image.Resampling.BOX)
+
+
+def error_map(real_THWC: np.ndarray, ours_THWC: np.ndarray) -> np.ndarray:
+    """Mean absolute error over the colours as uint8 [T, H, W, 3]: black at 0, yellow at FULL_ERROR and above."""
+    error_THW = np.abs(real_THWC.astype(np.int16) - ours_THWC).mean(axis=-1)
+    level_THW = np.minimum(255, error_THW * (255 / FULL_ERROR)).astype(np.uint8)
+    return _heat()[level_THW]
+
+
+@functools.cache
+def _heat() -> np.ndarray:
+    """uint8 [256, 3]: matplotlib's inferno."""
+    from matplotlib import colormaps  # 0.2 s, and only here
+
+    return (colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
 def token_strip(
     width: int, lengths: Sequence[int], longest: int, frame: int | None = None, num_frames: int = 1
 ) -> np.ndarray:
-    """uint8 [strip, width, 3]: the tokens of the clip while `frame` is on show; None for the clip as a whole."""
+    """uint8 [strip, width, 3]: the tokens of the clip while `frame` is shown; None: the clip as a whole."""
     image = Image.new("RGB", (width, _STRIP_HEIGHT), _PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default()
     cell = width / len(lengths)
@@ -114,14 +127,14 @@ def token_strip(
     return np.asarray(image)
 
 
-_PAPER, _MARK = (24, 24, 27), (56, 189, 248)
-_CELL_SIDE = 128  # pixels of a clip in a grid, where it is not larger by itself
-_WIDEST = 2048  # pixels of a sheet's row of frames; beyond it every second frame is shown, or every fourth ..
+_MARK = (56, 189, 248)  # border of given frames
+_CELL_SIDE = 128  # pixels of a clip in a grid, unless the clip is larger
+_WIDEST = 2048  # pixels of a sheet's row of frames; wider ones show every second frame, or every fourth ..
 
 
 @dataclass(frozen=True)
 class ShownClip:
-    """A sampled clip with what is shown beside it: uint8 frames; `real_THWC` and the given frames, if there are any."""
+    """A sampled clip as uint8 frames, and its original if there is one."""
 
     frames_THWC: np.ndarray
     lengths: tuple[int, ...]
@@ -130,7 +143,7 @@ class ShownClip:
 
     @property
     def rows(self) -> list[np.ndarray]:
-        """Real (where there is one) and sampled, the given frames marked."""
+        """Original (if there is one) and sampled clip, the given frames marked."""
         clips = [self.frames_THWC] if self.real_THWC is None else [self.real_THWC, self.frames_THWC]
         return [mark_given(clip, self.num_given) for clip in clips]
 
@@ -161,7 +174,7 @@ def grid_video(clips: Sequence[ShownClip], longest: int) -> np.ndarray:
 
 
 def contact_sheet(clips: Sequence[ShownClip], longest: int) -> Image.Image:
-    """All clips in one picture: a row of frames each (two where there is a real one), the strip of tokens below."""
+    """All clips in one picture: a row of frames each, the original's above it if there is one, tokens below."""
     rows = []
     for clip in clips:
         num_frames, _, width = clip.frames_THWC.shape[:3]

@@ -1,32 +1,222 @@
-"""report.html of the main job: who got how many tokens, and why. Made from a results folder alone.
+"""report.html of the main job: how many tokens each clip got, and why. Made from the results folder alone.
 
-The sentences of the report: what the budget asked for, why a clip got what it got, how the figures were made.
-
-The charts of the report, as HTML and inline SVG that take their colours from the style sheet.
+The words and figures are here; reconstruction.html is the page.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tokenizer.common.checkpoint import atomic_write
-from tokenizer.viz.page import PAUSE, PLAYED_FPS, fact_list, figure_row, film_style, films_in, html_page, token_bars
-from tokenizer.viz.plots import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, level_line, svg, x_mark
+from tokenizer.viz.frames import FULL_ERROR
+from tokenizer.viz.page import PLAYED_FPS, film_sheet, render
+from tokenizer.viz.plots import Series, area_chart, bar_chart, scatter_chart, to_svg
+
+MOST_FILMS = 60  # 60 films of 128x128 clips are about 12 MB
+NUM_EXTREMES = 3  # a row of the page
+MOST_DOTS = 2000
+MOST_ASSIGNMENTS = 10
+FILM_ROWS = 3  # original, reconstruction, error
 
 Record = Mapping[str, Any]
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write report.html beside metrics.json, skipped.json and clips/, and return its path."""
+    folder = Path(folder)
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    skipped = json.loads((folder / "skipped.json").read_text(encoding="utf-8"))
+    path = folder / "report.html"
+    atomic_write(path, report_page(folder, metrics, skipped).encode())
+    return path
+
+
+def report_page(folder: Path, metrics: Mapping[str, Any], skipped: Sequence[Mapping[str, str]]) -> str:
+    """The page. `folder`: where clips/<name>/film.jpg are."""
+    records, tok = metrics["clips"], metrics["tokenizer"]
+    groups = grouped(records)
+    keys = {r["name"]: f"c{i}" for i, r in enumerate(r for _, _, group in groups for r in group)}
+    motions = [r["motion"] for r in records]
+    cards = [
+        (heading, note, [card(r, keys[r["name"]], metrics["budget"], motions) for r in group])
+        for heading, note, group in groups
+    ]
+    pictures = {key: (folder / "clips" / name / "film.jpg").read_bytes() for name, key in keys.items()}
+    length_SN = np.array([r["assignment"] for r in records])
+    return render(
+        "reconstruction.html",
+        title=title(metrics),
+        lede=budget_sentence(metrics),
+        made_with=made_with(metrics),
+        notes=notes(metrics),
+        figures=figures(metrics),
+        charts=charts(metrics, keys),
+        levels=[(level, 100 * (length_SN == level).mean(axis=0)) for level in reversed(tok["levels"])],
+        mean_lengths=length_SN.mean(axis=0),
+        num_blocks=tok["num_blocks"],
+        longest=tok["levels"][-1],
+        groups=cards,
+        films=film_sheet(pictures, tok["num_frames"], FILM_ROWS),
+        skipped=skipped,
+        protocol=protocol(metrics),
+        played_fps=PLAYED_FPS,
+        full_error=FULL_ERROR,
+    )
+
+
+def grouped(records: Sequence[Record]) -> list[tuple[str, str, list[Record]]]:
+    """(heading, note, clips): the worst, the cheapest, the most expensive, then others up to MOST_FILMS.
+
+    A clip appears once, in the first group that has it. Few clips are one group, the cheapest first.
+    """
+    by_cost = sorted(records, key=lambda r: (r["tokens"], r["motion"]))
+    if len(records) < 3 * NUM_EXTREMES:
+        return [("All clips", "fewest tokens first", by_cost)]
+    by_quality = sorted(records, key=lambda r: r["psnr"])
+    wanted: list[tuple[str, str, Iterable[Record]]] = [("Worst reconstructions", "lowest PSNR first", by_quality)]
+    if by_cost[0]["tokens"] < by_cost[-1]["tokens"]:
+        wanted += [("Fewest tokens", "", by_cost), ("Most tokens", "", reversed(by_cost))]
+    seen: set[str] = set()
+    groups = []
+    for heading, note, ranked in wanted:
+        extremes = list(ranked)[:NUM_EXTREMES]
+        group = [r for r in extremes if r["name"] not in seen]
+        if missing := len(extremes) - len(group):
+            note = f"besides {missing} already shown above"
+        seen |= {r["name"] for r in group}
+        groups.append((heading, note, group))
+    rest = [r for r in by_cost if r["name"] not in seen]
+    shown = evenly(rest, max(0, MOST_FILMS - len(seen)))
+    note = "fewest tokens first"
+    if len(shown) < len(rest):
+        note = f"{len(shown)} of {len(rest)}, evenly spread from the fewest tokens to the most"
+    groups.append(("Other clips", note, shown))
+    return [group for group in groups if group[2]]
+
+
+def card(r: Record, key: str, budget: str, motions: Sequence[float]) -> dict[str, Any]:
+    """What the page shows of one clip. `key`: its anchor and the class that holds its film."""
+    numbers = {"tokens": str(r["tokens"]), "PSNR": f"{r['psnr']:.1f} dB"}
+    if r["lpips"] is not None:
+        numbers["LPIPS"] = f"{r['lpips']:.3f}"
+    numbers["motion, grey levels"] = f"{r['motion']:.1f}"
+    return {
+        "key": key,
+        "file": r["file"],
+        "start": r["start"],
+        "lengths": r["assignment"],
+        "numbers": numbers,
+        "why": why(r, budget, motions),
+    }
+
+
+def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The large figures at the top: (label, value, unit)."""
+    mean, book, use = metrics["mean"], metrics["codebook"], metrics["assignments"]
+    correlation, totals = metrics["motion_tokens_rank_correlation"], uniform_totals(metrics["tokenizer"])
+    lpips = ("–", "no weights") if mean["lpips"] is None else (f"{mean['lpips']:.4f}", metrics["lpips_backbone"])
+    return [
+        ("tokens per clip", f"{mean['tokens']:.1f}", f"tokens, of {totals[0]} to {totals[-1]}"),
+        ("PSNR", f"{mean['psnr']:.2f}", "dB"),
+        ("SSIM", f"{mean['ssim']:.3f}", "1 = equal"),
+        ("LPIPS", *lpips),
+        ("distinct assignments", f"{use['num_distinct']}", f"of {use['num_possible']}"),
+        ("commonest assignment", f"{100 * use['commonest_share']:.0f} %", "of the clips"),
+        ("motion", f"{mean['motion']:.1f}", "grey levels"),
+        ("motion and tokens", "–" if correlation is None else signed(correlation), "rank correlation"),
+        ("codebook in use", f"{100 * book['share_used']:.0f} %", f"of {book['size']} codes"),
+    ]
+
+
+def charts(metrics: Mapping[str, Any], keys: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """(heading, SVG, line below) of each chart. `keys`: clip name -> anchor."""
+    records, book, totals = metrics["clips"], metrics["codebook"], uniform_totals(metrics["tokenizer"])
+    drawn = evenly(records, MOST_DOTS)
+    some = f" {len(drawn)} of {len(records)} clips are drawn." if len(drawn) < len(records) else ""
+    links = [f"#{keys[r['name']]}" if r["name"] in keys else "" for r in drawn]
+
+    def dots(x: str, y: str) -> Series:
+        hints = [f"{place(r)}: {r['tokens']} tokens, PSNR {r['psnr']:.1f} dB, motion {r['motion']:.1f}" for r in drawn]
+        return Series("clips", [(r[x], r[y]) for r in drawn], hints, links)
+
+    correlation = metrics["motion_tokens_rank_correlation"]
+    line = "No rank correlation: all clips have the same number of tokens or the same motion."
+    if correlation is not None:
+        line = f"Rank correlation {signed(correlation)} over {len(records)} clips."
+    quality = scatter_chart(dots("tokens", "psnr"), "tokens per clip", "PSNR, dB", x_levels=totals)
+    motion = scatter_chart(dots("motion", "tokens"), "motion, grey levels", "tokens per clip", y_levels=totals)
+    ranks = np.linspace(0, book["size"], len(book["curve"]))
+    usage = area_chart(
+        list(zip(ranks, book["curve"], strict=True)),
+        "codes, commonest first",
+        "frequency relative to even use",
+        1.0,
+        "even use",
+    )
+    codes = (
+        f"{100 * book['share_used']:.0f} % of the {book['size']} codes occur among {book['num_drawn']} tokens; "
+        f"perplexity {book['perplexity']:.0f} codes."
+    )
+    quality_line = f"Each dot is a clip and links to it.{some}"
+    by_lpips = []
+    if metrics["mean"]["lpips"] is not None:
+        perceptual = scatter_chart(
+            dots("tokens", "lpips"), "tokens per clip", "LPIPS, lower is better", x_levels=totals
+        )
+        by_lpips = [
+            (
+                "Perceptual distance against tokens",
+                to_svg(perceptual, "LPIPS against tokens"),
+                metrics["lpips_backbone"],
+            )
+        ]
+    return [
+        ("Quality against tokens", to_svg(quality, "PSNR against tokens"), quality_line),
+        *by_lpips,
+        ("Tokens against motion", to_svg(motion, "tokens against motion"), line),
+        ("Commonest assignments", *assignment_chart(records)),
+        ("Codebook", to_svg(usage, "frequency of the codes"), codes),
+    ]
+
+
+def assignment_chart(records: Sequence[Record]) -> tuple[str, str]:
+    """The commonest assignments with their counts as SVG, and a line about the others."""
+    counts = Counter(tuple(r["assignment"]) for r in records)
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], sum(item[0])))[:MOST_ASSIGNMENTS]
+    labels, values = ["  ".join(map(str, lengths)) for lengths, _ in ranked], [count for _, count in ranked]
+    line = "All clips have the same assignment." if len(counts) == 1 else f"{len(counts)} distinct assignments."
+    if rest := len(records) - sum(values):
+        line += f" The {len(counts) - len(ranked)} not drawn have {rest} clips together."
+    chart = bar_chart(labels, values, "", "tokens of blocks 1, 2, ..; number of clips")
+    return to_svg(chart, "number of clips of each assignment"), line
+
+
+def uniform_totals(tokenizer: Mapping[str, Any]) -> list[int]:
+    """Tokens of a clip if all its blocks get the same level, for each level."""
+    return [level * tokenizer["num_blocks"] for level in tokenizer["levels"]]
+
+
+def evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of the items at even distances, including the first and the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
 
 
 def signed(number: float) -> str:
     """+0.50, or −0.50 with a true minus sign."""
     return f"{number:+.2f}".replace("-", "−")
+
+
+def place(record: Record) -> str:
+    """A clip's file, and its first frame if it is not the file's first."""
+    return record["file"] + (f", frame {record['start']}" if record["start"] else "")
 
 
 def title(metrics: Mapping[str, Any]) -> str:
@@ -36,19 +226,19 @@ def title(metrics: Mapping[str, Any]) -> str:
 
 
 def budget_sentence(metrics: Mapping[str, Any]) -> str:
-    """What decided the lengths of every clip."""
+    """How the lengths of every clip were chosen."""
     form, _, value = metrics["budget"].partition(":")
     if form == "fixed":
-        return f"Every clip got the same tokens in its blocks: {value.replace(',', ', ')}."
+        return f"The blocks of every clip got the same tokens: {value.replace(',', ', ')}."
     if form == "uniform":
         return f"Every clip got {value} tokens in each of its {metrics['tokenizer']['num_blocks']} blocks."
     among = {
         "router": "",
         "tokens": f" among those of at most {value} tokens",
-        "price": f" after a price of {value} for every token",
-        "average": f" after a price for every token at which the whole set keeps to {value} tokens a clip",
-    }
-    return f"Each clip got the assignment of tokens to blocks that the router rates highest{among[form]}."
+        "price": f" after subtracting {value} logits per token",
+        "average": f" after subtracting a price per token that keeps the whole set at {value} tokens per clip",
+    }.get(form, f" under the budget {metrics['budget']}")
+    return f"Each clip got the assignment of tokens to blocks that the router rates highest{among}."
 
 
 def made_with(metrics: Mapping[str, Any]) -> str:
@@ -64,20 +254,44 @@ def made_with(metrics: Mapping[str, Any]) -> str:
     return " · ".join(parts)
 
 
-def size_warning(tokenizer: Mapping[str, Any]) -> str | None:
-    """A sentence where clips and tokenizer are not the paper's."""
-    if tokenizer["paper_size"]:
+def notes(metrics: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before the figures."""
+    found = []
+    if not metrics["complete"]:
+        found.append("The run was stopped: the report covers the clips it finished.")
+    if padded := padding_sentence(metrics):
+        found.append(padded)
+    tokenizer = metrics["tokenizer"]
+    if not tokenizer["paper_size"]:
+        clip = f"{tokenizer['num_frames']}×{tokenizer['size']}×{tokenizer['size']}"
+        found.append(
+            f"Not the size of the paper: clips of {clip} and a tokenizer of {tokenizer['num_parameters'] / 1e6:.1f}M "
+            "parameters; the paper has 16×128×128 and 145M. Do not compare these figures with published ones."
+        )
+    return found
+
+
+def padding_sentence(metrics: Mapping[str, Any]) -> str | None:
+    """How many clips repeat their last frame, and the figures without them; None if no clip does."""
+    padding, num = metrics["padding"], len(metrics["clips"])
+    if not padding["num_clips"]:
         return None
-    clip = f"{tokenizer['num_frames']}×{tokenizer['size']}×{tokenizer['size']}"
+    text = (
+        f"{padding['num_clips']} of {num} clip(s) are padded: {padding['num_frames']} of their "
+        f"{padding['num_clips'] * metrics['tokenizer']['num_frames']} frames repeat the last frame of a short video."
+    )
+    without = padding["mean_without"]
+    if without is None:
+        return f"{text} No clip is without padding."
+    lpips = "" if without["lpips"] is None else f", LPIPS {without['lpips']:.4f}"
     return (
-        f"Not the size of the paper: clips of {clip} and a tokenizer of {tokenizer['num_parameters'] / 1e6:.1f}M "
-        "parameters, where the paper has 16×128×128 and 145M. The figures show that the parts work; they are not to be "
-        "compared with published ones."
+        f"{text} Without them: {without['tokens']:.1f} tokens per clip, PSNR {without['psnr']:.2f} dB, "
+        f"SSIM {without['ssim']:.4f}{lpips}."
     )
 
 
 def why(record: Record, budget: str, motions: Sequence[float]) -> str:
-    """Why this clip got what it got. `motions`: those of all clips of the report."""
+    """Why this clip got its tokens. `motions`: those of all clips of the report."""
     sentences = [choice(record, budget), movement(record, motions)]
     if record["num_padded"]:
         sentences.append(f"The file is short: its last frame is repeated {record['num_padded']} times.")
@@ -85,44 +299,44 @@ def why(record: Record, budget: str, motions: Sequence[float]) -> str:
 
 
 def choice(record: Record, budget: str) -> str:
-    """The rule of the budget with the router's figures: scores are logits, their differences are what counts."""
+    """The rule of the budget with the router's figures: scores are logits, so only their differences count."""
     form = budget.partition(":")[0]
-    alone = f" The router alone would spend {record['router_tokens']}." if "router_tokens" in record else ""
+    alone = f" The router alone would spend {record['router_tokens']} tokens." if "router_tokens" in record else ""
     if form in ("fixed", "uniform"):
         return f"Set by the budget.{alone}"
     scope = {"router": "", "tokens": " within the limit"}.get(form, " after the price")
-    split = f"{record['best_uniform']} in every block"
+    uniform = f"{record['best_uniform']} tokens in every block"
     gap = record["score_gap"]
-    against = f", {gap:.2f} above the best even split ({split})" if gap else f": it is an even split, {split}"
+    against = f", {gap:.2f} logits above the best uniform one ({uniform})" if gap else f": {uniform}"
     differs = record["router_tokens"] != record["tokens"]
-    return f"The router rates it highest{scope}{against}.{alone if differs else ''}"
+    return f"The router's first choice{scope}{against}.{alone if differs else ''}"
 
 
 def movement(record: Record, motions: Sequence[float]) -> str:
     """Its motion among all clips, and whether the block with most tokens is the one that moves most."""
     num, lower = len(motions), sum(motion < record["motion"] for motion in motions)
     among = (
-        f"Moves more than {lower} of the other {num - 1} clips." if lower else f"No other of {num} clips moves less."
+        f"It moves more than {lower} of the other {num - 1} clips." if lower else f"No other of {num} clips moves less."
     )
     if num == 1:
         among = ""
     lengths, motion_N = record["assignment"], record["block_motion"]
     if lengths.count(max(lengths)) > 1 or max(motion_N) == min(motion_N):
         return among
-    dearest, liveliest = lengths.index(max(lengths)) + 1, motion_N.index(max(motion_N)) + 1
-    if dearest == liveliest:
-        return f"{among} Block {dearest} moves most and gets most."
-    return f"{among} Block {dearest} gets most, block {liveliest} moves most."
+    longest, liveliest = lengths.index(max(lengths)) + 1, motion_N.index(max(motion_N)) + 1
+    if longest == liveliest:
+        return f"{among} Block {longest} moves most and gets most."
+    return f"{among} Block {longest} gets most, block {liveliest} moves most."
 
 
 def protocol(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Everything that decides the figures, heading -> text."""
+    """Everything that affects the figures, heading -> text."""
     tok, router, given = metrics["tokenizer"], metrics["router"], metrics["input"]
     rate = "each file's own frame rate" if given["fps"] is None else f"{given['fps']:g} frames a second"
     which = "every clip" if given["all_clips"] else "the first clip"
     which += f" (at most {given['max_clips']} in all)" if given["max_clips"] else ""
     ends = f"; {metrics['frames_left_out']} frames at the ends of files, too few for a clip, are left out"
-    price = "" if metrics["price"] is None else f"; price {metrics['price']:.6g} a token"
+    price = "" if metrics["price"] is None else f"; price {metrics['price']:.6g} logits per token"
     levels = ", ".join(map(str, tok["levels"]))
     return {
         "Videos": f"{given['vid_path']}: {metrics['num_videos']} files, {metrics['num_skipped']} skipped",
@@ -134,255 +348,8 @@ def protocol(metrics: Mapping[str, Any]) -> dict[str, str]:
         f"{len(tok['levels']) ** tok['num_blocks']} assignments",
         "Tokenizer": f"{tok['weights']}, {tok['num_parameters'] / 1e6:.1f}M parameters, sha256 {tok['sha256']}",
         "Router": "none" if router is None else f"{router['weights']}, sha256 {router['sha256']}",
-        "PSNR, SSIM": "of the models' own arrays, before any video is written; PSNR from the error of the whole clip",
+        "PSNR, SSIM": "measured on the models' arrays, before a video is written; PSNR of the whole clip's error",
         "LPIPS": metrics["lpips_backbone"] or f"none: {metrics['lpips_reason']}",
         "Motion": "mean absolute difference of neighbouring frames, grey levels 0 to 255",
         "Machine": f"{metrics['device']}; " + ", ".join(f"{k} {v}" for k, v in metrics["versions"].items()),
     }
-
-
-MOST_DOTS = 2000
-MOST_ASSIGNMENTS = 12
-
-
-def motion_against_tokens(records: Sequence[Record], totals: Sequence[int], links: Mapping[str, str]) -> str:
-    """A dot for each clip: motion on a square-root scale, tokens on a binary logarithm.
-
-    `totals`: the tokens of the even splits, which are the marks of the vertical axis. `links`: clip name -> anchor.
-    """
-    shown = evenly(records, MOST_DOTS)
-    most_motion = max(1.0, *(r["motion"] for r in records)) * 1.04
-    low, high = math.log2(totals[0]) - 0.25, math.log2(totals[-1]) + 0.15
-
-    def x(motion: float) -> float:
-        return LEFT + (WIDTH - LEFT - 8) * math.sqrt(motion / most_motion)
-
-    def y(tokens: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (high - math.log2(tokens)) / (high - low)
-
-    parts = [level_line(y(total), str(total)) for total in totals]
-    parts += [x_mark(x(mark), f"{mark:g}") for mark in _marks(most_motion, x)]
-    for r in shown:
-        hint = f"{r['file']}, frame {r['start']}: motion {r['motion']:.1f}, {r['tokens']} tokens"
-        dot = f'<circle class="dot" cx="{x(r["motion"]):.1f}" cy="{y(r["tokens"]):.1f}" r="5"/>'
-        dot = f"<g>{dot}<title>{escape(hint)}</title></g>"
-        anchor = links.get(r["name"])
-        parts.append(f'<a href="#{anchor}">{dot}</a>' if anchor else dot)
-    return svg(parts, "motion, mean absolute difference of neighbouring frames", "tokens", "Tokens against motion")
-
-
-def codebook_curve(codebook: Mapping[str, Any]) -> str:
-    """Frequency of the codes from the commonest to the rarest; 1 is an even use of all."""
-    curve = codebook["curve"]
-    top = max(2.0, max(curve)) * 1.05
-
-    def x(share: float) -> float:
-        return LEFT + (WIDTH - LEFT - 8) * share
-
-    def y(frequency: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - math.sqrt(frequency / top))
-
-    floor = y(0)
-    points = " ".join(f"{x(i / max(1, len(curve) - 1)):.1f},{y(value):.1f}" for i, value in enumerate(curve))
-    marks = [mark for mark in (2, 5, 10, 20, 50, 100, 200, 500, 1000) if mark <= top]
-    parts = [level_line(y(mark), f"{mark}×") for mark in marks[-3:]] + [level_line(floor, "0")]
-    parts.append(f'<line class="even" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y(1):.1f}" y2="{y(1):.1f}"/>')
-    parts.append(f'<text x="{WIDTH - 10}" y="{y(1) - 5:.1f}" text-anchor="end">even use</text>')
-    parts.append(f'<polygon class="area" points="{LEFT},{floor:.1f} {points} {WIDTH - 8},{floor:.1f}"/>')
-    parts += [x_mark(x(share), f"{round(share * codebook['size'])}") for share in (0, 0.25, 0.5, 0.75, 1)]
-    return svg(parts, "codes, commonest first", "frequency", "Use of the codebook")
-
-
-def assignment_histogram(records: Sequence[Record], longest: int) -> tuple[str, str]:
-    """The commonest assignments with their counts, and a line about the others."""
-    counts = Counter(tuple(r["assignment"]) for r in records)
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], sum(item[0])))
-    rows = []
-    for lengths, count in ranked[:MOST_ASSIGNMENTS]:
-        bars = "".join(f'<i style="height:{max(6, 100 * length / longest):.0f}%"></i>' for length in lengths)
-        share = 100 * count / ranked[0][1]
-        rows.append(
-            f'<span class="glyph">{bars}</span><span>{" ".join(map(str, lengths))}</span>'
-            f'<span class="count"><i style="width:{share:.0f}%"></i></span><span>{count}</span>'
-        )
-    rest = ranked[MOST_ASSIGNMENTS:]
-    line = "One assignment for all clips." if len(counts) == 1 else f"{len(counts)} different assignments."
-    if rest:
-        line += f" Those not drawn have {sum(count for _, count in rest)} clips together."
-    return f'<div class="rows">{"".join(rows)}</div>', line
-
-
-def levels_by_block(records: Sequence[Record], levels: Sequence[int]) -> str:
-    """A table: how many per cent of the clips give each level to each block, and the mean of each block."""
-    length_SN = np.array([r["assignment"] for r in records])
-    head = "".join(f"<th>block {t + 1}</th>" for t in range(length_SN.shape[1]))
-    rows = []
-    for level in reversed(levels):
-        shares = 100 * (length_SN == level).mean(axis=0)
-        cells = "".join(
-            f'<td style="--share:{12 + 0.58 * share:.0f}%">{share:.0f} %</td>' if share else "<td></td>"
-            for share in shares
-        )
-        rows.append(f"<tr><th>{level}</th>{cells}</tr>")
-    means = "".join(f"<td>{mean:.0f}</td>" for mean in length_SN.mean(axis=0))
-    return (
-        f'<table class="levels"><thead><tr><th>tokens</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
-        f"<tfoot><tr><th>mean</th>{means}</tr></tfoot></table>"
-    )
-
-
-def evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of the items, the first and the last among them, at even distances."""
-    if len(items) <= most:
-        return list(items)
-    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
-
-
-def _marks(most: float, x: Any) -> list[float]:
-    """Round numbers up to `most` whose labels do not touch."""
-    kept: list[float] = [0.0]
-    for mark in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 50, 70, 100, 150, 200, 255):
-        if mark <= most and x(mark) - x(kept[-1]) > 44:
-            kept.append(mark)
-    return kept
-
-
-MOST_FILMS = 60  # 60 films of 128x128 clips are about 8 MB
-NUM_EXTREMES = 4
-
-
-def write_report(folder: str | Path) -> Path:
-    """Write report.html beside metrics.json, skipped.json and clips/, and return its path."""
-    folder = Path(folder)
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    skipped = json.loads((folder / "skipped.json").read_text(encoding="utf-8"))
-    path = folder / "report.html"
-    atomic_write(path, Report(folder, metrics, skipped).html().encode())
-    return path
-
-
-class Report:
-    """The sections of the page, top to bottom."""
-
-    def __init__(self, folder: Path, metrics: Mapping[str, Any], skipped: Sequence[Mapping[str, str]]) -> None:
-        self.folder, self.metrics, self.skipped = folder, metrics, skipped
-        self.records: list[Record] = metrics["clips"]
-        self.tokenizer = metrics["tokenizer"]
-        self.by_cost = sorted(self.records, key=lambda r: (r["tokens"], r["motion"]))
-        self.shown = self.by_cost
-        if len(self.records) > MOST_FILMS:
-            low, middle, high = (self.by_cost[i] for i in _thirds(NUM_EXTREMES))
-            self.shown = [*low, *evenly(middle, MOST_FILMS - 2 * NUM_EXTREMES), *high]
-        self.anchors = {r["name"]: f"c{i}" for i, r in enumerate(self.shown)}
-        self.motions = [r["motion"] for r in self.records]
-
-    def html(self) -> str:
-        """The whole page."""
-        sections = [self.header(), self.overview(), self.extremes(), self.all_clips(), self.left_out(), self.protocol()]
-        return html_page(title(self.metrics), self.films(), sections)
-
-    def header(self) -> str:
-        """Title, budget in words, warnings, mean figures."""
-        m, mean, tok = self.metrics, self.metrics["mean"], self.tokenizer
-        correlation, book = m["motion_tokens_rank_correlation"], m["codebook"]
-        figures = {
-            "tokens a clip": (f"{mean['tokens']:.1f}", f"of {self.even_totals()[0]} to {self.even_totals()[-1]}"),
-            "PSNR": (f"{mean['psnr']:.2f}", "dB"),
-            "SSIM": (f"{mean['ssim']:.3f}", ""),
-            "LPIPS": ("–", "no weights") if mean["lpips"] is None else (f"{mean['lpips']:.4f}", m["lpips_backbone"]),
-            "motion ~ tokens": ("–" if correlation is None else signed(correlation), "rank correlation"),
-            "codebook in use": (f"{100 * book['share_used']:.0f} %", f"of {book['size']}"),
-        }
-        stopped = None if m["complete"] else "The run was stopped: these are the clips that it had done."
-        notes = "".join(f'<p class="note">{note}</p>' for note in (stopped, size_warning(tok)) if note)
-        heading, lede, made = (escape(say(m)) for say in (title, budget_sentence, made_with))
-        return (
-            f'<header><h1>{heading}</h1><p class="lede">{lede}</p><p class="made">{made}</p>{notes}'
-            f"{figure_row(figures)}</header>"
-        )
-
-    def even_totals(self) -> list[int]:
-        """Tokens of a clip when all its blocks get the same level, for each level."""
-        return [level * self.tokenizer["num_blocks"] for level in self.tokenizer["levels"]]
-
-    def overview(self) -> str:
-        """The four charts."""
-        tok, book, num = self.tokenizer, self.metrics["codebook"], len(self.records)
-        correlation = self.metrics["motion_tokens_rank_correlation"]
-        below = "No rank correlation: all clips have the same number of tokens, or the same motion."
-        if correlation is not None:
-            below = f"Rank correlation {signed(correlation)} over {num} clips. A dot leads to its clip."
-        if num > MOST_DOTS:
-            below += f" {MOST_DOTS} of them are drawn."
-        drawn = (
-            f"{100 * book['share_used']:.0f} % of the {book['size']} codes occur among {book['num_drawn']} tokens; "
-            f"perplexity {book['perplexity']:.0f}."
-        )
-        blocks = " ".join(str(t + 1) for t in range(tok["num_blocks"]))
-        panels = [
-            ("Tokens against motion", motion_against_tokens(self.records, self.even_totals(), self.anchors), below),
-            (f"Assignments, tokens of block {blocks}", *assignment_histogram(self.records, tok["levels"][-1])),
-            ("Which block gets how much", levels_by_block(self.records, tok["levels"]), "share of the clips"),
-            ("Codebook", codebook_curve(book), drawn),
-        ]
-        cells = "".join(
-            f'<section class="panel"><h3>{heading}</h3>{chart}<p class="soft">{line}</p></section>'
-            for heading, chart, line in panels
-        )
-        return f'<h2>Where the tokens went</h2><div class="panels">{cells}</div>'
-
-    def extremes(self) -> str:
-        """The cheapest and the dearest clips, where there are enough clips for that to say anything."""
-        if len(self.records) < 3 * NUM_EXTREMES or self.by_cost[0]["tokens"] == self.by_cost[-1]["tokens"]:
-            return ""
-        groups = {"The cheapest": self.by_cost[:NUM_EXTREMES], "The dearest": self.by_cost[: -NUM_EXTREMES - 1 : -1]}
-        return "".join(
-            f'<h2>{heading}</h2><div class="clips">{"".join(self.card(r, anchored=False) for r in group)}</div>'
-            for heading, group in groups.items()
-        )
-
-    def all_clips(self) -> str:
-        """Every clip that is shown, cheapest first."""
-        num, total = len(self.shown), len(self.records)
-        which = (
-            "cheapest first" if num == total else f"{num} of {total}, evenly spread from the cheapest to the dearest"
-        )
-        heading = f"<h2>All clips<small>{which}, played at {PLAYED_FPS} frames a second</small></h2>"
-        cards = "".join(self.card(record) for record in self.shown)
-        return f'<div class="bar">{heading}{PAUSE}</div><div class="clips">{cards}</div>'
-
-    def card(self, r: Record, anchored: bool = True) -> str:
-        """One clip: original and reconstruction, the tokens of its blocks in step with them, figures, and why."""
-        key, longest = self.anchors[r["name"]], self.tokenizer["levels"][-1]
-        films = films_in({"real": "original", "ours": "reconstruction"})
-        lpips = "–" if r["lpips"] is None else f"{r['lpips']:.3f}"
-        figures = {"tokens": r["tokens"], "PSNR": f"{r['psnr']:.1f}", "LPIPS": lpips, "motion": f"{r['motion']:.1f}"}
-        numbers = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in figures.items())
-        file, start = escape(r["file"]), f" <span>from frame {r['start']}</span>" if r["start"] else ""
-        reason = escape(why(r, self.metrics["budget"], self.motions))
-        return (
-            f'<article class="clip {key}"{f" id={key}" if anchored else ""}><div class="pair">{films}</div>'
-            f'{token_bars(r["assignment"], longest)}<h3 title="{file}">{file}{start}</h3>'
-            f'<dl class="numbers">{numbers}</dl><p class="why">{reason}</p></article>'
-        )
-
-    def left_out(self) -> str:
-        """The files that could not be read."""
-        if not self.skipped:
-            return ""
-        items = "".join(f"<li>{escape(each['file'])}: {escape(each['reason'])}</li>" for each in self.skipped)
-        return f'<h2>Skipped<small>{len(self.skipped)} videos</small></h2><ul class="skipped">{items}</ul>'
-
-    def protocol(self) -> str:
-        """Everything that decides the figures."""
-        return f"<h2>How it was made</h2>{fact_list(protocol(self.metrics))}"
-
-    def films(self) -> str:
-        """The pictures of the shown clips, as style rules."""
-        films = {key: (self.folder / "clips" / name / "frames.jpg").read_bytes() for name, key in self.anchors.items()}
-        return film_style(films, self.tokenizer["num_frames"])
-
-
-def _thirds(num: int) -> tuple[slice, slice, slice]:
-    """The first `num` items, those between, the last `num`."""
-    return slice(num), slice(num, -num), slice(-num, None)
