@@ -3,7 +3,8 @@
     python scripts/mini/release.py tokenizer     # final, router and held-out table: copy, measure, write
     python scripts/mini/release.py generation    # the two GPTs that were trained on the tokens of that tokenizer
 
-Each part writes its weights, its figures, the card of the folder, and the figures between the markers of the README.
+Each part writes its weights and its figures, then fills the marked places of the model card (ckpts/mini/README.md) and
+of README.md. Redraw the pictures afterwards: `python scripts/mini/readme_figure.py`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import torch
 from tokenizer.common.checkpoint import atomic_write, file_sha256, read_model, save_model
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.router.reward import QualityTable, stats_of
-from tokenizer.viz.page import between_markers
+from tokenizer.viz.page import between_markers, markdown_table
 
 _TABLE = "heldout_table.safetensors"
+_CARD = Path("ckpts/mini/README.md")  # the text around the marked places
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ PARTS = {
 
 
 def release(name: str, results: Path, target: Path, readme: Path, note: str = "") -> None:
-    """Copy, measure, write the card, and put the figures between the markers of the README.
+    """Copy the weights, measure them, and fill the marked places of the model card and of README.md.
 
-    `note`: what the card must say about this training, where it was not the plain command on one machine.
+    `note`: a sentence for the card, if this training was not the plain command on one machine.
     """
     part = PARTS[name]
     target.mkdir(parents=True, exist_ok=True)
@@ -77,37 +79,72 @@ def release(name: str, results: Path, target: Path, readme: Path, note: str = ""
         figures["trained"]["proxy"] = _training_of(results / "proxy")
     figures["note"] = note
     atomic_write(_figures_path(target, name), (json.dumps(figures, indent=1) + "\n").encode())
-    atomic_write(target / "README.md", card(target).encode())
-    text = readme.read_text(encoding="utf-8")
-    atomic_write(readme, between_markers(text, f"mini-{name}", part.show(figures)).encode())
-    print(f"{target}: {', '.join(part.weights)}, their figures, and the card")
+    write_cards(target, readme)
+    print(f"{target}: {', '.join(part.weights)}, their figures, the model card; {readme}: the table of results")
 
 
-def card(folder: Path) -> str:
-    """What the weights are, from what, by which command, in which time, how good: from the figures in the folder."""
-    lines = [
-        "# The miniature",
-        "",
-        "Clips of 16x64x64; levels 8, 16, 32, 64, 128 (625 assignments). Made by `bash scripts/train/mini.sh` from",
-        "`configs/mini`, on the bundled real clips (box, Big Buck Bunny) and rendered scenes; measured on held-out",
-        "sources (bottle, tree, and scenes rendered from them). It shows that every part works. It is not good: a few",
-        "million parameters saw about a hundred real clips. Licences: tokenizer/data/bundled/CREDITS.md.",
-        "",
-        "| file | bytes | training steps | seconds in training steps |",
-        "|---|---|---|---|",
-    ]
-    known = {name: _figures_path(folder, name) for name in PARTS if _figures_path(folder, name).is_file()}
-    figures = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in known.items()}
-    for some in figures.values():
-        for weights, trained in some["trained"].items():
-            file = folder / f"{weights}.safetensors"
-            shown = f"{file.name} | {file.stat().st_size}" if file.is_file() else f"(the {weights}, not shipped) | -"
-            seconds = "not known" if trained["seconds"] is None else f"{trained['seconds']:.0f}"
-            lines.append(f"| {shown} | {trained['steps']} | {seconds} |")
+def write_cards(folder: Path, readme: Path) -> None:
+    """Fill the marked places of the folder's model card and of README.md from the figures in the folder."""
+    card = folder / "README.md"
+    if not card.is_file():
+        shutil.copyfile(_CARD, card)
+    figures = {name: _figures(folder, name) for name in PARTS}
+    places = {"mini-files": _files_table(folder, figures)}
     for name, some in figures.items():
-        lines += ["", f"## {name.capitalize()}", "", *([some["note"], ""] if some["note"] else [])]
-        lines.append(PARTS[name].show(some))
-    return "\n".join([*lines, ""])
+        shown = [some["note"], "", PARTS[name].show(some)] if some and some["note"] else [PARTS[name].show(some)]
+        places[f"mini-{name}"] = "\n".join(shown) if some else "Not measured for these weights."
+    _fill(card, places)
+    _fill(readme, {"mini-results": _results_table(folder, figures)})
+
+
+def _fill(page: Path, places: dict[str, str]) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name, content in places.items():
+        text = between_markers(text, name, content)
+    atomic_write(page, text.encode())
+
+
+def _figures(folder: Path, name: str) -> dict[str, Any]:
+    """The figures of a part; empty if it was not measured."""
+    path = _figures_path(folder, name)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _files_table(folder: Path, figures: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    for some in figures.values():
+        for weights, trained in some.get("trained", {}).items():
+            file = folder / f"{weights}.safetensors"
+            shown = [file.name, str(file.stat().st_size)] if file.is_file() else [f"({weights}, not shipped)", "-"]
+            seconds = "not known" if trained["seconds"] is None else f"{trained['seconds']:.0f}"
+            rows.append([*shown, str(trained["steps"]), seconds])
+    return markdown_table(["file", "bytes", "training steps", "seconds in training steps"], rows)
+
+
+def _results_table(folder: Path, figures: dict[str, dict[str, Any]]) -> str:
+    """One row for each shipped file, with its main figure."""
+    rows = []
+    if tokenizer := figures["tokenizer"]:
+        net, final, router = tokenizer["perceptual_net"], tokenizer["final"]["router"], tokenizer["router"]
+        quality = f"{final['psnr']:.2f} dB, {net} {final['lpips']:.3f} at {final['tokens']:.0f} tokens"
+        percentiles = router["percentile"], router["best_uniform_percentile"]
+        reward = "reward percentile {:.1%}; best uniform length {:.1%}".format(*percentiles)
+        rows += [("final", "tokenizer", quality), ("router", "its router", reward)]
+    if generation := figures["generation"]:
+        share, ways = (
+            generation["class_to_video"]["accuracy"]["generated"]["all"],
+            generation["frame_prediction"]["ways"],
+        )
+        predicted, repeated = (ways[way]["all"]["lpips"] for way in ("predicted", "last frame repeated"))
+        distance = f"{generation['perceptual_net']} {predicted:.3f}; last given frame repeated {repeated:.3f}"
+        rows.append(("gpt_c2v", "class-to-video GPT", f"class recognised in {share:.0%} of its clips"))
+        rows.append(("gpt_fp", "frame-prediction GPT", distance))
+    shown = [[f"`{name}`, {_millions(folder / f'{name}.safetensors')}", *cells] for name, *cells in rows]
+    return markdown_table(["weights in `ckpts/mini`", "what", "measured on held-out clips"], shown)
+
+
+def _millions(path: Path) -> str:
+    return f"{sum(tensor.numel() for tensor in read_model(path).tensors.values()) / 1e6:.1f}M"
 
 
 def _ship_weights(source: Path, path: Path, stored: torch.dtype | None) -> None:
