@@ -137,7 +137,7 @@ def test_the_full_recipe_is_rehearsed_on_the_same_models(size: str) -> None:
 
 
 def test_the_papers_recipe_is_what_the_final_configs_say() -> None:
-    """l1 + perceptual + 0.3 GAN + codebook + 0.25 commitment + 0.02 entropy + 0.7 alignment (paper.md section 3)."""
+    """l1 + perceptual + 0.3 GAN + codebook + 0.25 commitment + 0.02 entropy + 0.7 alignment."""
     for name in ("", "_3fps_webvid"):
         config = load_config(TokenizerTrainConfig, ROOT / f"configs/vq/VQ_SB_final_with_router_w_lpips_1.2{name}.yaml")
         assert config.loss == LossConfig(gan=0.3, align=0.7)

@@ -1,4 +1,4 @@
-"""The tokenizer: a clip and an assignment in, that many discrete tokens out, and back (paper.md section 2).
+"""The tokenizer: encode a clip with an assignment into that many discrete tokens, and decode them (arXiv 2603.12267).
 
     encode    tokens start as pooled patches of their own block; Q-Former layers read the patches
     quantize  nearest code of a unit-length codebook

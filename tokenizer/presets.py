@@ -1,4 +1,4 @@
-"""Named sizes, and the doors through which a tokenizer is built or loaded. `python -m tokenizer.presets` lists them."""
+"""Named sizes; build or load a tokenizer. `python -m tokenizer.presets` lists the sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokenizer.common.errors import UserError, run_cli
 from tokenizer.model import TokenizerConfig, TransformerConfig, VideoTokenizer, parameters_by_part
 
 PRESETS: dict[str, TokenizerConfig] = {
-    # the paper's S-B: encoder small, decoder base; 16384 codes, or 8192 for UCF-101 + K600 (paper.md section 2)
+    # the paper's S-B: encoder small, decoder base; 16384 codes, or 8192 for UCF-101 + K600
     "VQ_SB": TokenizerConfig(),
     "VQ_SB_8192": TokenizerConfig(codebook_size=8192),
     # 16x64x64 clips, the paper's ratios; what ckpts/mini holds

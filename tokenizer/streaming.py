@@ -1,8 +1,8 @@
-"""One temporal block at a time: the same weights as `VideoTokenizer.forward`, with what earlier blocks left behind.
+"""Encode and decode one temporal block at a time, with the weights of `VideoTokenizer` and a cache of earlier blocks.
 
-Because every attention is block-causal, all of block t depends only on the frames and lengths of blocks <= t. So
-blocks can be encoded and decoded as they arrive, and curation can walk a tree in which assignments with a common
-prefix share its work (performance.md). All clips of a batch go in lockstep: block t has the same length in each.
+Every attention is block-causal, so block t depends only on the frames and lengths of blocks <= t. Blocks can be
+processed as they arrive, and curation walks a tree in which assignments with a common prefix share its work.
+All clips of a batch run in lockstep: block t has the same length in each.
 
 Letters: B clips, K tokens of one block, m patches of one block (G*G), D E widths.
 """

@@ -1,11 +1,9 @@
-"""First values of the 1D queries: coarse-to-fine average pooling of the block's own patches (paper.md section 2).
+"""Patchify clips, and initialise the 1D queries by coarse-to-fine average pooling of the block's own patches.
 
 The k = 2^n queries of a block are groups of 1, 1, 2, 4, ..., 2^(n-1) cells; group 2^g pools the G x G grid over a
-2^ceil(g/2) x 2^floor(g/2) grid of cells (rows grow first). So a longer assignment begins with the same queries as a
-shorter one, and 2 * G * G is the most a block can have. A level that is no power of two takes the groups that fit
-whole and then cells spread evenly over the next group.
-
-Clips <-> rows of pixels: one patch is 4 frames x 8 x 8 pixels (paper.md section 2).
+2^ceil(g/2) x 2^floor(g/2) grid of cells (rows grow first). A longer assignment therefore starts with the queries of a
+shorter one, and a block has at most 2 * G * G. A level that is not a power of two takes all groups that fit and then
+cells spread evenly over the next group. One patch is 4 frames x 8 x 8 pixels.
 
 Letters: B clips, C T H W, M patches of a clip in the order (block, row, column), P numbers in a patch.
 """

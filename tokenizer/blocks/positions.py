@@ -1,9 +1,7 @@
-"""Where the learned position tables start: separable sin-cos over (block, row, column).
+"""Initial values of the learned position tables (separable sin-cos over block, row, column) and of pixel filters.
 
-The tables are ordinary parameters; only their first values are special. With random ones a small run must first
-find out which token belongs to which place (paper.md section 2, "Initialisation that makes small runs learn").
-
-Cosine filters over the frames, rows, columns and colours of a patch: where linear maps of pixels start.
+The tables are ordinary parameters. Starting from sin-cos, a small run need not first discover which token belongs to
+which place. Linear maps of pixels start from cosine filters over the frames, rows, columns and colours of a patch.
 
 Letters: P numbers in a patch.
 """

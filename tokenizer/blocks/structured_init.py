@@ -1,8 +1,7 @@
-"""The structured start: an untrained tokenizer that already is a coarse codec of cosine coefficients.
+"""Structured initialisation: an untrained tokenizer is already a coarse codec of cosine coefficients.
 
-With random weights a run of a few thousand steps spends all of them on finding out that a token speaks about a place
-and a patch is made of pixels (paper.md section 2, "Initialisation that makes small runs learn"). So everything begins
-as what it will have to be able to do anyway, and nothing of the architecture changes:
+From random weights, a run of a few thousand steps spends them all on learning that a token describes a place and a
+patch consists of pixels. Here the weights start with that knowledge; the architecture is unchanged:
 
     patch embedding      cosine filters of the patch, lowest frequency first; the pixel layer is their transpose
     a token's latent     the lowest `code_width - 1` coefficients of the cells it pools, beside a constant; so the

@@ -1,18 +1,10 @@
-"""VideoMAE, frozen: the eyes of the semantic discriminator (paper.md section 3).
+"""The two frozen encoders, and their preprocessing.
 
-Gradients pass through it to its input: that is how the tokenizer learns what the discriminator sees.
+VideoMAE is the trunk of the semantic discriminator; gradients pass through it to the frames. V-JEPA 2 gives the
+targets of the decoder's alignment loss and an optional stem of the router.
 
-Letters: B clips, C T H W, S places of a clip (time slots x rows x columns), E width of a feature.
-
-What both frozen encoders expect of frames, as the library's own processors make it.
-
-The processors resize the short side with antialiased bilinear filtering, cut the centre, and standardise by the
-statistics of ImageNet. Our clips are square and are used whole: resized to the encoder's side, with no margin to cut,
-so that every place of the clip has its cell among the features.
-
-Letters: B clips, C T H W.
-
-V-JEPA 2, frozen: what the decoder's features are aligned to, and the second stem of the router (paper.md section 3).
+Preprocessing follows the library's processors: antialiased bilinear resize of the short side, ImageNet statistics.
+Clips are square and used whole, without a centre crop, so that every place of the clip has its own feature.
 
 Letters: B clips, C T H W, S places of a clip (time slots x rows x columns), E width of a feature.
 """
