@@ -156,6 +156,7 @@ class TokenizerTraining:
         self.perceptual, self.judge = perceptual_pair(config.loss.perceptual_net, run.precision, self.device)
         self.policy = build_policy(config.policy, config.model, self.device)
         self.model = VideoTokenizer(config.model).to(self.device)
+        self.model.quantizer.has_entropy = config.loss.entropy != 0
         shape = (config.model.num_frames, config.model.size)
         self.adversary = Adversary(config.adversary, *shape, run.seed, self.device) if config.loss.gan > 0 else None
         self.alignment = Alignment(config.alignment, config.model, self.device) if config.loss.align > 0 else None

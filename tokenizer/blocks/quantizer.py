@@ -28,7 +28,8 @@ class Quantized:
     terms, scalars with gradients, empty where no gradients are recorded:
         codebook    mean squared distance, moves the codes
         commitment  the same number, moves the encoder
-        entropy     mean entropy of a token minus entropy of the mean: low = sure and evenly used
+        entropy     mean entropy of a token minus entropy of the mean: low = sure and evenly used; only if the quantiser
+                    `has_entropy`, since it takes a tenth of a small model's step
     """
 
     latent_LE: Tensor  # unit vectors; gradients pass straight through to the encoder
@@ -38,6 +39,8 @@ class Quantized:
 
 class VectorQuantizer(nn.Module):
     """`num_codes` codes of `width` numbers; only their directions count."""
+
+    has_entropy = True  # whether the terms hold it; a training whose loss does not weigh it sets False
 
     def __init__(self, num_codes: int, width: int) -> None:
         super().__init__()
@@ -66,15 +69,13 @@ class VectorQuantizer(nn.Module):
             nearest_LE = codes_VE[code_L]
             if not torch.is_grad_enabled():
                 return Quantized(nearest_LE, code_L)
-            return Quantized(
-                latent_LE=z_LE + (nearest_LE - z_LE).detach(),
-                code_L=code_L,
-                terms={
-                    "codebook": _token_mean(F.mse_loss(nearest_LE, z_LE.detach(), reduction="none")),
-                    "commitment": _token_mean(F.mse_loss(z_LE, nearest_LE.detach(), reduction="none")),
-                    "entropy": entropy_term(z_LE, codes_VE),
-                },
-            )
+            terms = {
+                "codebook": _token_mean(F.mse_loss(nearest_LE, z_LE.detach(), reduction="none")),
+                "commitment": _token_mean(F.mse_loss(z_LE, nearest_LE.detach(), reduction="none")),
+            }
+            if self.has_entropy:
+                terms["entropy"] = entropy_term(z_LE, codes_VE)
+            return Quantized(z_LE + (nearest_LE - z_LE).detach(), code_L, terms)
 
     @torch.no_grad()
     def start_from(self, z_LE: Tensor, generator: torch.Generator) -> None:
