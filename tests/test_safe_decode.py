@@ -37,7 +37,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stand_in_decord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Processes started in here find the stand-in under the name decord."""
     (tmp_path / "decord.py").write_text(STAND_IN)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     safe_decode.stop_idle_workers()
     yield
     safe_decode.stop_idle_workers()
@@ -90,8 +90,66 @@ def test_crash_and_hang_end_only_the_worker(tmp_path: Path, video: Path) -> None
     assert idle_pids() == []
     next(decode_clips(video))  # the next worker, warm, so that the limit below is all for decoding
     (before,) = idle_pids()
-    with pytest.raises(VideoError, match=r"hang.mp4: the decoder hangs \(no clip within 1.5 s\)"):
+    with pytest.raises(VideoError, match=r"hang.mp4: the decoder hangs \(no picture within 1.5 s\)"):
         decode_clip_at(tmp_path / "hang.mp4", 0.0, backend="decord", time_limit_s=1.5)
     with pytest.raises(ProcessLookupError):
         os.kill(before, 0)
     assert next(decode_clips(video, 16, 32)).start == 0
+
+
+SLOW = """
+import time
+import numpy as np
+cpu = lambda index: None
+class Frame:
+    def asnumpy(self):
+        return np.zeros((16, 16, 3), np.uint8)
+class VideoReader:
+    def __init__(self, *args, **kwargs): pass
+    def __len__(self): return 8
+    def get_avg_fps(self): return 10.0
+    def get_frame_timestamp(self, indices): return np.arange(8)[:, None] / 10
+    def __getitem__(self, index):
+        time.sleep(0.7)
+        return Frame()
+"""
+
+
+def test_a_slow_file_is_no_hang(tmp_path: Path, video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 pictures of 0.7 s each within a limit of 3 s: the limit is for one picture."""
+    (tmp_path / "decord.py").write_text(SLOW)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    safe_decode.stop_idle_workers()
+    next(decode_clips(video))  # a warm worker
+    (clip,) = decode_clips(video, 8, 16, backend="decord", time_limit_s=3.0)
+    assert clip.frames_THWC.shape == (8, 16, 16, 3)
+    safe_decode.stop_idle_workers()
+
+
+def test_a_defect_of_the_program_is_not_blamed_on_the_file(
+    tmp_path: Path, video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "decord.py").write_text(
+        "def VideoReader(*args, **kwargs): raise TypeError('an unknown keyword')\ncpu = int"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    safe_decode.stop_idle_workers()
+    with pytest.raises(RuntimeError, match="defect in the decoding process(?s:.*)an unknown keyword"):
+        list(decode_clips(video, backend="decord"))
+    safe_decode.stop_idle_workers()
+    monkeypatch.setattr("tokenizer.data.readers.PyAvReader.pictures", lambda self, first=0: self.no_such_method())
+    with pytest.raises(AttributeError, match="no_such_method"):
+        next(video_io.iter_clips(video))
+
+
+def test_the_worker_imports_nothing_from_the_current_folder_and_no_torch(
+    tmp_path: Path, video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("random.py", "tokenizer.py", "torch.py", "av.py"):
+        (tmp_path / name).write_text("raise SystemExit('shadowed')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")
+    safe_decode.stop_idle_workers()
+    assert next(decode_clips(video, 16, 32)).num_padded == 0
+    (pid,) = idle_pids()
+    assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()

@@ -18,13 +18,13 @@ from typing import Any
 from tqdm import tqdm
 
 from tokenizer.common.errors import UserError
-from tokenizer.data.safe_decode import decode_clips
+from tokenizer.data.cutting import StreamEnd
+from tokenizer.data.safe_decode import decode_clips, fingerprint_of
 from tokenizer.data.video_io import DecodedClip, VideoError, display_name, file_slug, list_videos
 
 Clips = Generator["SourceClip", None, None]
 
 _CLIPS_AHEAD = 2  # decoded and waiting, for each reader
-_END_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,8 @@ class VideoSource:
     name: str
 
     def fingerprint(self) -> str:
-        """Changes when the file is replaced: its size and the sha256 of both its ends (not its date: copies are equal).
-
-        Raises VideoError where the file cannot be opened.
-        """
-        try:
-            size = self.path.stat().st_size
-            with open(self.path, "rb") as file:
-                ends = file.read(_END_BYTES)
-                file.seek(max(0, size - _END_BYTES))
-                ends += file.read()
-        except OSError as error:
-            raise VideoError(self.path, error.strerror or str(error)) from error
-        return f"{size}-{hashlib.sha256(ends).hexdigest()[:16]}"
+        """Changes if the file is replaced, see `files.fingerprint`. VideoError if the file cannot be read."""
+        return fingerprint_of(self.path)
 
 
 @dataclass(frozen=True)
@@ -76,10 +65,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Rest:
-    """The frames at the end of a source, read to its end, that are too few for another clip."""
+    """The end of a source: frames that are too few for another clip, and what of the file is not handled."""
 
     source: VideoSource
     num_frames: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,7 +113,8 @@ def stream_clips(
 class ClipWalk:
     """One pass over the clips of a job with a progress bar; what cannot be read is said aloud and kept in `skipped`.
 
-    `rests`: what was left out at the ends of the videos, where all clips were asked for.
+    `rests`: what was left out at the ends of the videos if all clips were asked for. `notes`: by file, what of it is
+    not handled (tone mapping, pictures that the header promises and the file lacks); each is printed once.
     """
 
     sources: Sequence[VideoSource]
@@ -132,6 +123,7 @@ class ClipWalk:
     max_clips: int | None = None
     skipped: list[Skipped] = field(default_factory=list)
     rests: list[Rest] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
     def __call__(self, title: str, is_done: Callable[[str, str], bool] = lambda *_: False) -> Clips:
         """The clips in order, at most `max_clips`. With all_clips the bar guesses the total from the videos so far."""
@@ -149,8 +141,10 @@ class ClipWalk:
                     tqdm.write(f"skipped {item.source.file}: {item.reason}", file=sys.stderr)
                     continue
                 if isinstance(item, Rest):
-                    self.rests.append(item)
+                    self._note(item.source, item.notes)
+                    self.rests += [item] if item.num_frames else []
                     continue
+                self._note(item.source, item.decoded.notes if item.decoded else ())
                 yield item
                 num_clips += 1
                 if self.rule.all_clips:
@@ -158,6 +152,13 @@ class ClipWalk:
                 bar.update()
                 if num_clips == most:
                     return
+
+    def _note(self, source: VideoSource, notes: Sequence[str]) -> None:
+        known = self.notes.setdefault(source.file, []) if notes else []
+        for note in notes:
+            if note not in known:
+                known.append(note)
+                tqdm.write(f"note on {source.file}: {note}", file=sys.stderr)
 
 
 def _source(path: Path, relative: Path) -> VideoSource:
@@ -184,20 +185,20 @@ def _clips_of(
                 found = SourceClip(source, clip.start, fingerprint, None)
                 yield found if is_done(found.name, fingerprint) else SourceClip(source, clip.start, fingerprint, clip)
                 num_clips += 1
-        if clips.rest:
-            yield Rest(source, clips.rest)
+        if clips.end.num_left or clips.end.notes:
+            yield Rest(source, clips.end.num_left, clips.end.notes)
     except VideoError as error:
         yield Skipped(source, error.reason + (f" (after {num_clips} good clips)" if num_clips else ""))
 
 
 class _UpToItsEnd:
-    """Goes through a generator and keeps what it returns: here, the frames that were left over."""
+    """Goes through a generator and keeps what it returns: the end of the file."""
 
-    def __init__(self, clips: Generator[DecodedClip, None, int]) -> None:
-        self._clips, self.rest = clips, 0
+    def __init__(self, clips: Generator[DecodedClip, None, StreamEnd]) -> None:
+        self._clips, self.end = clips, StreamEnd(0, ())
 
     def __iter__(self) -> Iterator[DecodedClip]:
-        self.rest = yield from self._clips
+        self.end = yield from self._clips
 
 
 def _read_ahead(streams: Iterator[Iterator[Any]], num_readers: int) -> Iterator[Any]:

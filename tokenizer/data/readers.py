@@ -1,8 +1,9 @@
-"""The two decoders behind one face: PyAV, and decord for those who ask for it.
+"""The two decoders behind one interface: PyAV, and decord on request.
 
-A reader gives the pictures of the first real video stream in the order in which they are shown, each with its time in
-seconds since the first picture. Pixels are uint8 RGB, upright (a display rotation of the container is applied), and the
-same whichever decoder is used. Whatever a damaged file makes a decoder raise comes out as a VideoError.
+A reader gives the pictures of the first video stream in the order of display, each with its time in seconds since the
+first. Pixels are uint8 RGB and upright: the display matrix of the container is applied, mirrored ones included. Both
+decoders give the same pixels; a file that decord would get wrong is refused.
+What is not handled (tone mapping, a tilted display matrix) is named in `Reader.notes`.
 """
 
 from __future__ import annotations
@@ -13,53 +14,61 @@ import importlib.util
 import io
 import itertools
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, cast
 
 import av
 import numpy as np
+from av.buffer import Buffer
 from av.container import InputContainer
 from av.stream import Disposition
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
 from tokenizer.common.errors import UserError
+from tokenizer.data.files import Span, VideoError, check_regular, display_name
 
-DEFAULT_FPS = 25.0  # for the few streams that state no rate at all (raw elementary streams)
+DEFAULT_RATE = Fraction(25)  # for the few streams that state no rate at all (raw elementary streams)
+_INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "avi")  # containers whose index lists every picture
+_HD_LINES = 720  # untagged video of so many lines is BT.709, as players take it
+_UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
+_HDR = {16: "PQ", 18: "HLG"}  # AVCOL_TRC_SMPTE2084, AVCOL_TRC_ARIB_STD_B67
+_LARGEST_ASPECT = 8  # of one pixel; beyond that the header is wrong
+_DECODER_ERRORS = (av.FFmpegError, OSError, EOFError, ValueError, OverflowError)
 
 
-class VideoError(UserError):
-    """One file that cannot be read. `path` and `reason` say which and why; callers report it and go on."""
+def no_beat() -> None:
+    """The heartbeat of a decoder that nobody waits for."""
 
-    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
-        super().__init__(f"{display_name(path)}: {reason}")
-        self.path = Path(path)
-        self.reason = reason
 
-    def __reduce__(self) -> tuple[type[VideoError], tuple[Path, str]]:
-        return VideoError, (self.path, self.reason)
+class Image(NamedTuple):
+    """Upright uint8 RGB [H, W, C] as stored, and the height and width at which it is displayed (pixel aspect)."""
+
+    rgb_HWC: np.ndarray
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One frame: its time in seconds since the first, and a call that converts it to uint8 HWC RGB."""
+    """One frame: its time in seconds since the first, and a call that converts it to RGB."""
 
     time: float
-    to_rgb: Callable[[], np.ndarray]
+    to_rgb: Callable[[], Image]
 
 
 class Reader(Protocol):
     """An open video file, good for one pass over its pictures."""
 
-    fps: float
-    num_frames: int | None  # what the header claims; None when it claims nothing
+    rate: Fraction  # frames per second
+    num_frames: int | None  # what the header claims; None if it claims nothing
+    notes: dict[str, None]  # what is not handled, "kind: detail" each, in the order found
 
-    def times(self) -> list[float]:
-        """Time of every picture in seconds, ascending, the first one 0."""
+    def times(self) -> np.ndarray:
+        """Time of every picture in seconds, float64 [T], ascending, the first one 0."""
         ...
 
     def pictures(self, first: int = 0) -> Iterator[Picture]:
@@ -67,35 +76,25 @@ class Reader(Protocol):
         ...
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         ...
 
 
-def display_name(path: str | os.PathLike[str]) -> str:
-    r"""A printable form of any file name: bytes that are not UTF-8 appear as \xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def file_slug(text: str, most: int = 60) -> str:
-    """What may stand in any file name: ASCII letters, digits, `_` for all else; at most `most`, never none."""
-    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[:most] or "video"
-
-
 @contextlib.contextmanager
-def open_reader(path: str | os.PathLike[str], backend: str) -> Iterator[Reader]:
+def open_reader(
+    path: str | os.PathLike[str], backend: str, span: Span | None = None, beat: Callable[[], None] = no_beat
+) -> Iterator[Reader]:
     """Open a video with `backend` ("pyav" or "decord").
 
-    Raises VideoError when the file cannot be read, now or while its pictures are drawn; UserError for a wrong backend.
+    span: the part of the file that holds the video. beat: called for every packet and picture, as a sign of progress.
+    Raises VideoError if the file cannot be read, now or while its pictures are drawn; UserError for a wrong backend.
     """
     if backend not in _READERS:
         raise UserError(f"backend={backend!r} is not a video backend; choose one of {', '.join(_READERS)}")
     file = Path(path)
-    if not file.is_file():
-        raise VideoError(file, "is not a file" if file.exists() else "does not exist; check the path")
-    if file.stat().st_size == 0:
-        raise VideoError(file, "is empty (zero bytes)")
+    check_regular(file)
     with _decoder_errors(file):
-        reader = _READERS[backend](file)
+        reader = _READERS[backend](file, span, beat)
         try:
             yield reader
         finally:
@@ -104,12 +103,14 @@ def open_reader(path: str | os.PathLike[str], backend: str) -> Iterator[Reader]:
 
 @contextlib.contextmanager
 def _decoder_errors(path: Path) -> Iterator[None]:
-    """Damaged files make the decoders raise anything, from EOFError to AttributeError: one thing to the caller."""
+    """Whatever a decoder raises over a damaged file becomes a VideoError. Defects of the program stay what they are."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
+        if not isinstance(error, _DECODER_ERRORS) and type(error).__name__ != "DECORDError":
+            raise
         text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
         raise VideoError(path, f"cannot be decoded ({text[:160]})") from error
 
@@ -117,67 +118,160 @@ def _decoder_errors(path: Path) -> Iterator[None]:
 class PyAvReader:
     """FFmpeg through PyAV: streams, and seeks by keyframe."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, span: Span | None = None, beat: Callable[[], None] = no_beat) -> None:
+        self._path, self._span, self._beat = path, span, beat
         self._container, self._stream = self._open()
-        rate = self._stream.average_rate or self._stream.guessed_rate
-        self.fps = float(rate) if rate else DEFAULT_FPS
+        self.rate = _rate_of(self._stream)
         self.num_frames = self._stream.frames or None
-        self._tick = self._stream.time_base or Fraction(1, 1000)
+        self.notes: dict[str, None] = {}
+        self.tick = self._stream.time_base or Fraction(1, 1000)
+        self._is_fresh = True  # nothing was read from the container yet
         # Such a file keeps no presentation times, and what FFmpeg makes up for them is out of order.
         self.untimed = self._container.format.name == "avi" and self._stream.codec_context.has_b_frames
-        self._pts: list[int] | None = None
+        self._pts: np.ndarray | None = None
+        self._num_decoded = 0
+        aspect = self._stream.sample_aspect_ratio or Fraction(1)
+        self._aspect = aspect if 1 / Fraction(_LARGEST_ASPECT) <= aspect <= _LARGEST_ASPECT else Fraction(1)
 
     def close(self) -> None:
         self._container.close()
 
-    def is_rotated(self) -> bool:
-        """Whether the first picture is stored on its side or upside down."""
-        frame = next(self._container.decode(self._stream), None)
-        return frame is not None and frame.rotation % 360 != 0
+    def first_frame(self) -> av.VideoFrame | None:
+        """The first picture as FFmpeg decodes it; None if there is none."""
+        return next(self._decoded(), None)
 
-    def times(self) -> list[float]:
-        self._pts = self._packet_pts()
-        if self._pts is None:
-            with open_reader(self._path, "pyav") as second_pass:
-                return [picture.time for picture in second_pass.pictures()]
-        return [float((pts - self._pts[0]) * self._tick) for pts in self._pts]
+    def times(self) -> np.ndarray:
+        pts = self.display_pts()
+        if pts is None:
+            with open_reader(self._path, "pyav", self._span, self._beat) as second_pass:
+                return np.array([picture.time for picture in second_pass.pictures()])
+        return (pts - pts[0]) * self.tick.numerator / self.tick.denominator
 
     def pictures(self, first: int = 0) -> Iterator[Picture]:
         if first == 0:
-            return self._as_pictures(self._container.decode(self._stream), None)
-        self._pts = self._pts or self._packet_pts()
-        if self._pts is not None and first < len(self._pts):
-            target = self._pts[first]
-            self._container.seek(target, stream=self._stream, backward=True)
-            frames = self._container.decode(self._stream)
-            frames = itertools.dropwhile(lambda frame: frame.pts is not None and frame.pts < target, frames)
-            found = next(frames, None)
-            if found is not None and found.pts == target:
-                return self._as_pictures(itertools.chain([found], frames), self._pts[0])
-            self.close()  # the index of the file lies: count from the start instead
-            self._container, self._stream = self._open()
-        return itertools.islice(self._as_pictures(self._container.decode(self._stream), None), first, None)
+            return self._counted(self._as_pictures(self._from_start(), None))
+        pts = self.display_pts()
+        if pts is not None and first < len(pts):
+            found = self._seek(int(pts[first]))
+            if found is not None:
+                return self._as_pictures(found, int(pts[0]))
+            self._reopen()  # the index of the file lies: count from the start instead
+        return itertools.islice(self._as_pictures(self._from_start(), None), first, None)
+
+    # Opening, and the pictures that the container lists
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
         # An absolute path is never taken for a protocol, and the whitelist keeps playlists away from the network.
-        container = av.open(str(self._path.absolute()), options={"protocol_whitelist": "file"})
+        name, protocols = str(self._path.absolute()), "file"
+        if self._span is not None:
+            name = f"subfile,,start,{self._span.offset},end,{self._span.offset + self._span.size},,:{name}"
+            protocols = "file,subfile"
+        container = av.open(name, options={"protocol_whitelist": protocols})
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-        if not streams:
+        if not streams or streams[0].codec_context is None:
             container.close()
-            raise VideoError(self._path, "has no video stream")
+            raise VideoError(self._path, "has a codec that is not known" if streams else "has no video stream")
         streams[0].codec_context.thread_count = 1  # clips are short: threads cost more than they give
         return container, streams[0]
 
-    def _packet_pts(self) -> list[int] | None:
-        """Sorted time stamps of all shown pictures, read without decoding; None when the container lacks some."""
-        if self.untimed:
+    def _reopen(self) -> None:
+        self.close()
+        self._container, self._stream = self._open()
+        self._is_fresh = True
+
+    def display_pts(self) -> np.ndarray | None:
+        """Sorted time stamps of all shown pictures, int64 [T], in ticks; None if the container lacks some."""
+        if self._pts is None and not self.untimed:
+            self._pts = self._index_pts()
+            if self._pts is None:
+                self._pts = self._packet_pts()
+        return self._pts
+
+    def _index_pts(self) -> np.ndarray | None:
+        """The same from the index that was read with the header: nothing else of the file is touched.
+
+        The index holds decoding times. They equal the times of display up to a shift if pictures are not reordered, or
+        if all are equally far apart. None for any other file, and for a file that is shorter than its index says.
+        """
+        entries = self._listed()
+        if entries is None or self._stream.start_time is None or not len(entries):
             return None
-        container, stream = self._open()
-        with container:
-            pts = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
+        timestamp, end, is_discard, _ = entries.T
+        size = self._span.size if self._span else self._path.stat().st_size
+        if len(entries) != self._stream.frames or is_discard.any() or end.max() > size:
+            return None
+        step = np.diff(timestamp)
+        if (step <= 0).any() or (self._stream.codec_context.has_b_frames and len(step) and (step != step[0]).any()):
+            return None
+        return timestamp - timestamp[0] + self._stream.start_time
+
+    def _listed(self) -> np.ndarray | None:
+        """The container's index, int64 [T, 4]: time stamp, last byte, whether discarded, size. None if it has none."""
+        if self._container.format.name not in _INDEXED:
+            return None
+        rows = [(e.timestamp, e.pos + e.size, e.is_discard, e.size) for e in self._stream.index_entries]
+        return np.array(rows, np.int64).reshape(-1, 4)
+
+    def _packet_pts(self) -> np.ndarray | None:
+        """The same from all packets, read without decoding: the whole file is read."""
+        pts, num_packets = [], 0
+        for packet in self._container.demux(self._stream):
+            self._beat()
+            if packet.size:
+                num_packets += 1
+                if not packet.is_discard:
+                    pts.append(packet.pts)
+        self._reopen()
+        self._compare(num_packets, self._expected(with_discarded=True))
         known = sorted({p for p in pts if p is not None})
-        return known if known and len(known) == len(pts) else None
+        return np.array(known, np.int64) if known and len(known) == len(pts) else None
+
+    def _expected(self, with_discarded: bool) -> int:
+        """How many pictures the header or the index promises; 0 if neither does."""
+        entries = self._listed()
+        if entries is not None and len(entries) and len(entries) >= self._stream.frames:
+            return int(((entries[:, 3] > 0) & (with_discarded | (entries[:, 2] == 0))).sum())
+        return self._stream.frames
+
+    def _compare(self, found: int, expected: int) -> None:
+        if found < expected:
+            self.notes[f"truncated: the header counts {expected} pictures, the file holds {found}"] = None
+
+    # Decoding
+
+    def _decoded(self) -> Iterator[av.VideoFrame]:
+        self._is_fresh = False
+        for frame in self._container.decode(self._stream):
+            self._beat()
+            self._num_decoded += 1
+            yield frame
+
+    def _from_start(self) -> Iterator[av.VideoFrame]:
+        if not self._is_fresh:
+            self._reopen()
+        return self._decoded()
+
+    def _counted(self, pictures: Iterator[Picture]) -> Iterator[Picture]:
+        """Pass on all pictures of the file, then compare their number with the header's."""
+        self._num_decoded = 0
+        yield from pictures
+        self._compare(self._num_decoded, self._expected(with_discarded=False))
+
+    def _seek(self, target: int) -> Iterator[av.VideoFrame] | None:
+        """Frames from the one with time stamp `target` on; None if it cannot be found by a seek."""
+        # A seek goes by decoding time: the keyframe it finds may be shown after the target. Then go further back.
+        for seconds in (0, 1, 5, 25):
+            self._container.seek(target - round(seconds / self.tick), stream=self._stream, backward=True)
+            frames = self._decoded()
+            first = next(frames, None)
+            if first is None or first.pts is None:
+                return None
+            if first.pts <= target:
+                frames = itertools.chain([first], frames)
+                frames = itertools.dropwhile(lambda frame: frame.pts is not None and frame.pts < target, frames)
+                found = next(frames, None)
+                return itertools.chain([found], frames) if found is not None and found.pts == target else None
+        return None
 
     def _as_pictures(self, frames: Iterator[av.VideoFrame], first_pts: int | None) -> Iterator[Picture]:
         reformatter = VideoReformatter()  # one for all frames keeps the scaler's tables: a third of the cost
@@ -185,59 +279,143 @@ class PyAvReader:
             if first_pts is None:
                 first_pts = frame.pts
             if first_pts is None or frame.pts is None or self.untimed:
-                time = index / self.fps
+                time = float(index / self.rate)
             else:
-                time = float((frame.pts - first_pts) * self._tick)
+                time = float((frame.pts - first_pts) * self.tick)
             yield Picture(time, functools.partial(self._to_rgb, frame, reformatter))
 
-    def _to_rgb(self, frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    def _to_rgb(self, frame: av.VideoFrame, reformatter: VideoReformatter) -> Image:
         if frame.is_corrupt:
             raise VideoError(self._path, f"is damaged (the picture at {float(frame.time or 0):.2f} s is corrupt)")
-        image_HWC = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        quarter_turns = round(frame.rotation / 90) % 4
-        return np.ascontiguousarray(np.rot90(image_HWC, quarter_turns)) if quarter_turns else image_HWC
+        if frame.color_trc in _HDR:
+            name = _HDR[frame.color_trc]
+            self.notes[f"HDR: {name} transfer, shown without tone mapping; colours look flat"] = None
+        matrix = Colorspace.ITU709 if is_untagged_hd(frame) else None
+        image_HWC = reformatter.reformat(frame, format="rgb24", src_colorspace=matrix, threads=1).to_ndarray()
+        height, width = displayed_size(frame.height, frame.width, self._aspect)
+        turn = display_turn(frame)
+        if turn.is_tilted:
+            self.notes["display matrix: tilted or scaled; shown at the nearest quarter turn"] = None
+        if turn.transposed:
+            image_HWC, height, width = image_HWC.transpose(1, 0, 2), width, height
+        image_HWC = image_HWC[:: -1 if turn.flip_rows else 1, :: -1 if turn.flip_columns else 1]
+        return Image(np.ascontiguousarray(image_HWC), height, width)
+
+
+def _rate_of(stream: VideoStream) -> Fraction:
+    """Frames per second. The average is exact, but some demuxers (raw DV) give the clock's 60000 for it."""
+    average, guessed = stream.average_rate, stream.guessed_rate
+    if average and guessed and average > 2 * guessed:
+        return guessed
+    return average or guessed or DEFAULT_RATE
+
+
+def is_untagged_hd(frame: av.VideoFrame) -> bool:
+    """Whether the frame is YUV of HD size without a colour matrix. FFmpeg would take BT.601; players take BT.709."""
+    is_yuv = not frame.format.is_rgb and len(frame.format.components) >= 3
+    return is_yuv and frame.height >= _HD_LINES and int(frame.colorspace) == _UNTAGGED
+
+
+def displayed_size(height: int, width: int, aspect: Fraction) -> tuple[int, int]:
+    """Height and width in square pixels, for pixels that are `aspect` times as wide as high; never smaller."""
+    if aspect > 1:
+        return height, round(width * aspect)
+    return round(height / aspect), width
+
+
+class Turn(NamedTuple):
+    """A display matrix: transpose first, then reverse rows and columns. is_tilted: that is not all the matrix does."""
+
+    transposed: bool
+    flip_rows: bool
+    flip_columns: bool
+    is_tilted: bool
+
+
+_UPRIGHT = Turn(False, False, False, False)
+
+
+def display_turn(frame: av.VideoFrame) -> Turn:
+    """How a frame must be turned for display, by its display matrix: p' = a p + c q, q' = b p + d q."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return _UPRIGHT
+    a, b, _, c, d, *_ = (int(x) for x in np.frombuffer(bytes(cast(Buffer, data)), np.int32))
+    transposed = abs(b) + abs(c) > abs(a) + abs(d)
+    down, across, rest = (b, c, (a, d)) if transposed else (d, a, (b, c))
+    largest = max(abs(down), abs(across))
+    is_tilted = largest == 0 or max(map(abs, rest)) > largest // 100 or abs(abs(down) - abs(across)) > largest // 100
+    return Turn(transposed, down < 0, across < 0, is_tilted)
 
 
 class DecordReader:
     """decord, on request only: its native code can hang on bad files, and it exists for x86_64 Linux alone."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, span: Span | None = None, beat: Callable[[], None] = no_beat) -> None:
         if importlib.util.find_spec("decord") is None:
             raise UserError("backend='decord' needs the package decord (x86_64 Linux only); install it or use 'pyav'")
         import decord
 
         # PyAV looks first: it stumbles over most files on which decord would crash, and knows what decord gets wrong.
-        with contextlib.closing(PyAvReader(path)) as twin:
-            self._untimed = twin.untimed
-            if twin.is_rotated():
-                raise VideoError(path, "is stored rotated, which decord decodes wrongly; use backend='pyav'")
+        with contextlib.closing(PyAvReader(path, span, beat)) as twin:
+            self._untimed, self._aspect, self.rate = twin.untimed, twin._aspect, twin.rate
+            if (frame := twin.first_frame()) is not None and (wrong := _wrong_in_decord(frame)):
+                raise VideoError(path, f"{wrong}, which decord decodes wrongly; use backend='pyav'")
         name = str(path.absolute())
         # decord takes only UTF-8 names, but also the bytes of a file.
-        source = name if display_name(name) == name else io.BytesIO(path.read_bytes())
+        source = name if display_name(name) == name and span is None else io.BytesIO(_bytes_of(path, span))
         self._video = decord.VideoReader(source, ctx=decord.cpu(0), num_threads=1)
-        self.fps = float(self._video.get_avg_fps()) or DEFAULT_FPS
+        self._beat = beat
         self.num_frames: int | None = len(self._video)
+        self.notes: dict[str, None] = {}
 
     def close(self) -> None:
         del self._video
 
-    def times(self) -> list[float]:
+    def times(self) -> np.ndarray:
         if self._untimed:
-            return [index / self.fps for index in range(len(self._video))]
+            return np.arange(len(self._video)) / float(self.rate)
         start_T = self._video.get_frame_timestamp(range(len(self._video)))[:, 0]
-        return [float(time - start_T[0]) for time in start_T]
+        return (start_T - start_T[0]).astype(np.float64)
 
     def pictures(self, first: int = 0) -> Iterator[Picture]:
-        for index, time in enumerate(self.times()):
+        for index, time in enumerate(self.times().tolist()):
+            self._beat()
             if self._untimed:  # skipping frames of such a file, decord now and then gives the wrong picture
                 image = self._to_rgb(index)
                 if index >= first:
-                    yield Picture(time, functools.partial(np.copy, image))
+                    yield Picture(time, functools.partial(self._copied, image))
             elif index >= first:
                 yield Picture(time, functools.partial(self._to_rgb, index))
 
-    def _to_rgb(self, index: int) -> np.ndarray:
-        return self._video[index].asnumpy()
+    def _to_rgb(self, index: int) -> Image:
+        image_HWC = self._video[index].asnumpy()
+        height, width = image_HWC.shape[:2]
+        return Image(image_HWC, *displayed_size(height, width, self._aspect))
+
+    @staticmethod
+    def _copied(image: Image) -> Image:
+        return image._replace(rgb_HWC=image.rgb_HWC.copy())
 
 
-_READERS: dict[str, Callable[[Path], Reader]] = {"pyav": PyAvReader, "decord": DecordReader}
+def _wrong_in_decord(frame: av.VideoFrame) -> str | None:
+    """What decord would get wrong about a file, by its first frame."""
+    if display_turn(frame) != _UPRIGHT:
+        return "is stored mirrored or rotated"
+    if max(component.bits for component in frame.format.components) > 8:
+        return "has more than 8 bits a colour"
+    return "is HD without a colour matrix" if is_untagged_hd(frame) else None
+
+
+def _bytes_of(path: Path, span: Span | None) -> bytes:
+    with open(path, "rb") as file:
+        if span is None:
+            return file.read()
+        file.seek(span.offset)
+        return file.read(span.size)
+
+
+_READERS: dict[str, Callable[[Path, Span | None, Callable[[], None]], Reader]] = {
+    "pyav": PyAvReader,
+    "decord": DecordReader,
+}

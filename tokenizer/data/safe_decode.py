@@ -1,10 +1,9 @@
-"""Decode files that nobody vouches for: in a process of its own, with a time limit, so that only that process can die.
+"""Decode untrusted files in a separate process with a time limit, so a crash or a hang costs one clip.
 
-A native decoder can crash or hang where no Python exception or time-out reaches it. Here that is one more VideoError.
-The process is long-lived and reused from file to file (starting one takes seconds, a clip some milliseconds); it is an
-ordinary subprocess, so it works in scripts without a `__main__` guard and inside the workers of a DataLoader.
-
-Work on a long stream with a few threads, in order, with a bounded number of items in flight.
+A native decoder can crash or hang where no Python exception or time-out reaches it. Here that becomes a VideoError.
+The time limit is for one picture, not for a clip: a slow file is no hang. The process is long-lived and reused from
+file to file; it is an ordinary subprocess, so it works in scripts without a `__main__` guard and inside the workers of
+a DataLoader. `map_ahead` keeps several of them busy.
 """
 
 from __future__ import annotations
@@ -21,22 +20,25 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from tokenizer.common.errors import UserError
-from tokenizer.data.readers import VideoError
-from tokenizer.data.video_io import DecodedClip
+from tokenizer.data.cutting import ClipEvents, ClipFacts, Event, Place, Shown, StreamEnd, Timing
+from tokenizer.data.files import Span, VideoError
+from tokenizer.data.readers import Image
+from tokenizer.data.video_io import DecodedClip, assemble
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 
 def map_ahead(work: Callable[[A], B], items: Iterable[A], num_threads: int) -> Iterator[B]:
-    """`work(item)` of every item, in their order; `num_threads` run at once and twice as many wait at most.
+    """`work(item)` of every item, in order; `num_threads` run at once and twice as many wait at most.
 
-    Threads are enough where the work waits for another process or for a codec. An exception ends the stream.
+    For work that waits for another process or for a codec. An exception ends the stream.
     """
     with ThreadPoolExecutor(num_threads) as pool:
         waiting: deque[Future[B]] = deque()
@@ -52,8 +54,16 @@ def map_ahead(work: Callable[[A], B], items: Iterable[A], num_threads: int) -> I
                 future.cancel()
 
 
-TIME_LIMIT_S = 60.0  # for one clip
-_START_LIMIT_S = 300.0  # importing torch on a busy machine
+TIME_LIMIT_S = 60.0  # without a sign of progress
+_START_LIMIT_S = 120.0  # a busy machine
+_ROOT = str(Path(__file__).parents[2])
+# -P: the current folder is not searched, where a file `random.py` of the user's would take the place of Python's own
+_START = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from tokenizer.data.decode_worker import main
+main(int(sys.argv[2]))
+"""
 
 
 def decode_clips(
@@ -64,10 +74,10 @@ def decode_clips(
     all_clips: bool = False,
     backend: str = "pyav",
     time_limit_s: float = TIME_LIMIT_S,
-) -> Generator[DecodedClip, None, int]:
-    """`video_io.iter_clips` in another process. A crash, or a clip that takes longer than the limit: VideoError."""
-    arguments = {"num_frames": num_frames, "size": size, "fps": fps, "all_clips": all_clips, "backend": backend}
-    return _stream("iter_clips", path, arguments, time_limit_s)
+) -> Generator[DecodedClip, None, StreamEnd]:
+    """`video_io.iter_clips` in another process. A crash, or no picture within the limit: VideoError."""
+    arguments = {"num_frames": num_frames, "fps": fps, "all_clips": all_clips, "backend": backend}
+    return assemble(path, _events("clips", path, arguments, time_limit_s), num_frames, size)
 
 
 def decode_clip_at(
@@ -78,29 +88,68 @@ def decode_clip_at(
     fps: float | None = None,
     backend: str = "pyav",
     time_limit_s: float = TIME_LIMIT_S,
+    any_phase: bool = False,
+    span: Span | None = None,
 ) -> DecodedClip:
-    """`video_io.read_clip_at` in another process. A crash, or longer than the limit: VideoError."""
-    arguments = {"position": position, "num_frames": num_frames, "size": size, "fps": fps, "backend": backend}
-    clips = _stream("read_clip_at", path, arguments, time_limit_s)
+    """`video_io.read_clip_at` in another process. A crash, or no picture within the limit: VideoError."""
+    place = Place(None, position, any_phase)
+    arguments = {"place": place, "num_frames": num_frames, "fps": fps, "backend": backend, "span": span}
+    clips = assemble(path, _events("clip_at", path, arguments, time_limit_s), num_frames, size)
     with contextlib.closing(clips):
         return next(clips)
 
 
-def _stream(
-    reader: str, path: str | os.PathLike[str], arguments: dict[str, Any], time_limit_s: float
-) -> Generator[DecodedClip, None, int]:
+def fingerprint_of(path: str | os.PathLike[str], span: Span | None = None) -> str:
+    """`files.fingerprint` in another process: a disk that does not answer costs one file. VideoError if it fails."""
+    return _ask("fingerprint", path, {"span": span})
+
+
+def timing_of(path: str | os.PathLike[str]) -> Timing | None:
+    """`cutting.picture_timing` in another process."""
+    answer = _ask("timing", path, {})
+    return None if answer is None else Timing(tuple(answer[0]), tuple(answer[1]), answer[2])
+
+
+def _ask(verb: str, path: str | os.PathLike[str], arguments: dict[str, Any]) -> Any:
+    """The answer to one question about a file."""
     worker = _take_worker()
-    request: list[Any] = ["open", reader, os.fspath(path), arguments, time_limit_s]
+    try:
+        worker.send(path, ["open", verb, os.fspath(path), arguments, TIME_LIMIT_S])
+        answer = worker.receive(path, TIME_LIMIT_S)
+        return answer["value"]
+    finally:
+        _give_back(worker)
+
+
+def _events(verb: str, path: str | os.PathLike[str], arguments: dict[str, Any], time_limit_s: float) -> ClipEvents:
+    """The events of `cutting.py` from another process."""
+    worker = _take_worker()
+    request: list[Any] = ["open", verb, os.fspath(path), arguments, time_limit_s]
+    between_clips = True
     try:
         while True:
-            answer = worker.ask(path, request, time_limit_s)
-            if isinstance(answer, int):
-                return answer
-            yield answer
-            request = ["next", time_limit_s]
+            if between_clips:
+                worker.send(path, request)
+                between_clips, request = False, ["next", time_limit_s]
+            answer = worker.receive(path, time_limit_s)
+            if "end" in answer:
+                between_clips = True
+                num_left, notes = answer["end"]
+                return StreamEnd(num_left, tuple(notes))
+            event: Event
+            if "clip" in answer:
+                start, fps, notes = answer["clip"]
+                event, between_clips = ClipFacts(start, fps, tuple(notes)), True
+            else:
+                event = Shown(Image(answer["rgb"], *answer["shown"]), answer["times"])
+            yield event
+    except UserError:
+        between_clips = True  # an error ends the answer
+        raise
     finally:
-        if worker.alive:  # a reader that was left in the middle is dropped by the next "open"
-            _idle.setdefault(os.getpid(), []).append(worker)
+        if worker.alive and not between_clips:  # left in the middle: the line is out of step, nobody may reuse it
+            worker.stop(kill=True)
+        _give_back(worker)
 
 
 class _Worker:
@@ -108,11 +157,13 @@ class _Worker:
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
+        path = os.pathsep.join(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p not in ("", "."))
+        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tokenizer.data.decode_worker", str(theirs.fileno())],
+                [sys.executable, "-P", "-c", _START, _ROOT, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+                env={**os.environ, **one_thread},
             )
         self._connection = Connection(ours.detach())
         self.pid = self._process.pid
@@ -125,25 +176,43 @@ class _Worker:
             code = self.stop(kill=True)
             raise UserError(f"the decoding process did not start (exit code {code}); its own message is above")
 
-    def ask(self, path: str | os.PathLike[str], request: list[Any], time_limit_s: float) -> DecodedClip | int:
-        """Send one request and wait for its clip; at the end of the file, the frames that were too few for another."""
-        try:
+    def send(self, path: str | os.PathLike[str], request: list[Any]) -> None:
+        """Send one request about `path`."""
+        with self._guarded(path):
             self._connection.send_bytes(json.dumps(request).encode())
-            if not self._connection.poll(time_limit_s):
-                raise VideoError(path, f"the decoder hangs (no clip within {time_limit_s:g} s); it was ended")
-            answer = json.loads(self._connection.recv_bytes())
-            if "clip" in answer:
-                shape = answer["clip"].pop("shape")
-                frames_THWC = np.frombuffer(bytearray(self._connection.recv_bytes()), np.uint8).reshape(shape)
-                return DecodedClip(frames_THWC=frames_THWC, **answer["clip"])
+
+    def receive(self, path: str | os.PathLike[str], time_limit_s: float) -> dict[str, Any]:
+        """The next message but beats; a picture has its pixels as "rgb", uint8 [H, W, C]."""
+        with self._guarded(path):
+            answer = {"beat": True}
+            while "beat" in answer:
+                if not self._connection.poll(time_limit_s):
+                    raise TimeoutError(f"{time_limit_s:g} s")
+                answer = json.loads(self._connection.recv_bytes())
+            if "picture" in answer:
+                rgb_HWC = np.empty(answer["picture"], np.uint8)
+                self._connection.recv_bytes_into(rgb_HWC.reshape(-1).data)
+                return {**answer, "rgb": rgb_HWC}
+        if "error" in answer:
+            raise VideoError(path, str(answer["error"])) if answer["file"] else UserError(answer["error"])
+        if "bug" in answer:
+            raise RuntimeError(f"defect in the decoding process, not in {os.fspath(path)!r}:\n{answer['bug']}")
+        return answer
+
+    @contextlib.contextmanager
+    def _guarded(self, path: str | os.PathLike[str]) -> Iterator[None]:
+        """Whatever goes wrong with the line ends the process."""
+        try:
+            yield
+        except TimeoutError as limit:
+            self.stop(kill=True)
+            reason = f"the decoder hangs (no picture within {limit}); it was ended"
+            raise VideoError(path, reason) from limit
         except (EOFError, OSError) as error:
             raise VideoError(path, f"the decoder crashed on it ({_how_it_ended(self.stop(kill=True))})") from error
         except BaseException:  # interrupted in the middle of an exchange: the line is out of step, nobody may reuse it
             self.stop(kill=True)
             raise
-        if "error" in answer:
-            raise VideoError(path, answer["error"]) if answer["file"] else UserError(answer["error"])
-        return int(answer["end"])
 
     def stop(self, kill: bool = False) -> int:
         """Hang up (the process then leaves by itself) or kill; returns the exit code."""
@@ -163,6 +232,12 @@ _idle: dict[int, list[_Worker]] = {}
 def _take_worker() -> _Worker:
     idle = _idle.get(os.getpid())
     return idle.pop() if idle else _Worker()
+
+
+def _give_back(worker: _Worker) -> None:
+    """Keep a worker for the next file; a reader that was left between clips is dropped by the next "open"."""
+    if worker.alive:
+        _idle.setdefault(os.getpid(), []).append(worker)
 
 
 @atexit.register

@@ -95,6 +95,8 @@ class ResultsFolder:
         os.replace(aside, target)
         record = {"file": clip.source.file, "start": clip.start, "name": clip.name, **result.figures}
         record |= {"num_padded": decoded.num_padded, "fps": decoded.fps, "fingerprint": clip.fingerprint}
+        if decoded.notes:
+            record["notes"] = list(decoded.notes)  # what of the file is not handled
         with open(self._journal, "ab") as journal:
             journal.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self.records[clip.name] = record

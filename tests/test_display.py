@@ -1,0 +1,239 @@
+"""Pixels as players show them: display matrix, pixel aspect, colour matrix, frame rate, and what is named instead."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.video.reformatter import Colorspace
+
+from tokenizer.data import video_io
+from tokenizer.data.clip_stream import ClipRule, ClipWalk, find_sources
+from tokenizer.data.files import fingerprint, list_videos
+from tokenizer.data.safe_decode import decode_clips
+from tokenizer.data.video_io import VideoError, iter_clips, probe, read_clip_at
+
+BACKENDS = ("pyav", "decord") if importlib.util.find_spec("decord") else ("pyav",)
+RATES = ("30000/1001", "24000/1001", "25", "9000000/299971", "119880/1001", "7.5")
+
+
+def write(
+    path: Path, frames_THWC: np.ndarray, codec: str = "libx264rgb", pixels: str = "rgb24", **settings: object
+) -> Path:
+    """One video. settings: of the stream or its codec context; `matrix` of display; `options` of the encoder."""
+    options = {"qp": "0"} | dict(settings.pop("options", {}))
+    rate, matrix, pts = settings.pop("rate", 10), settings.pop("matrix", None), settings.pop("pts", None)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames_THWC.shape[1:3], pixels
+        for name, value in settings.items():
+            setattr(stream.codec_context, name, value)
+        if matrix is not None:
+            stream.set_display_matrix(matrix)
+        if pts is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for index, frame_HWC in enumerate(frames_THWC):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+            if pts is not None:
+                frame.pts, frame.time_base = pts[index], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def noise(num_frames: int = 3, height: int = 24, width: int = 40) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (num_frames, height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize("flip_columns", [False, True])
+@pytest.mark.parametrize("flip_rows", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_all_eight_display_matrices(tmp_path: Path, transposed: bool, flip_rows: bool, flip_columns: bool) -> None:
+    down, across = (-1 if flip else 1 for flip in (flip_rows, flip_columns))
+    a, b, c, d = (0, down, across, 0) if transposed else (across, 0, 0, down)  # p' = a p + c q, q' = b p + d q
+    matrix = [a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30]
+    expected_THWC = noise().transpose(0, 2, 1, 3) if transposed else noise()
+    expected_THWC = expected_THWC[:, ::down, ::across]
+    path = write(tmp_path / "turned.mp4", noise(), matrix=matrix)
+    clip = next(iter_clips(path, 3, None))
+    np.testing.assert_array_equal(clip.frames_THWC, expected_THWC)
+    assert (probe(path).height, probe(path).width) == expected_THWC.shape[1:3] and not clip.notes
+
+
+def test_a_tilted_display_matrix_is_named(tmp_path: Path) -> None:
+    matrix = [60000, 26000, 0, -26000, 60000, 0, 0, 0, 1 << 30]
+    clip = next(iter_clips(write(tmp_path / "tilted.mp4", noise(), matrix=matrix), 3, None))
+    np.testing.assert_array_equal(clip.frames_THWC, noise())
+    assert "display matrix" in clip.notes[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("aspect", [Fraction(64, 45), Fraction(2, 3)])
+def test_a_circle_stays_a_circle(tmp_path: Path, aspect: Fraction, backend: str) -> None:
+    y, x = np.mgrid[0:240, 0:320]
+    inside_HW = ((x - 159.5) * float(aspect)) ** 2 + (y - 119.5) ** 2 < 80**2
+    frames_THWC = np.repeat(np.where(inside_HW, 255, 0).astype(np.uint8)[None, ..., None], 3, axis=3)
+    path = write(tmp_path / "wide.mkv", frames_THWC, sample_aspect_ratio=aspect)
+    seen_HW = next(iter_clips(path, 1, 96, backend=backend)).frames_THWC[0, ..., 0] > 127  # [H, W]
+    assert seen_HW.any(0).sum() == pytest.approx(seen_HW.any(1).sum(), abs=1)
+    whole = next(iter_clips(path, 1, None, backend=backend)).frames_THWC
+    info = probe(path, backend)
+    assert whole.shape[1:3] == (info.height, info.width) == video_io.resize(frames_THWC, *whole.shape[1:3]).shape[1:3]
+    assert info.width / info.height == pytest.approx(320 * float(aspect) / 240, abs=0.01)
+
+
+@pytest.mark.parametrize(("height", "matrix"), [(720, Colorspace.ITU709), (480, Colorspace.ITU601)])
+def test_untagged_video_has_the_matrix_that_players_take(tmp_path: Path, height: int, matrix: Colorspace) -> None:
+    """Colours stored with the matrix of their size and no tag come back; the other matrix is 20 levels off."""
+    colours = np.array([[200, 30, 40], [20, 180, 60], [30, 60, 220], [230, 200, 20]], np.uint8)
+    frames_THWC = np.broadcast_to(colours.repeat(16, axis=0)[None, None], (1, height, 64, 3))
+    path = tmp_path / "hd.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"qp": "0"})
+        stream.height, stream.width, stream.pix_fmt = height, 64, "yuv444p"
+        rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frames_THWC[0]), format="rgb24")
+        frame = rgb.reformat(format="yuv444p", dst_colorspace=matrix)
+        frame.colorspace = 2  # unspecified
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    back_THWC = next(iter_clips(path, 1, None)).frames_THWC
+    assert np.abs(back_THWC.astype(int) - frames_THWC).max() <= 4
+
+
+@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
+def test_hdr_is_named_and_reaches_the_record(
+    tmp_path: Path, transfer: int, name: str, capfd: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in/hdr.mp4", noise(), "libx264", "yuv420p", color_trc=transfer)
+    walk = ClipWalk(find_sources(tmp_path / "in", lambda path: False), ClipRule(3, 16), num_readers=0)
+    (clip,) = walk("reading")
+    assert clip.decoded is not None and name in clip.decoded.notes[0]
+    assert (
+        walk.notes == {"hdr.mp4": list(clip.decoded.notes)}
+        and f"note on hdr.mp4: HDR: {name}" in capfd.readouterr().err
+    )
+
+
+def test_decord_refuses_ten_bits(tmp_path: Path) -> None:
+    pytest.importorskip("decord")
+    path = write(tmp_path / "ten.mkv", noise(), "ffv1", "yuv420p10le", options={"qp": "0"})
+    next(iter_clips(path, 3))
+    with pytest.raises(VideoError, match="more than 8 bits a colour, which decord decodes wrongly; use backend='pyav'"):
+        next(iter_clips(path, 3, backend="decord"))
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_frame_rates_are_exact_in_written_files(tmp_path: Path, rate: str) -> None:
+    exact = Fraction(rate)
+    video_io.write_video(tmp_path / "out.mp4", noise(8), float(exact))
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert container.streams.video[0].average_rate == exact
+
+
+def test_raw_dv_has_its_own_rate_not_that_of_the_clock(tmp_path: Path) -> None:
+    frames_THWC = np.full((4, 480, 720, 3), 90, np.uint8)
+    write(tmp_path / "tape.dv", frames_THWC, "dvvideo", "yuv411p", rate=Fraction(30000, 1001), options={})
+    info = probe(tmp_path / "tape.dv")
+    assert info.fps == pytest.approx(29.97, abs=0.01)
+    assert (info.height, info.width) == (round(480 * 9 / 8), 720)  # the pixels of DV are 8:9
+
+
+def test_a_file_with_fewer_pictures_than_its_header_counts_is_noted(tmp_path: Path) -> None:
+    path = write(tmp_path / "whole.avi", noise(20), "ffv1", "bgr0", options={})
+    with av.open(str(path)) as container:
+        end = list(container.streams.video[0].index_entries)[12].pos
+    (tmp_path / "cut.avi").write_bytes(path.read_bytes()[:end])
+    clips = iter_clips(tmp_path / "cut.avi", 4, 16, all_clips=True)
+    notes = []
+    try:
+        while True:
+            next(clips)
+    except StopIteration as end:
+        notes += end.value.notes
+    assert len(notes) == 1 and notes[0].startswith("truncated: the header counts 20 pictures, the file holds 12")
+    whole = iter_clips(path, 4, 16, all_clips=True)
+    assert len(list(whole)) == 5
+    assert "truncated" in read_clip_at(tmp_path / "cut.avi", 0.0, 4, 16).notes[0]
+
+
+def test_a_random_clip_reads_a_part_of_the_file_and_opens_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "long.mp4"
+    write(path, noise(240, 96, 128), "libx264", "yuv420p", options={"g": "12", "qp": "10"})
+    opened = []
+    original = av.open
+    monkeypatch.setattr(av, "open", lambda *a, **k: opened.append(a) or original(*a, **k))
+    before = _bytes_read()
+    clip = read_clip_at(path, 0.8, 8, 32)
+    read = _bytes_read() - before
+    assert clip.start == int(0.8 * 233) and len(opened) == 1
+    assert read < path.stat().st_size / 3, (read, path.stat().st_size)
+
+
+def _bytes_read() -> int:
+    with open("/proc/self/io") as file:
+        return int(next(line for line in file if line.startswith("rchar")).split()[1])
+
+
+@pytest.mark.parametrize("bframes", ["0", "3"])
+def test_variable_frame_rate_has_the_same_clips_by_seek_and_by_stream(tmp_path: Path, bframes: str) -> None:
+    pts = np.cumsum(np.random.default_rng(1).integers(20, 90, 60))
+    options = {"g": "10", "bf": bframes, "qp": "4"}
+    path = write(tmp_path / "phone.mp4", noise(60), "libx264", "yuv420p", pts=(pts - pts[0]).tolist(), options=options)
+    for fps in (None, 7.0):
+        frames = np.concatenate([c.frames_THWC for c in iter_clips(path, 1, None, fps, all_clips=True)])
+        for start in (0, 9, len(frames) - 5):
+            np.testing.assert_array_equal(
+                video_io.read_clip(path, start, 5, fps=fps).frames_THWC, frames[start : start + 5]
+            )
+
+
+def test_at_a_given_rate_every_frame_of_the_file_is_seen_in_training(tmp_path: Path) -> None:
+    levels_T = np.arange(75) * 3
+    frames_THWC = np.broadcast_to(levels_T[:, None, None, None], (75, 16, 16, 3)).astype(np.uint8)
+    path = write(tmp_path / "count.mp4", frames_THWC, rate=25)
+
+    def seen(any_phase: bool) -> set[int]:
+        positions = np.random.default_rng(0).random(600)
+        clips = (read_clip_at(path, position, 4, None, 3.0, any_phase=any_phase) for position in positions)
+        return {int(level) // 3 for clip in clips for level in clip.frames_THWC[:, 0, 0, 0]}
+
+    assert seen(any_phase=False) == {int(k * 25 / 3) for k in range(9)}
+    assert seen(any_phase=True) == set(range(75))
+
+
+def test_special_files_are_refused_without_reading(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "zero.mp4").symlink_to("/dev/zero")
+    (tmp_path / "gone.mp4").symlink_to(tmp_path / "nowhere")
+    for path in list_videos(tmp_path):
+        reason = "does not exist" if path.name == "gone.mp4" else "is not a regular file"
+        for read in (lambda p: list(iter_clips(p)), lambda p: list(decode_clips(p)), fingerprint):
+            with pytest.raises(VideoError, match=reason):
+                read(path)
+    skipped = ClipWalk(find_sources(tmp_path, lambda path: False), ClipRule(4, 16), num_readers=2)
+    assert not list(skipped("reading")) and len(skipped.skipped) == 3
+
+
+def test_what_a_folder_holds_besides_videos_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("._a.mp4", "a.mp4", "b.qt", "c.HEVC", "notes.txt", "x.json", "y.json", "README"):
+        (tmp_path / name).touch()
+    with caplog.at_level(logging.WARNING):
+        assert [path.name for path in list_videos(tmp_path)] == ["a.mp4", "b.qt", "c.HEVC"]
+    (line,) = caplog.messages
+    assert "passed over 5 entries" in line and all(
+        part in line for part in ("2 .json", "1 .txt", "1 ._ files", "1 without")
+    )
+
+
+def test_a_path_too_long_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match="File name too long"):
+        probe(tmp_path / ("x" * 300 + ".mp4"))

@@ -1,0 +1,189 @@
+"""Which pictures of a video make a clip: consecutive clips as a stream, or one clip by seeking.
+
+Both give events: `Shown` for each picture of a clip, then `ClipFacts` once the clip is complete. The events of
+`clip_events` and `clip_at_events` become clips in `video_io.py`, in this process or across a pipe (`safe_decode.py`).
+Letters: T pictures.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Generator, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from tokenizer.data.files import Span, VideoError
+from tokenizer.data.readers import Image, Picture, PyAvReader, Reader, no_beat, open_reader
+
+_TIME_SLACK = 1e-3  # seconds; containers round time stamps to a millisecond
+
+
+class Shown(NamedTuple):
+    """One picture of a clip, and how many frames of the clip in a row show it."""
+
+    image: Image
+    times: int
+
+
+class ClipFacts(NamedTuple):
+    """The end of a clip whose pictures came before. start: counted in frames at `fps`. notes: what is not handled."""
+
+    start: int
+    fps: float
+    notes: tuple[str, ...]
+
+
+class StreamEnd(NamedTuple):
+    """The end of a file. num_left: frames that were too few for another clip. notes: what is not handled."""
+
+    num_left: int
+    notes: tuple[str, ...]
+
+
+Event = Shown | ClipFacts
+ClipEvents = Generator[Event, None, StreamEnd]
+
+
+class Place(NamedTuple):
+    """Where a clip begins: at frame `start`, or at `position` in [0, 1) of all possible starts.
+
+    any_phase: with a given rate, between the frames that evaluation sees too; every start time is equally likely.
+    """
+
+    start: int | None = None
+    position: float = 0.0
+    any_phase: bool = False
+
+
+def clip_events(
+    path: str | os.PathLike[str],
+    num_frames: int,
+    fps: float | None,
+    all_clips: bool,
+    backend: str,
+    span: Span | None = None,
+    beat: Callable[[], None] = no_beat,
+) -> ClipEvents:
+    """Consecutive clips from the start, all of them or the first; see `video_io.iter_clips`."""
+    with open_reader(path, backend, span, beat) as reader:
+        shown_fps = fps or float(reader.rate)
+        start = filled = 0
+        for picture, count in _at_rate(reader.pictures(), float(reader.rate), fps):
+            while count:
+                here = min(count, num_frames - filled)
+                yield Shown(picture.to_rgb(), here)
+                count -= here
+                filled += here
+                if filled == num_frames:
+                    yield ClipFacts(start, shown_fps, tuple(reader.notes))
+                    if not all_clips:
+                        return StreamEnd(0, tuple(reader.notes))
+                    start, filled = start + num_frames, 0
+        if start == 0:  # all there is, shorter than a clip
+            if not filled:
+                raise VideoError(path, "holds no picture")
+            yield ClipFacts(0, shown_fps, tuple(reader.notes))
+            filled = 0
+        return StreamEnd(filled, tuple(reader.notes))
+
+
+def clip_at_events(
+    path: str | os.PathLike[str],
+    place: Place,
+    num_frames: int,
+    fps: float | None,
+    backend: str,
+    span: Span | None = None,
+    beat: Callable[[], None] = no_beat,
+) -> ClipEvents:
+    """The one clip at `place`, by keyframe seek. VideoError if it would begin past the end."""
+    with open_reader(path, backend, span, beat) as reader:
+        start, wanted = _wanted(path, reader, place, num_frames, fps)
+        yield from _pick(reader, wanted)
+        yield ClipFacts(start, fps or float(reader.rate), tuple(reader.notes))
+        return StreamEnd(0, tuple(reader.notes))
+
+
+class Timing(NamedTuple):
+    """The times of all pictures of a file: `pts[t] * tick` seconds since the first. rate, tick: fractions."""
+
+    rate: tuple[int, int]
+    tick: tuple[int, int]
+    pts: list[int]
+
+
+def picture_timing(path: str | os.PathLike[str], beat: Callable[[], None] = no_beat) -> Timing | None:
+    """The exact times of a file; None if it keeps none. Reads the index, or all packets; decodes nothing."""
+    with open_reader(path, "pyav", beat=beat) as reader:
+        assert isinstance(reader, PyAvReader)
+        pts = reader.display_pts()
+        if pts is None:
+            return None
+        rate, tick = reader.rate.as_integer_ratio(), reader.tick.as_integer_ratio()
+        return Timing(rate, tick, (pts - pts[0]).tolist())
+
+
+def _wanted(
+    path: str | os.PathLike[str], reader: Reader, place: Place, num_frames: int, fps: float | None
+) -> tuple[int, list[int]]:
+    """(first frame of the clip, counted at the rate; indices of the pictures that it shows)."""
+    times, rate = reader.times(), float(reader.rate)
+    if not len(times):
+        raise VideoError(path, "holds no picture")
+    if fps is None:
+        num_shown = len(times)
+    else:
+        end = times[-1] + 1 / rate
+        num_shown = max(1, math.ceil((end - _TIME_SLACK) * fps))
+        if place.any_phase:
+            first = place.position * max(0.0, end - _TIME_SLACK - (num_frames - 1) / fps)
+            moments = first + np.arange(num_frames) / fps
+            return int(first * fps), _on_show(times, moments[moments < max(end - _TIME_SLACK, 2 * _TIME_SLACK)])
+    start = place.start
+    if start is None:
+        start = int(place.position * max(1, num_shown - num_frames + 1))
+    if not 0 <= start < num_shown:
+        raise VideoError(path, f"has {num_shown} frames, so none can start at frame {start}")
+    numbers = np.arange(start, min(start + num_frames, num_shown))
+    return start, numbers.tolist() if fps is None else _on_show(times, numbers / fps)
+
+
+def _on_show(times: np.ndarray, moments: np.ndarray) -> list[int]:
+    """Index of the picture on show at each moment in seconds; a picture stays until the next one."""
+    return np.maximum(np.searchsorted(times, moments + _TIME_SLACK, side="right") - 1, 0).tolist()
+
+
+def _pick(reader: Reader, wanted: list[int]) -> Iterator[Shown]:
+    """The pictures with the ascending indices `wanted` (an index may occur again and again)."""
+    num_found = 0
+    for index, picture in enumerate(reader.pictures(wanted[0]), start=wanted[0]):
+        count = wanted.count(index)
+        if count:
+            yield Shown(picture.to_rgb(), count)
+            num_found += count
+        if num_found == len(wanted):
+            break
+
+
+def _at_rate(pictures: Iterator[Picture], own_fps: float, fps: float | None) -> Iterator[tuple[Picture, int]]:
+    """The streaming twin of `_on_show`: each picture with the number of frames that show it at the rate."""
+    if fps is None:
+        yield from ((picture, 1) for picture in pictures)
+        return
+    num_shown = 0
+    current = next(pictures, None)
+    while current is not None:
+        following = next(pictures, None)
+        end = following.time if following else max(current.time + 1 / own_fps, 2 * _TIME_SLACK)
+        count = max(0, math.ceil((end - _TIME_SLACK) * fps) - num_shown)
+        # the bound above can be off by one in the last digit; the rule is num_shown / fps < end - slack
+        while count and not (num_shown + count - 1) / fps < end - _TIME_SLACK:
+            count -= 1
+        while (num_shown + count) / fps < end - _TIME_SLACK:
+            count += 1
+        if count:
+            yield current, count
+        num_shown += count
+        current = following
