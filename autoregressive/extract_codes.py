@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoregressive.condition import check_condition, encode_condition
+from autoregressive.condition import check_condition, class_order, encode_condition
 from autoregressive.sequence import ClipCodes
 from autoregressive.token_archive import ArchivedClip, ArchiveFacts, TokenArchive, save_archive, save_shard
 from tokenizer.assignment import AssignmentSpace
@@ -50,7 +50,7 @@ class ExtractConfig:
     views: int = 1  # how often every clip is drawn anew: crop, flip and start; above 1 needs data.augment
     seed: int = 0
     labels: list[str] = field(default_factory=list)  # one for each source, "" keeps the clips' own; empty keeps all
-    class_names: list[str] = field(default_factory=list)  # in the order of their numbers; empty: those found, in ASCII
+    class_names: list[str] = field(default_factory=list)  # in the order of their numbers; empty: those found, see class_order
     condition_lengths: list[int] = field(default_factory=list)  # frame prediction: tokens of each given block
     condition_frames: int = 0  # frame prediction: frames that are given, e.g. 5
     clips_per_shard: int = 1024
@@ -191,7 +191,7 @@ class Extraction:
     def _class_names(self) -> list[str]:
         """Raises UserError for labels outside the given names, and where some clips have labels and others not."""
         found = {draw.label for draw in self.draws if draw.label is not None}
-        names = self.config.class_names or sorted(found)
+        names = self.config.class_names or class_order(found)
         for strange in sorted(found - set(names)):
             near = difflib.get_close_matches(strange, names, n=1) or names[:1]
             raise UserError(f"class_names has no {strange!r}, the label of some clips; the nearest is {near[0]!r}")

@@ -12,7 +12,7 @@ import torch
 from sampling_files import CLASSES, ROOT, common, contents, num_frames, save_random_gpt
 
 from autoregressive import sample_c2v, sample_folder, sample_frame_prediction
-from autoregressive.condition import names_of, parse_classes
+from autoregressive.condition import class_order, names_of, parse_classes
 from autoregressive.sampler import Sampler
 from tokenizer.common.errors import UserError
 from tokenizer.data.bundled_clips import FOLDER as BUNDLED
@@ -225,3 +225,30 @@ def test_classes_by_name_and_number() -> None:
     assert names_of((), 3) == ("class_0", "class_1", "class_2")
     with pytest.raises(UserError, match="nearest are JumpRope"):
         parse_classes("JumpRobe", names)
+
+
+def test_numeric_labels_are_ordered_by_value() -> None:
+    names = class_order(str(i) for i in range(12))
+    assert names == [str(i) for i in range(12)]
+    assert parse_classes("2,10", names) == [2, 10]
+    assert class_order(["b", "10", "9"]) == ["10", "9", "b"], "not all are numbers"
+
+
+def test_a_number_that_is_another_class_is_refused() -> None:
+    """Labels 1..12, and the order of text that older archives hold: the number and the name are different classes."""
+    for names, text in ((class_order(str(i) for i in range(1, 13)), "2"), (sorted(map(str, range(12))), "10")):
+        with pytest.raises(UserError, match=f"--class-idx {text}: class {text} is named .* in double quotes"):
+            parse_classes(text, names)
+        assert parse_classes(f'"{text}"', names) == [names.index(text)]
+    assert parse_classes("12", class_order(str(i) for i in range(1, 13))) == [11], "no such number: the name is meant"
+
+
+def test_names_with_commas_and_of_equal_letters() -> None:
+    names = ["Pull, then lift", "run", "Run", "walk"]
+    assert parse_classes('walk,"Pull, then lift", Run', names) == [3, 0, 2]
+    with pytest.raises(UserError, match="close the double quotes"):
+        parse_classes('"Pull, then lift', names)
+    with pytest.raises(UserError, match="double quotes keep a name with a comma whole"):
+        parse_classes("Pull, then lift", names)
+    with pytest.raises(UserError, match="2 classes have this name; use a number, 1 or 2"):
+        parse_classes("RUN", names)
