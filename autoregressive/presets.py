@@ -9,7 +9,6 @@ have other numbers. Everything else is taken as it is.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +20,8 @@ from tokenizer.common.checkpoint import load_strict, read_model
 from tokenizer.common.config import from_dict
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.model import TokenizerConfig, VideoTokenizer, parameters_by_part
+from tokenizer.presets import print_sizes
 
-_SIZE_KEYS = ("layers", "width", "heads")
 _K600 = {"num_classes": 0, "condition_lengths": [512, 128]}
 
 PRESETS: dict[str, GPTConfig] = {
@@ -80,17 +79,28 @@ def load_gpt(path: str | Path, device: str | torch.device = "cpu", size: str | N
     return TrainedGPT(model.eval().to(device), names, tokens.get("tokenizer_sha256", ""), file.sha256, str(path))
 
 
+def size_name(config: GPTConfig) -> str:
+    """The preset of these layers, width and heads; 2x96x3 for a size that has no name."""
+    size = _size_of(config)
+    return next((name for name, preset in PRESETS.items() if _size_of(preset) == size), "x".join(map(str, size)))
+
+
 def check_size(config: GPTConfig, size: str, origin: str) -> None:
-    """Raises UserError where `config` has not the layers, width and heads of the preset `size`."""
+    """Raises UserError unless `config` has the layers, width and heads of the preset `size`."""
     if size not in PRESETS:
         raise UserError(f"no GPT size {size!r}; there are {', '.join(PRESETS)}")
-    wanted, found = (tuple(getattr(c, key) for key in _SIZE_KEYS) for c in (PRESETS[size], config))
+    wanted, found = _size_of(PRESETS[size]), _size_of(config)
     if wanted != found:
-        fits = [name for name, preset in PRESETS.items() if tuple(getattr(preset, k) for k in _SIZE_KEYS) == found]
+        named = size_name(config)
+        way_out = f"use --gpt-model {named}" if named in PRESETS else "leave --gpt-model out for a size of your own"
         raise UserError(
             f"{origin} holds {'x'.join(map(str, found))} (layers x width x heads), but {size} is "
-            f"{'x'.join(map(str, wanted))}; use --gpt-model {fits[0] if fits else 'of its own size'}"
+            f"{'x'.join(map(str, wanted))}; {way_out}"
         )
+
+
+def _size_of(config: GPTConfig) -> tuple[int, int, int]:
+    return config.layers, config.width, config.heads
 
 
 def check_tokenizer_fits(gpt: TrainedGPT, tokenizer: VideoTokenizer) -> None:
@@ -120,12 +130,7 @@ def main() -> None:
     as_json = parser.parse_args().json
     with torch.device("meta"):
         listing = {name: parameters_by_part(GPT(config)) for name, config in (PRESETS | FRAME_PREDICTION).items()}
-    if as_json:
-        print(json.dumps({name: {"total": sum(parts.values()), "parts": parts} for name, parts in listing.items()}))
-        return
-    for name, parts in listing.items():
-        print(f"{name}: {sum(parts.values()) / 1e6:.2f}M")
-        print("\n".join(f"    {part:<18} {count / 1e6:9.3f}M" for part, count in parts.items()))
+    print_sizes(listing, as_json)
 
 
 if __name__ == "__main__":

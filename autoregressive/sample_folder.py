@@ -32,6 +32,7 @@ from PIL import Image
 
 from tokenizer.common.config import differences
 from tokenizer.common.errors import UserError
+from tokenizer.common.schema import check_fields, read_json
 from tokenizer.data.video_io import write_video
 from tokenizer.tokens import VideoTokens
 from tokenizer.viz.frames import ShownClip, clip_video, contact_sheet, grid_video
@@ -95,6 +96,15 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 _RECORD = "record.json"
+_SKIPPED = {"file": str, "skipped": str}
+_SAMPLED = {
+    "assignment": list[int],
+    "tokens": int,
+    "tokens_with_length_tokens": int,
+    "given_frames": int,
+    "broken": str | None,
+}
+_AGAIN = "remove the folder it lies in and run the same command again"
 _WRITING = ".writing-"
 
 
@@ -121,7 +131,7 @@ class SampleFolder:
                 (self.folder / name).mkdir()
             file.unlink(missing_ok=True)
         if file.is_file() and any(self.samples.iterdir()):
-            known = json.loads(file.read_text(encoding="utf-8"))
+            known = read_json(file, {}, _AGAIN)
             if different := differences(known, dict(settings)):
                 raise UserError(
                     f"{self.folder}: holds samples made with other settings (there / now: {'; '.join(different)}); "
@@ -130,9 +140,20 @@ class SampleFolder:
         _put(file, _json(settings))
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """What is known of a finished sample; None where it is still to be made."""
+        """What is known of a finished sample; None if it is still to be made.
+
+        Raises UserError for a record that is damaged or contradicts itself.
+        """
         file = self.samples / name / _RECORD
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if not file.exists():
+            return None
+        record = read_json(file, {}, _AGAIN)
+        check_fields(record, _SKIPPED if "skipped" in record else _SAMPLED, str(file), _AGAIN)
+        if "skipped" not in record and record["tokens"] != sum(record["assignment"]):
+            raise UserError(
+                f"{file}: tokens = {record['tokens']} is not the sum of assignment = {record['assignment']}; {_AGAIN}"
+            )
+        return record
 
     def is_done(self, name: str, fingerprint: str) -> bool:
         """Whether the sample that continues this very file is there."""
@@ -187,8 +208,8 @@ class SampleFolder:
 
     def _shown(self, name: str, record: Mapping[str, Any]) -> ShownClip:
         """A finished sample as `add` got it."""
-        frames_THWC, real = np.load(self.samples / name / "frames.npy"), self.samples / name / "original.npy"
-        real_THWC = np.load(real) if real.is_file() else None
+        frames_THWC, real = _frames(self.samples / name / "frames.npy"), self.samples / name / "original.npy"
+        real_THWC = _frames(real) if real.exists() else None
         return ShownClip(frames_THWC, tuple(record["assignment"]), real_THWC, record["given_frames"])
 
     def write_summary(self, names: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,6 +234,17 @@ class SampleFolder:
 
     def _records(self, names: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
         return [(name, record) for name in names if (record := self.record(name))]
+
+
+def _frames(path: Path) -> np.ndarray:
+    """uint8 THWC, from a file that `SampleFolder.add` wrote. Raises UserError for any other."""
+    try:
+        frames_THWC = np.load(path, allow_pickle=False) if path.is_file() else None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: damaged ({error}); {_AGAIN}") from error
+    if not isinstance(frames_THWC, np.ndarray) or frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4:
+        raise UserError(f"{path}: holds no uint8 frames; {_AGAIN}")
+    return frames_THWC
 
 
 def _is_good(record: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from autoregressive.presets import PRESETS, check_tokenizer_fits, load_gpt
+from autoregressive.presets import PRESETS, check_tokenizer_fits, load_gpt, size_name
 from autoregressive.sample_folder import SampleFolder
 from autoregressive.sample_grid import tokens_of
 from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig
@@ -35,7 +35,7 @@ from tokenizer.viz.frames import ShownClip
 
 MOST_IN_GRID = 64  # clips; more are still written, one by one
 _MOST_UNWRITTEN = 8  # clips that wait for the disk
-REQUIRED = ("tok_config", "vq_ckpt", "gpt_model", "gpt_ckpt", "sample_dir")
+REQUIRED = ("tok_config", "vq_ckpt", "gpt_ckpt", "sample_dir")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def add_common_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--tok-config", help="YAML of the tokenizer, checked against its weights")
     add("--vq-ckpt", help="weights of the tokenizer: .safetensors or a run folder")
-    add("--gpt-model", help=f"size of the GPT: {' | '.join(PRESETS)}")
+    add("--gpt-model", help=f"check that the weights have this size: {' | '.join(PRESETS)} (default: any)")
     add("--gpt-ckpt", help="weights of the GPT: .safetensors or a run folder")
     add("--sample-dir", help="results folder; unfinished sampling in it is continued")
     add("--per-proc-batch-size", type=at_least(1), default=8, metavar="B", help="slots: clips sampled together")
@@ -212,7 +212,7 @@ class SampleJob:
     def _facts(self) -> dict[str, Any]:
         """What a reader of samples.json must know."""
         names = {"gpt": display_name(self._args.gpt_ckpt), "tokenizer": display_name(self._args.vq_ckpt)}
-        return {**names, "gpt_model": self._args.gpt_model, "settings": self.settings}
+        return {**names, "gpt_model": size_name(self.gpt.model.config), "settings": self.settings}
 
     def _rule(self, args: argparse.Namespace) -> LengthRule:
         if args.tokens_per_block is None and args.max_tokens is None:
@@ -229,7 +229,7 @@ class SampleJob:
         size = config.slots * model.cache_bytes_per_slot(config.streams, places)
         weights = sum(parameters_by_part(model).values())
         print(
-            f"{self._args.gpt_model} ({weights / 1e6:.1f}M) on {model.device}, {num_clips} clips to sample; keys and "
+            f"{size_name(model.config)} ({weights / 1e6:.1f}M) on {model.device}, {num_clips} clips to sample; keys and "
             f"values: {config.slots} slots x {config.streams} streams x {places} places = {size / 2**20:.1f} MiB"
             + ("; the first steps wait until they are compiled" if config.compile else "")
         )

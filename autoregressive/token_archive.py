@@ -1,12 +1,13 @@
 """The ragged token archive: a set of clips, tokenized once. The GPT trains on it and never sees a pixel.
 
-    archive.json              what made it (ArchiveFacts), and of each shard: name, clips, tokens, sha256
-    shards/000000.safetensors  code_L uint16: of each clip its condition's codes, then its own, one clip after the other
-                              offset_S int64 [S + 1], length_SN int32, label_S int32 (-1: none), view_S int32
-                              and in the header the name of each clip's source
+    archive.json               what made it (ArchiveFacts); of each shard name, clips, tokens, sha256; its own sha256
+    shards/000000.safetensors  code_L uint16: of each clip its condition's codes, then its own, clip after clip
+                               offset_S int64 [S + 1], length_SN int32, label_S int32 (-1: none), view_S int32
+                               and in the header the name of each clip's source
 
-Shards are memory-mapped and read at random; lengths and labels of all clips are kept in memory, because batches are
-planned by them. `archive.json` is written last: a folder without it is not finished.
+Shards are memory-mapped and read at random. Lengths and labels of all clips are kept in memory, because batches are
+planned by them. Each shard is compared with its sha256 before its first clip is read. `archive.json` is written last: a
+folder without it is not finished.
 
     python -m autoregressive.token_archive check DIR
 
@@ -16,6 +17,7 @@ Letters: S clips of a set, N temporal blocks, L tokens.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,11 +35,15 @@ from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.checkpoint import atomic_write, file_sha256
 from tokenizer.common.config import from_dict, to_dict
 from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.schema import check_fields, check_inside, read_json
 
 MOST_CODES = 1 << 16  # what uint16 can say
 FOUND_PROBLEMS = 1
 _KIND = "evatok.token_shard"
 _NO_LABEL = -1
+_TABLES = {"offset_S": ("int64", 1), "length_SN": ("int32", 2), "label_S": ("int32", 1), "view_S": ("int32", 1)}
+_ENTRY = {"file": str, "num_clips": int, "num_tokens": int, "sha256": str}
+_AGAIN = "remove the file and run scripts/train/5a_extract_codes.sh again"
 
 
 @dataclass
@@ -105,7 +111,8 @@ def save_archive(folder: Path, facts: ArchiveFacts, shards: Sequence[Path]) -> N
         }
         for path, shard in ((path, _Shard(path)) for path in shards)
     ]
-    atomic_write(folder / "archive.json", json.dumps({"facts": to_dict(facts), "shards": listed}, indent=1).encode())
+    body = {"facts": to_dict(facts), "shards": listed, "sha256": _digest(to_dict(facts), listed)}
+    atomic_write(folder / "archive.json", json.dumps(body, indent=1).encode())
 
 
 class TokenArchive:
@@ -113,13 +120,11 @@ class TokenArchive:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        body = _read_archive_json(self.folder)
-        self.facts = from_dict(ArchiveFacts, body["facts"], str(self.folder / "archive.json"))
-        self.shards: list[dict[str, Any]] = body["shards"]
-        self._open = [_Shard(self.folder / shard["file"]) for shard in self.shards]
+        self.facts, self.shards = _read_archive_json(self.folder)
+        self._open = [_Shard(self.folder / entry["file"], entry["sha256"]) for entry in self.shards]
         for shard, entry in zip(self._open, self.shards, strict=True):
-            if len(shard) != entry["num_clips"]:
-                raise UserError(f"{shard.path}: has {len(shard)} clips, archive.json says {entry['num_clips']}")
+            if problem := next(shard.table_problems(self.facts, entry["num_clips"]), None):
+                raise UserError(f"{shard.path}: {problem}; {_AGAIN}")
         self._ends = np.cumsum([len(shard) for shard in self._open])
         empty = np.empty((0, self.facts.num_blocks), dtype=np.int32)
         self.length_SN = torch.from_numpy(np.concatenate([empty, *(s.length_SN for s in self._open)])).long()
@@ -134,8 +139,13 @@ class TokenArchive:
         return file_sha256(self.folder / "archive.json")
 
     def clip(self, index: int) -> ClipCodes:
-        """Clip `index`, in the order of the archive."""
+        """Clip `index`, in the order of the archive.
+
+        The first clip of each shard reads the whole file once, to compare it with its sha256. Raises UserError if they
+        differ.
+        """
         shard, place = self._find(index)
+        shard.verify()
         code_L = torch.from_numpy(shard.codes(place).astype(np.int64))
         condition_L, code_L = code_L.tensor_split([self.facts.condition_tokens])
         label = int(self.label_S[index])
@@ -152,9 +162,9 @@ class TokenArchive:
         """Read everything; one line for each thing that is wrong."""
         for shard, entry in zip(self._open, self.shards, strict=True):
             if file_sha256(shard.path) != entry["sha256"]:
-                yield f"{entry['file']}: differs from its sha256; make the archive again"
-            else:
-                yield from (f"{entry['file']}: {problem}" for problem in shard.problems(self.facts))
+                yield f"{entry['file']}: differs from its sha256; {_AGAIN}"
+            elif problem := shard.code_problem(self.facts):
+                yield f"{entry['file']}: {problem}"
 
     def summary(self) -> str:
         """Clips, tokens, classes, and who made them, in one line."""
@@ -174,56 +184,84 @@ class TokenArchive:
 
 
 class _Shard:
-    """One file of an archive, memory-mapped; only the codes stay on the disk."""
+    """One file of an archive, memory-mapped; only the codes stay on the disk. `sha256`: what its bytes must have."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, sha256: str = "") -> None:
+        self.path, self._sha256 = path, sha256
         if not path.is_file():
-            raise UserError(f"{path}: this shard of the archive is missing; make the archive again")
+            raise UserError(f"{path}: this shard of the archive is missing; {_AGAIN}")
         try:
             self._file = safe_open(str(path), framework="np")
-            header = self._file.metadata() or {}
             self._code_L = self._file.get_slice("code_L")
-            arrays = {name: self._file.get_tensor(name) for name in ("offset_S", "length_SN", "label_S", "view_S")}
-            self.names: list[str] = json.loads(header[_KIND])
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"{path}: damaged, or no shard of a token archive ({error}); make it again") from error
+            arrays = {name: self._file.get_tensor(name) for name in _TABLES}
+            self.names: list[str] = json.loads((self._file.metadata() or {})[_KIND])
+        except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: damaged, or no shard of a token archive ({error}); {_AGAIN}") from error
+        for name, array in arrays.items():
+            if (str(array.dtype), array.ndim) != _TABLES[name]:
+                raise UserError(f"{path}: {name} holds {array.dtype} in {array.ndim} dimensions; {_AGAIN}")
+        if self._code_L.get_dtype() != "U16" or len(self._code_L.get_shape()) != 1:
+            raise UserError(f"{path}: code_L holds {self._code_L.get_dtype()}, not a row of uint16; {_AGAIN}")
         self.offset_S, self.length_SN = arrays["offset_S"], arrays["length_SN"]
         self.label_S, self.view_S = arrays["label_S"], arrays["view_S"]
 
     def __len__(self) -> int:
         return len(self.length_SN)
 
+    def verify(self) -> None:
+        """Compare the file with its sha256, the first time."""
+        if self._sha256 and file_sha256(self.path) != self._sha256:
+            raise UserError(f"{self.path}: damaged: differs from its sha256 in archive.json; {_AGAIN}")
+        self._sha256 = ""
+
     def codes(self, place: int) -> np.ndarray:
         """uint16, the condition's and the clip's."""
         return self._code_L[int(self.offset_S[place]) : int(self.offset_S[place + 1])]
 
-    def problems(self, facts: ArchiveFacts) -> Iterator[str]:
-        """What contradicts the facts or itself."""
-        num_S = self.length_SN.sum(axis=1) + facts.condition_tokens
-        (num_codes,) = self._code_L.get_shape()
-        if not len(self) == len(self.label_S) == len(self.view_S) == len(self.names) == len(self.offset_S) - 1:
+    def table_problems(self, facts: ArchiveFacts, num_clips: int) -> Iterator[str]:
+        """How the tables, which are read whole when the archive is opened, contradict the facts or one another."""
+        if len(self) != num_clips:
+            yield f"has {len(self)} clips, archive.json says {num_clips}"
+        elif self.length_SN.shape[1] != facts.num_blocks:
+            yield f"has lengths of {self.length_SN.shape[1]} blocks, archive.json says {facts.num_blocks}"
+        elif not len(self) == len(self.label_S) == len(self.view_S) == len(self.names) == len(self.offset_S) - 1:
             yield "its tables are of different lengths"
-        elif not np.array_equal(np.cumsum([0, *num_S]), self.offset_S) or self.offset_S[-1] != num_codes:
-            yield "codes, lengths and offsets do not fit together"
-        if not np.isin(self.length_SN, facts.levels).all():
+        elif not all(isinstance(name, str) for name in self.names):
+            yield "has names that are not text"
+        elif not np.isin(self.length_SN, facts.levels).all():
             yield f"has lengths that are none of the levels {facts.levels}"
+        else:
+            num_S = self.length_SN.sum(axis=1, dtype=np.int64) + facts.condition_tokens
+            if not np.array_equal(np.cumsum([0, *num_S]), self.offset_S) or [self.offset_S[-1]] != self._code_L.get_shape():
+                yield "codes, lengths and offsets do not fit together"
+            if len(self) and not (self.label_S.min() >= _NO_LABEL and self.label_S.max() < len(facts.class_names)):
+                yield f"has labels outside the {len(facts.class_names)} classes"
+
+    def code_problem(self, facts: ArchiveFacts) -> str | None:
+        """Codes outside the codebook; reads all of them."""
+        (num_codes,) = self._code_L.get_shape()
         if num_codes and int(self._code_L[:].max()) >= facts.codebook_size:
-            yield f"has codes that are not below the codebook's size {facts.codebook_size}"
-        if len(self) and not (self.label_S.min() >= _NO_LABEL and self.label_S.max() < len(facts.class_names)):
-            yield f"has labels outside the {len(facts.class_names)} classes"
+            return f"has codes that are not below the codebook's size {facts.codebook_size}"
+        return None
 
 
-def _read_archive_json(folder: Path) -> dict[str, Any]:
+def _read_archive_json(folder: Path) -> tuple[ArchiveFacts, list[dict[str, Any]]]:
+    """The facts, and the list of shards: file, num_clips, num_tokens, sha256."""
     path = folder / "archive.json"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{folder}: no finished token archive (no archive.json); scripts/train/5a_extract_codes.sh")
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        body["facts"], body["shards"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); run scripts/train/5a_extract_codes.sh again") from error
-    return body
+    body = read_json(path, {"facts": dict, "shards": list}, _AGAIN)
+    digest = body.get("sha256")
+    if digest is not None and digest != _digest(body["facts"], body["shards"]):
+        raise UserError(f"{path}: damaged: its contents differ from their sha256; {_AGAIN}")
+    for entry in body["shards"]:
+        check_fields(entry, _ENTRY, str(path), _AGAIN)
+        check_inside(entry["file"], str(path), _AGAIN)
+    return from_dict(ArchiveFacts, body["facts"], str(path)), body["shards"]
+
+
+def _digest(facts: dict[str, Any], shards: list[dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps([facts, shards], sort_keys=True).encode()).hexdigest()
 
 
 def main() -> int:

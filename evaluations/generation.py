@@ -32,7 +32,7 @@ MakeRequest = Callable[[ListedClip], tuple[Request, dict[str, Any]]]  # -> the r
 def add_sampling_flags(parser: Parser) -> None:
     """Spelt as in the sampling commands."""
     add = parser.add_argument
-    add("--gpt-model", metavar="SIZE", help="GPT-B | GPT-L | GPT-LP | GPT-mini | GPT-debug, checked against G")
+    add("--gpt-model", metavar="SIZE", help="GPT-B | GPT-L | GPT-LP | GPT-mini | GPT-debug: check that G has this size")
     add("--gpt-ckpt", metavar="G", help="weights of the GPT: .safetensors or a run folder")
     add("--per-proc-batch-size", type=at_least(1), default=8, metavar="N", help="slots of the sampler (default: 8)")
     add("--seed", type=int, default=0, help="of the samples; the clip list has its own (default: 0)")

@@ -102,6 +102,25 @@ def test_the_prefix_tree_has_780_nodes_instead_of_2500() -> None:
     assert leaves == [tuple(lengths) for lengths in PAPER.table_AN.tolist()]  # met in the order of the table
 
 
+def test_many_blocks_need_no_table() -> None:
+    """Draws and lengths of 5^20 assignments are arithmetic; only what scores every row is refused."""
+    space = AssignmentSpace(PAPER.levels, num_blocks=20)
+    row_B = space.draw_rows(1000, torch.Generator().manual_seed(0))
+    length_BN = space.lengths_of(row_B)
+    assert torch.equal(space.rows_of(length_BN), row_B) and length_BN.shape == (1000, 20)
+    assert all((length_BN[:, [0, 19]] == level).any(dim=0).all() for level in PAPER.levels)
+    assert space.lengths_of(torch.tensor(space.uniform_row(256))).tolist() == [256] * 20
+    assert len(space.rows_with_prefix((32,) * 17)) == 125
+    tables = (lambda: space.table_AN, lambda: space.tokens_A, space.prefix_nodes, lambda: space.rows_with_prefix(()))
+    for whole in tables:
+        with pytest.raises(UserError, match="95367431640625 assignments, too many to score each .*fixed:"):
+            whole()
+    with pytest.raises(UserError, match="more assignments than 64 bits can number"):
+        AssignmentSpace(PAPER.levels, num_blocks=28)
+    with pytest.raises(IndexError, match="625 of 625"):
+        PAPER.lengths_of(torch.tensor([3, 625]))
+
+
 @quick
 @given(spaces, st.integers(0, 2**32), st.data())
 def test_best_row_is_the_brute_force_one(space: AssignmentSpace, seed: int, data: st.DataObject) -> None:

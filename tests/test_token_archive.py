@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import random
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from autoregressive.sequence import ClipCodes
 from autoregressive.token_archive import ArchivedClip, ArchiveFacts, TokenArchive, main, save_archive, save_shard
@@ -100,8 +107,72 @@ def test_tokens_that_contradict_their_facts_are_named(tmp_path: Path, changes: d
     clips = [random_clip(seed) for seed in range(4)]
     save_shard(tmp_path / "0.safetensors", clips, FACTS)
     save_archive(tmp_path, ArchiveFacts(**{**vars(FACTS), **changes}), [tmp_path / "0.safetensors"])
-    problems = list(TokenArchive(tmp_path).check())
-    assert len(problems) == 1 and words in problems[0]
+    if "codebook_size" in changes:  # only a check reads all codes
+        (problem,) = TokenArchive(tmp_path).check()
+        assert words in problem
+        return
+    with pytest.raises(UserError, match=words):
+        TokenArchive(tmp_path)
+
+
+def test_no_flipped_bit_reaches_a_clip(tmp_path: Path) -> None:
+    """Training opens an archive and reads its clips: wherever a bit of a file flips, one of the two refuses."""
+    write(tmp_path, [random_clip(seed) for seed in range(4)])
+    rng = random.Random(0)
+    for path in (tmp_path / "shards" / "000000.safetensors", tmp_path / "archive.json"):
+        whole = path.read_bytes()
+        for _ in range(50):
+            place = rng.randrange(len(whole))
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
+            with pytest.raises(UserError, match=path.name):
+                TokenArchive(tmp_path).clip(0)
+        path.write_bytes(whole)
+    TokenArchive(tmp_path).clip(0)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda body: body["shards"][0].update(num_clips=4.0), "num_clips = 4.0 is not int"),
+        (lambda body: body["shards"][0].update(num_clips=True), "num_clips = True is not int"),
+        (lambda body: body["shards"][0].update(file="../0.safetensors"), "'../0.safetensors' is not a path inside"),
+        (lambda body: body["shards"].__setitem__(0, "x"), "expected an object, found 'x'"),
+        (lambda body: body.update(shards={}), "shards = {} is not list"),
+        (lambda body: body["facts"].update(num_blocks=4.0), "num_blocks"),
+        (lambda body: body["facts"].pop("levels"), "levels"),
+    ],
+)
+def test_an_edited_list_of_shards_is_refused(tmp_path: Path, edit: Callable[[dict], None], words: str) -> None:
+    write(tmp_path, [random_clip(seed) for seed in range(4)])
+    path = tmp_path / "archive.json"
+    body = json.loads(path.read_text())
+    del body["sha256"]
+    edit(body)
+    path.write_text(json.dumps(body))
+    with pytest.raises(UserError, match=re.escape(words)):
+        TokenArchive(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("code_L", lambda x: x.astype(np.float32)),
+        ("code_L", lambda x: x > 5),
+        ("code_L", lambda x: x.astype(np.int64)),
+        ("label_S", lambda x: x.astype(np.float64)),
+        ("length_SN", lambda x: x.astype(bool)),
+        ("offset_S", lambda x: x[None]),
+    ],
+)
+def test_no_other_type_is_cast_to_codes(tmp_path: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    write(tmp_path, [random_clip(seed) for seed in range(4)])
+    path = tmp_path / "shards" / "000000.safetensors"
+    with safe_open(path, "np") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tensors[name] = change(tensors[name])
+    save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match=rf"000000.safetensors: {name} holds"):
+        TokenArchive(tmp_path)
 
 
 def test_a_codebook_that_does_not_fit_is_refused() -> None:

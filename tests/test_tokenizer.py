@@ -198,7 +198,8 @@ def test_the_list_of_presets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr("sys.argv", ["presets", "--json"])
     presets.main()
     listing = json.loads(capsys.readouterr().out)
-    assert listing.keys() == PRESETS.keys()
+    assert listing.keys() == PRESETS.keys() | {"router", "router_vjepa2"}
+    assert round(listing["router_vjepa2"]["total"] / 1e6, 1) == 19.9
     assert all(entry["total"] == sum(entry["parts"].values()) for entry in listing.values())
     monkeypatch.setattr("sys.argv", ["presets"])
     presets.main()

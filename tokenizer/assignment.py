@@ -1,13 +1,19 @@
 """The idea of EVATok: how many tokens each temporal block of a clip gets. Read this file first.
 
-A clip is cut into N temporal blocks; block t gets a *length* out of m levels. An *assignment* is a row of N lengths;
-all m^N of them, in lexicographic order, are the table. A batch of clips with unequal assignments is *packed*: the
-tokens of all clips stand one after the other, clip by clip, block by block, with no padding anywhere. So "blocks up
-to t of clip b" is always one contiguous stretch, and block-causal attention needs no mask (paper.md sections 1, 2).
+A clip is cut into N temporal blocks, and each block gets one of m *levels* of tokens. An *assignment* is the row of N
+lengths, for example (512, 64, 32, 32) for a clip that hardly moves after its first frames. All m^N assignments, in
+lexicographic order, form the table (arXiv 2603.12267).
 
-Everything here is a pure function of small integers; lengths live on the CPU, because they decide tensor shapes.
+A batch of clips with unequal assignments is *packed*: the tokens of all clips stand one after the other, clip by clip,
+block by block, without padding. "Blocks <= t of clip b" is then one contiguous range, so block-causal attention needs
+no mask.
 
-Letters: B clips, N temporal blocks, A assignments (m^N), L tokens of the whole batch, packed.
+    lengths   clip 0: (4, 2)   clip 1: (1, 3)
+    packed    0 0 0 0 | 0 0 || 1 | 1 1 1          10 tokens, L = 10
+
+Everything here is a pure function of small integers. Lengths stay on the CPU, because they decide tensor shapes.
+
+Letters: B clips, N temporal blocks, m levels, A assignments (m^N), L tokens of the whole batch, packed.
 """
 
 from __future__ import annotations
@@ -22,13 +28,19 @@ from torch import Tensor
 
 from tokenizer.common.errors import UserError
 
+MOST_ROWS = 1 << 20  # of a table: 8 blocks of 5 levels fit, 9 do not
+_INT64 = 1 << 63
+
 
 @dataclass(frozen=True)
 class AssignmentSpace:
-    """All assignments of `num_blocks` blocks over `levels` (ascending token counts).
+    """All assignments of `num_blocks` blocks over `levels` (token counts, ascending).
 
-    Row r of `table_AN` is the r-th assignment in lexicographic order: row 0 gives every block the smallest level, the
-    last row gives every block the largest. The paper's space is levels (32, 64, 128, 256, 512) over 4 blocks: 625 rows.
+    An assignment is named by its *row*, its place in lexicographic order: row 0 gives every block the smallest level,
+    the last row gives every block the largest. The paper has levels (32, 64, 128, 256, 512) and 4 blocks: 625 rows.
+
+    Rows are numbers in base m, so drawing rows and turning them into lengths and back take no table and work for any
+    number of blocks. A router and curation score every row: for them `table_AN` exists, up to 2^20 rows.
     """
 
     levels: tuple[int, ...]
@@ -40,80 +52,102 @@ class AssignmentSpace:
             raise UserError(f"levels = {list(self.levels)}: give positive token counts in ascending order, each once")
         if self.num_blocks < 1:
             raise UserError(f"num_blocks = {self.num_blocks}: a clip has at least one temporal block")
+        if self.num_rows >= _INT64:
+            raise UserError(
+                f"{len(self.levels)} levels over {self.num_blocks} blocks give more assignments than 64 bits can "
+                "number; use fewer blocks (longer clips can be streamed) or fewer levels"
+            )
+
+    # --- counts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_rows(self) -> int:
+        """A = m^N."""
+        return len(self.levels) ** self.num_blocks
+
+    @property
+    def min_tokens(self) -> int:
+        """Tokens of row 0."""
+        return self.levels[0] * self.num_blocks
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the last row."""
+        return self.levels[-1] * self.num_blocks
+
+    # --- rows and lengths, by arithmetic ------------------------------------------------------------------------------
+
+    def lengths_of(self, row_B: Tensor) -> Tensor:
+        """Rows, int64 [...] -> lengths, int64 [..., N]. Raises IndexError for a row outside the table."""
+        if row_B.numel() and not 0 <= int(row_B.min()) <= int(row_B.max()) < self.num_rows:
+            raise IndexError(f"rows {int(row_B.min())} .. {int(row_B.max())} of {self.num_rows} assignments")
+        digit_BN = row_B[..., None] // self._place_value_N % len(self.levels)  # [..., N], each 0 .. m - 1
+        return torch.tensor(self.levels)[digit_BN]
+
+    def rows_of(self, length_BN: Tensor) -> Tensor:
+        """Lengths, int64 [..., N] -> rows, int64 [...]; the inverse of `lengths_of`.
+
+        Raises UserError for a length that is none of the levels.
+        """
+        if length_BN.shape[-1] != self.num_blocks:
+            raise UserError(f"an assignment has {self.num_blocks} lengths, one per block; got {length_BN.shape[-1]}")
+        level_m = torch.tensor(self.levels)
+        digit_BN = torch.searchsorted(level_m, length_BN.contiguous()).clamp(max=len(self.levels) - 1)  # [..., N]
+        unknown = length_BN[level_m[digit_BN] != length_BN]
+        if unknown.numel():
+            raise UserError(f"length {int(unknown.flatten()[0])} is none of the levels {list(self.levels)}")
+        return (digit_BN * self._place_value_N).sum(dim=-1)
+
+    def uniform_row(self, level: int) -> int:
+        """The row that gives every block `level` tokens."""
+        return int(self.rows_of(torch.full((self.num_blocks,), level)))
+
+    def draw_rows(self, num: int, generator: torch.Generator) -> Tensor:
+        """`num` rows drawn uniformly and independently, int64 [num]: how the proxy tokenizer is trained."""
+        return torch.randint(self.num_rows, (num,), generator=generator)
+
+    def rows_with_prefix(self, prefix: Sequence[int]) -> Tensor:
+        """Rows whose first blocks have exactly the lengths of `prefix`, int64 [m^(N - len(prefix))], ascending."""
+        for length in prefix:
+            if length not in self.levels:
+                raise UserError(f"prefix length {length} is none of the levels {list(self.levels)}")
+        free = self.num_blocks - len(prefix)
+        if free < 0:
+            raise UserError(f"a prefix of {len(prefix)} lengths does not fit into {self.num_blocks} blocks")
+        num = len(self.levels) ** free
+        self.check_table(num)
+        first = int(self.rows_of(torch.tensor([*prefix, *[self.levels[0]] * free])))
+        return torch.arange(first, first + num)  # lexicographic: a prefix is one contiguous range
+
+    # --- the whole table, for whatever scores every assignment --------------------------------------------------------
 
     @cached_property
     def table_AN(self) -> Tensor:
-        """int64 [A, N], lexicographic."""
-        return torch.tensor(list(itertools.product(self.levels, repeat=self.num_blocks)), dtype=torch.long)
+        """int64 [A, N], lexicographic: the last block counts fastest. Raises UserError for more than 2^20 rows."""
+        self.check_table(self.num_rows)
+        return self.lengths_of(torch.arange(self.num_rows))
 
     @cached_property
     def tokens_A(self) -> Tensor:
         """int64 [A], tokens of each assignment in all its blocks together."""
         return self.table_AN.sum(dim=1)
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.levels) ** self.num_blocks
-
-    @property
-    def min_tokens(self) -> int:
-        return self.levels[0] * self.num_blocks
-
-    @property
-    def max_tokens(self) -> int:
-        return self.levels[-1] * self.num_blocks
-
-    def lengths_of(self, row_B: Tensor) -> Tensor:
-        """Rows of the table, int64 [...] -> lengths, int64 [..., N]."""
-        return self.table_AN[row_B]
-
-    def rows_of(self, length_BN: Tensor) -> Tensor:
-        """Lengths, int64 [..., N] -> rows, int64 [...]; the inverse of `lengths_of`.
-
-        Raises UserError where a length is none of the levels.
-        """
-        if length_BN.shape[-1] != self.num_blocks:
-            raise UserError(f"an assignment has {self.num_blocks} lengths, one per block; got {length_BN.shape[-1]}")
-        level_m = torch.tensor(self.levels)
-        digit_BN = torch.searchsorted(level_m, length_BN.contiguous()).clamp(max=len(self.levels) - 1)
-        strange = length_BN[level_m[digit_BN] != length_BN]
-        if strange.numel():
-            raise UserError(f"length {int(strange.flatten()[0])} is none of the levels {list(self.levels)}")
-        weight_N = len(self.levels) ** torch.arange(self.num_blocks - 1, -1, -1)
-        return (digit_BN * weight_N).sum(dim=-1)
-
-    def uniform_row(self, level: int) -> int:
-        """The row that gives every block `level` tokens."""
-        return int(self.rows_of(torch.full((self.num_blocks,), level)))
-
-    def rows_with_prefix(self, prefix: Sequence[int]) -> Tensor:
-        """Rows, int64 [m^(N - len(prefix))], whose first blocks have exactly the lengths of `prefix`."""
-        for length in prefix:
-            if length not in self.levels:
-                raise UserError(f"prefix length {length} is none of the levels {list(self.levels)}")
-        if len(prefix) > self.num_blocks:
-            raise UserError(f"a prefix of {len(prefix)} lengths does not fit into {self.num_blocks} blocks")
-        fits_A = (self.table_AN[:, : len(prefix)] == torch.tensor(list(prefix), dtype=torch.long)).all(dim=1)
-        return fits_A.nonzero().flatten()
-
-    def draw_rows(self, num: int, generator: torch.Generator) -> Tensor:
-        """`num` rows drawn uniformly and independently, int64 [num] (paper.md section 1, stage 1)."""
-        return torch.randint(self.num_rows, (num,), generator=generator)
-
     def best_row(self, score_BA: Tensor, max_tokens: int | None = None) -> Tensor:
-        """Row of the highest score among those of at most `max_tokens` tokens, int64 [B]; ties go to fewer tokens.
+        """The row of the highest score, int64 [B], among rows of at most `max_tokens`; ties go to fewer tokens.
 
-        Raises UserError where `max_tokens` is below the smallest assignment.
+        Raises UserError if `max_tokens` is below the smallest assignment.
         """
         if max_tokens is not None and max_tokens < self.min_tokens:
             raise UserError(f"{max_tokens} tokens are below the smallest assignment: the minimum is {self.min_tokens}")
-        order_A = self.tokens_A.sort(stable=True).indices
+        order_A = self.tokens_A.sort(stable=True).indices  # cheapest first
         if max_tokens is not None:
             order_A = order_A[self.tokens_A[order_A] <= max_tokens]
-        return order_A[score_BA.cpu()[..., order_A].argmax(dim=-1)]  # argmax takes the first, so the cheapest, maximum
+        # argmax returns the first maximum: the cheapest of equal scores
+        return order_A[score_BA.cpu()[..., order_A].argmax(dim=-1)]
 
     def prefix_nodes(self) -> list[tuple[int, ...]]:
         """Every prefix of an assignment, depth first: the nodes of the tree that curation walks (780 for 5^4)."""
+        self.check_table(self.num_rows)
 
         def below(prefix: tuple[int, ...]) -> list[tuple[int, ...]]:
             if len(prefix) == self.num_blocks:
@@ -122,10 +156,24 @@ class AssignmentSpace:
 
         return below(())
 
+    @cached_property
+    def _place_value_N(self) -> Tensor:
+        """int64 [N], m^(N-1) .. m, 1: what a digit of each block is worth in a row."""
+        return torch.tensor([len(self.levels) ** power for power in range(self.num_blocks - 1, -1, -1)])
+
+    def check_table(self, num_rows: int) -> None:
+        """Raises UserError if a table of `num_rows` rows is more than anything could score."""
+        if num_rows > MOST_ROWS:
+            raise UserError(
+                f"{len(self.levels)} levels over {self.num_blocks} blocks give {self.num_rows} assignments, too many "
+                f"to score each (at most {MOST_ROWS}): give the lengths (fixed:.., uniform:K), or use fewer levels or "
+                "blocks"
+            )
+
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Where each token of a packed batch stands. Made by `pack`.
+    """The layout of a packed batch: which clip, block and place each token belongs to. Made by `pack`.
 
     `lengths` is the plain-Python copy of the [B, N] lengths, so that no loop over blocks asks a device for a number.
     """
@@ -142,6 +190,7 @@ class Packing:
 
     @cached_property
     def num_tokens(self) -> int:
+        """L."""
         return sum(self.clip_lengths)
 
     @cached_property
@@ -151,16 +200,17 @@ class Packing:
 
     @cached_property
     def block_ends(self) -> tuple[tuple[int, ...], ...]:
-        """For clip b and block t: tokens of clip b in blocks <= t."""
+        """For clip b and block t: tokens of clip b in blocks <= t, the keys that block t attends to."""
         return tuple(tuple(itertools.accumulate(row)) for row in self.lengths)
 
     @cached_property
     def is_regular(self) -> bool:
-        """True where all clips have the same assignment, so that the packed tokens are also a [B, L/B] rectangle."""
+        """True if all clips have the same assignment, so that the packed tokens are also a [B, L/B] rectangle."""
         return all(row == self.lengths[0] for row in self.lengths)
 
     @cached_property
     def length_BN(self) -> Tensor:
+        """int64 [B, N]."""
         return torch.tensor(self.lengths, dtype=torch.long)
 
     @cached_property
@@ -171,13 +221,13 @@ class Packing:
     @cached_property
     def block_L(self) -> Tensor:
         """int64 [L], the temporal block of each token."""
-        block_BN = torch.arange(self.num_blocks).repeat(self.num_clips)
+        block_BN = torch.arange(self.num_blocks).repeat(self.num_clips)  # [B * N]
         return torch.repeat_interleave(block_BN, self.length_BN.flatten())
 
     @cached_property
     def first_BN(self) -> Tensor:
-        """int64 [B, N], where the first token of each block stands in the packed batch."""
-        length = self.length_BN.flatten()
+        """int64 [B, N], index of the first token of each block in the packed batch."""
+        length = self.length_BN.flatten()  # [B * N]
         return (length.cumsum(0) - length).view(self.num_clips, self.num_blocks)
 
     @cached_property
@@ -201,5 +251,5 @@ def pack(length_BN: Tensor) -> Packing:
 
 @lru_cache(maxsize=64)
 def pack_uniform(num_clips: int, num_blocks: int, length: int) -> Packing:
-    """The layout of a batch in which every block has `length` tokens; the 3D patches of a clip are packed so."""
+    """The layout of a batch in which every block has `length` tokens. The 3D patches of clips are packed this way."""
     return Packing(((length,) * num_blocks,) * num_clips)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,11 +72,20 @@ def load_tokenizer(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="List the named tokenizer sizes with their parameters by part.")
+    from tokenizer.router.model import Router, RouterConfig  # only this list needs them
+
+    routers = {"router": RouterConfig(), "router_vjepa2": RouterConfig(stem="vjepa2")}  # Table 8 of arXiv 2603.12267
+    parser = argparse.ArgumentParser(description="List the named tokenizers and routers with their parameters by part.")
     parser.add_argument("--json", action="store_true", help="for machines: name -> {total, parts}")
     as_json = parser.parse_args().json
     with torch.device("meta"):
         listing = {name: parameters_by_part(VideoTokenizer(config)) for name, config in PRESETS.items()}
+        listing |= {name: parameters_by_part(Router(config)) for name, config in routers.items()}
+    print_sizes(listing, as_json)
+
+
+def print_sizes(listing: Mapping[str, Mapping[str, int]], as_json: bool) -> None:
+    """name -> parameters by part, as text or as JSON."""
     if as_json:
         print(json.dumps({name: {"total": sum(parts.values()), "parts": parts} for name, parts in listing.items()}))
         return

@@ -89,7 +89,7 @@ def _add_inputs(parser: Parser) -> None:
     add("--router-ckpt", metavar="R", action="append", default=[], help="weights of a router; again for other w_q")
     again = "YAML of the router, checked against its weights; again for each --router-ckpt, in their order"
     add("--router-config", metavar="R.yaml", action="append", default=[], help=again)
-    add("--gpt-model", metavar="SIZE", help="GPT-B | GPT-L | GPT-LP | GPT-mini | GPT-debug, checked against G")
+    add("--gpt-model", metavar="SIZE", help="GPT-B | GPT-L | GPT-LP | GPT-mini | GPT-debug: check that G has this size")
     add("--gpt-ckpt", metavar="G", help="class-to-video GPT: entropy-coded size of the tokens as well")
     add("--table", help="quality table of a proxy on these clips, or 'fresh': made here with the tokenizer itself")
     add("--protocol", metavar="NAME", help="clips and networks of a protocol of reconstruction, with its card")

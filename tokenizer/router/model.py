@@ -65,6 +65,7 @@ class RouterConfig:
         for name, known in (("stem", ("raw", "vjepa2")), ("init", ("structured", "random"))):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} = {getattr(self, name)!r} is none of {', '.join(known)}")
+        self.space.check_table(self.space.num_rows)  # a score for every row
         if self.stem == "raw" and self.vjepa2 != VJEPA2StemConfig():
             raise UserError("the section vjepa2 is set, but stem = 'raw' does not read it: set stem=vjepa2")
 

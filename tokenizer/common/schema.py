@@ -1,0 +1,72 @@
+"""Check what a JSON file of ours holds before it is used: a damaged or edited file is one clear line, never a guess."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tokenizer.common.errors import UserError
+
+_MOST_BYTES = 1 << 30
+_COMPONENT = re.compile(r"[^/\\\x00-\x1f]+")
+
+
+def read_json(path: Path, fields: Mapping[str, Any], way_out: str) -> dict[str, Any]:
+    """The object in a JSON file, with `fields` checked. Raises UserError, which ends with `way_out`, for anything else.
+
+    A file that is not regular (a fifo, a device) is refused, and so is one of more than 1 GiB.
+    """
+    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+        raise UserError(f"{path}: not a regular file of at most {_MOST_BYTES >> 30} GiB; {way_out}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged: cannot be read as JSON ({type(error).__name__}); {way_out}") from error
+    return check_fields(data, fields, str(path), way_out)
+
+
+def check_fields(data: Any, fields: Mapping[str, Any], origin: str, way_out: str) -> dict[str, Any]:
+    """`data` must be an object that has all `fields`: name -> its type, such as int, list[int] or str | None.
+
+    A bool is no number, an int passes for a float, and a float must be finite. Other fields are left alone.
+    """
+    if not isinstance(data, dict):
+        raise UserError(f"{origin}: expected an object, found {_short(data)}; {way_out}")
+    for name, hint in fields.items():
+        if name not in data:
+            raise UserError(f"{origin}: lacks {name!r}; {way_out}")
+        if not _fits(data[name], hint):
+            wanted = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+            raise UserError(f"{origin}: {name} = {_short(data[name])} is not {wanted}; {way_out}")
+    return data
+
+
+def check_inside(name: str, origin: str, way_out: str) -> PurePosixPath:
+    """A relative path that a file names, such as shards/000000.safetensors: it may not lead out of its folder."""
+    parts = name.split("/")
+    if not all(_COMPONENT.fullmatch(part) and part not in (".", "..") for part in parts):
+        raise UserError(f"{origin}: {name!r} is not a path inside the folder; {way_out}")
+    return PurePosixPath(name)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(value, choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(each, typing.get_args(hint)[0]) for each in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
