@@ -39,9 +39,9 @@ def check_condition(config: TokenizerConfig, num_frames: int, lengths: Sequence[
 
 @torch.no_grad()
 def encode_condition(tokenizer: VideoTokenizer, video_BCTHW: Tensor, num_frames: int, lengths: Sequence[int]) -> Tensor:
-    """The first `num_frames` frames of clips in [0, 1] -> their codes, int64 [B, sum(lengths)]; later frames are unread.
+    """The first `num_frames` frames of clips in [0, 1] -> their codes, int64 [B, sum(lengths)].
 
-    Raises UserError if a clip has fewer frames or the lengths do not fit.
+    Later frames are not read. Raises UserError if a clip has fewer frames or the lengths do not fit.
     """
     check_condition(tokenizer.config, num_frames, lengths)
     if video_BCTHW.shape[2] < num_frames:
@@ -68,7 +68,7 @@ def names_of(class_names: Sequence[str], num_classes: int) -> tuple[str, ...]:
 
 
 def parse_classes(text: str | None, names: Sequence[str]) -> list[int]:
-    """ '1,JumpRope,"Pull, then lift"' -> class numbers, each once; None: all classes.
+    """'1,JumpRope,"Pull, then lift"' -> class numbers, each once; None: all classes.
 
     A part in double quotes is always a name. Raises UserError for an unknown class, with the nearest names, and for a
     number that is also the name of another class.
@@ -96,7 +96,9 @@ def _parse_class(text: str, names: Sequence[str]) -> int:
             f"{same[0]}; put the name of the one you mean in double quotes, '\"{text}\"' or '\"{names[number]}\"'"
         )
     if len(same) > 1:
-        raise UserError(f"--class-idx {text!r}: {len(same)} classes have this name; use a number, {same[0]} or {same[1]}")
+        raise UserError(
+            f"--class-idx {text!r}: {len(same)} classes have this name; use a number, {same[0]} or {same[1]}"
+        )
     if same:
         return same[0]
     if number is not None:
@@ -106,5 +108,7 @@ def _parse_class(text: str, names: Sequence[str]) -> int:
     spelling = {known.lower(): known for known in names}
     near = difflib.get_close_matches(name.lower(), spelling, n=3, cutoff=0.4)
     offered = ", ".join(spelling[each] for each in near) or f"{names[0]} .. {names[-1]}"
-    hint = "" if quoted or not any("," in known for known in names) else "; double quotes keep a name with a comma whole"
+    hint = (
+        "" if quoted or not any("," in known for known in names) else "; double quotes keep a name with a comma whole"
+    )
     raise UserError(f"--class-idx {text!r}: this model has no such class; the nearest are {offered}{hint}")

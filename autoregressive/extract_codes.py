@@ -30,7 +30,7 @@ from tokenizer.assignment import AssignmentSpace
 from tokenizer.budget import Budget, parse_budget
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import to_dict
-from tokenizer.common.device import pick_device
+from tokenizer.common.device import autocast, pick_device, pick_dtype
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.work_units import WorkUnits, claim_folder
 from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset
@@ -50,15 +50,19 @@ class ExtractConfig:
     views: int = 1  # how often every clip is drawn anew: crop, flip and start; above 1 needs data.augment
     seed: int = 0
     labels: list[str] = field(default_factory=list)  # one for each source, "" keeps the clips' own; empty keeps all
-    class_names: list[str] = field(default_factory=list)  # in the order of their numbers; empty: those found, see class_order
+    class_names: list[str] = field(
+        default_factory=list
+    )  # in the order of their numbers; empty: those found, see class_order
     condition_lengths: list[int] = field(default_factory=list)  # frame prediction: tokens of each given block
     condition_frames: int = 0  # frame prediction: frames that are given, e.g. 5
     clips_per_shard: int = 1024
     batch_size: int = 8
     device: str = "auto"
+    precision: str = "none"  # of the tokenizer: none (fp32), bf16 or fp16; router and nearest code stay in fp32
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
+        pick_dtype(self.precision)
         if not self.tokenizer:
             raise UserError("tokenizer is empty: give the tokenizer that stage 4 trained")
         if min(self.views, self.clips_per_shard, self.batch_size) < 1:
@@ -141,11 +145,12 @@ class Extraction:
             return
         video_BCTHW = torch.stack([sample.video_CTHW for _, sample in read]).to(self.tokenizer.device)
         c, facts = self.config, self.facts
-        length_BN = choose_lengths(video_BCTHW, self.tokenizer.space, self.budget, self.router, c.condition_lengths)
-        tokens = self.tokenizer.encode(video_BCTHW, length_BN)
-        condition_BL = torch.empty(len(read), 0, dtype=torch.long)
-        if c.condition_lengths:
-            condition_BL = encode_condition(self.tokenizer, video_BCTHW, c.condition_frames, c.condition_lengths)
+        with autocast(self.tokenizer.device, c.precision):
+            length_BN = choose_lengths(video_BCTHW, self.tokenizer.space, self.budget, self.router, c.condition_lengths)
+            tokens = self.tokenizer.encode(video_BCTHW, length_BN)
+            condition_BL = torch.empty(len(read), 0, dtype=torch.long)
+            if c.condition_lengths:
+                condition_BL = encode_condition(self.tokenizer, video_BCTHW, c.condition_frames, c.condition_lengths)
         code_parts = tokens.code_L.split(length_BN.sum(dim=1).tolist())
         for (draw, sample), code_L, lengths, condition_L in zip(
             read, code_parts, length_BN.tolist(), condition_BL, strict=True
@@ -186,6 +191,7 @@ class Extraction:
             class_names=self._class_names(),
             condition_lengths=c.condition_lengths,
             condition_frames=c.condition_frames,
+            precision=c.precision,
         )
 
     def _class_names(self) -> list[str]:

@@ -228,8 +228,9 @@ class SampleJob:
         places = longest_sequence(self.layout, self.rule)
         size = config.slots * model.cache_bytes_per_slot(config.streams, places)
         weights = sum(parameters_by_part(model).values())
+        name = size_name(model.config)
         print(
-            f"{size_name(model.config)} ({weights / 1e6:.1f}M) on {model.device}, {num_clips} clips to sample; keys and "
+            f"{name} ({weights / 1e6:.1f}M) on {model.device}, {num_clips} clips to sample; keys and "
             f"values: {config.slots} slots x {config.streams} streams x {places} places = {size / 2**20:.1f} MiB"
             + ("; the first steps wait until they are compiled" if config.compile else "")
         )

@@ -61,6 +61,7 @@ class ArchiveFacts:
     class_names: list[str] = field(default_factory=list)  # class number -> name; empty where clips have no labels
     condition_lengths: list[int] = field(default_factory=list)  # frame prediction: tokens of each given block
     condition_frames: int = 0  # frame prediction: frames that are given
+    precision: str = "none"  # that the tokenizer ran in
 
     def __post_init__(self) -> None:
         if self.codebook_size > MOST_CODES:
@@ -232,7 +233,10 @@ class _Shard:
             yield f"has lengths that are none of the levels {facts.levels}"
         else:
             num_S = self.length_SN.sum(axis=1, dtype=np.int64) + facts.condition_tokens
-            if not np.array_equal(np.cumsum([0, *num_S]), self.offset_S) or [self.offset_S[-1]] != self._code_L.get_shape():
+            if (
+                not np.array_equal(np.cumsum([0, *num_S]), self.offset_S)
+                or [self.offset_S[-1]] != self._code_L.get_shape()
+            ):
                 yield "codes, lengths and offsets do not fit together"
             if len(self) and not (self.label_S.min() >= _NO_LABEL and self.label_S.max() < len(facts.class_names)):
                 yield f"has labels outside the {len(facts.class_names)} classes"

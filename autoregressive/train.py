@@ -38,6 +38,8 @@ from tokenizer.training.cli import parse_training_arguments, rehearse
 from tokenizer.training.optim import OptimConfig
 from tokenizer.training.trainer import RunConfig, Summed, TrainState, fit, portion, start_run
 
+_CLASS_DROPOUT = 0.1
+
 
 def _default_optim() -> OptimConfig:
     return OptimConfig(lr=1e-4, min_lr=0.0, weight_decay=0.05, schedule="wsd")
@@ -57,7 +59,7 @@ class GPTTrainConfig:
     val_clips: int = 512  # clips that a validation looks at, spread evenly over val_archive
     samples: int = 8  # clips that a validation samples, for the picture in samples/; 0: none
     batch_ids: int = 0  # ids a step at most, on each process; 0: run.batch_size clips a step, on all together
-    class_dropout: float = 0.1  # part of the clips whose class is hidden, so that sampling can be guided
+    class_dropout: float = _CLASS_DROPOUT  # part of the clips whose class is hidden, so that sampling can be guided
 
     def __post_init__(self) -> None:
         for name in ("tokenizer", "archive", "val_archive"):
@@ -65,6 +67,8 @@ class GPTTrainConfig:
                 raise UserError(f"{name} is empty: give the result of stage {'4' if name == 'tokenizer' else '5a'}")
         if not 0 <= self.class_dropout < 1:
             raise UserError(f"class_dropout = {self.class_dropout}: must lie in [0, 1)")
+        if not self.model.num_classes and self.class_dropout not in (0, _CLASS_DROPOUT):
+            raise UserError(f"class_dropout = {self.class_dropout} is read by no model without classes; leave it out")
         if min(self.batch_ids, self.samples) < 0 or self.val_clips < 1:
             raise UserError(
                 f"batch_ids = {self.batch_ids} and samples = {self.samples} must be >= 0, val_clips = {self.val_clips} "

@@ -89,6 +89,14 @@ sample() {
   exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" -m "$module" "$@"
 }
 
+# work_stage MODULE CONFIG.yaml [...]: stage 2 or 5a, on WORKERS processes, in PRECISION if that is set.
+work_stage() {
+  local module=$1
+  shift
+  check_stage_arguments "$@"
+  run_workers "$module" "$1" ${PRECISION:+"precision=$PRECISION"} "${@:2}"
+}
+
 # run_workers MODULE [arguments]: WORKERS=n independent processes over the same work units, sharing the cores and the GPUs.
 run_workers() {
   local module=$1 workers=${WORKERS:-1} worker pid python failed=0 pids=()

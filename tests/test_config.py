@@ -45,6 +45,38 @@ def refuse(tmp_path: Path) -> Callable[..., str]:
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
+def test_a_single_value_is_a_list_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "here.yaml"
+    path.write_text("data: {sources: /my videos}")
+    config = load_config(TokenizerTrainConfig, path, ["model.levels=32", "val_data.sources=a b.csv"])
+    assert config.data.sources == ["/my videos"] and config.val_data.sources == ["a b.csv"]
+    assert config.model.levels == [32]
+
+
+BOMB = "a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [*{'a' if i == 0 else f'b{i - 1}'}, x]\n" for i in range(60))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (BOMB, ["line 1", "anchors (&) and aliases (*) are not allowed"]),
+        ("run: &r {dir: *r}", ["line 1", "anchors"]),
+        ("run: {steps: &n 3}", ["anchors"]),
+        ("run: " + "[" * 3000 + "]" * 3000, ["nested more than 20 deep"]),
+        ("model: {levels: [" + "1, " * 30_000 + "2]}", ["more than 20000 values"]),
+        ("# " + "x" * (1 << 20), ["1048578 bytes are no config"]),
+        ("run: !!python/object/apply:os.system [ls]", ["not readable as YAML"]),
+    ],
+)
+def test_yaml_that_is_not_plain_data_is_refused(refuse: Callable[..., str], text: str, words: list[str]) -> None:
+    message = refuse(text)
+    assert "here.yaml" in message
+    for word in words:
+        assert word in message
+    with pytest.raises(ConfigError, match="anchors|nested"):
+        load_config(TokenizerTrainConfig, None, ["run.dir=&a x"])
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -59,11 +91,11 @@ def refuse(tmp_path: Path) -> Callable[..., str]:
         ("run: {steps: '???'}", ["'run.steps' has no value yet"]),
         ("optim: {lr: fast}", ["optim.lr = 'fast'", "Float"]),
         ("data: {augment: maybe}", ["data.augment = 'maybe'", "bool"]),
-        ("model: {levels: 32}", ["model.levels = 32"]),
+        ("model: {levels: true}", ["model.levels = True"]),
         ("model: {levels: [a]}", ["model.levels[0] = 'a'"]),
         ("run: 3", ["key 'run' is a section, not the value 3"]),
         ("run: {steps: {x: 3}}", ["key 'run.steps' is a value, not a section with ['x']"]),
-        ("run: {steps: 1, steps: 2}", ["line 1", "key 'steps' stands twice"]),
+        ("run: {steps: 1, steps: 2}", ["line 1", "key 'steps' is given twice"]),
         ("- run", ["expected `key: value` lines"]),
         ("run: [", ["not readable as YAML", "line 1"]),
     ],

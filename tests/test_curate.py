@@ -1,6 +1,7 @@
 """Stage 2: the prefix tree equals brute force; any number of killed and restarted workers give the same bytes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,3 +138,19 @@ def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
         QualityTable.load(path)
     with pytest.raises(UserError, match="no such quality table"):
         QualityTable.load(tmp_path / "other.safetensors")
+
+
+def test_a_lower_precision_says_how_many_choices_stay(proxy: Path, tmp_path: Path, capsys) -> None:
+    exact, half = curate(proxy, tmp_path / "none"), curate(proxy, tmp_path / "bf16", precision="bf16")
+    assert exact.run() and "against fp32" not in capsys.readouterr().out
+    assert half.run()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "against fp32" in line]
+    assert re.match(r"bf16 against fp32, first \d clips: equal best assignment .* for \d \(\d+%\)", line)
+    tables = [QualityTable.load(curation.table_path) for curation in (exact, half)]
+    gap = (tables[0].lpips_BA - tables[1].lpips_BA).abs().max()
+    assert 0 < gap < 0.05, "computed in bf16, and near"
+    assert tables[1].meta["precision"] == "bf16" and "precision" not in tables[0].meta
+    with pytest.raises(UserError, match="precision"):
+        curate(proxy, tmp_path / "none", precision="bf16")
+    with pytest.raises(UserError, match="precision='half'"):
+        curate(proxy, tmp_path / "half", precision="half")

@@ -151,3 +151,19 @@ def test_mistakes_are_named_before_any_work(weights: dict[str, str], tmp_path: P
     with pytest.raises(UserError, match=words):
         extraction(weights, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lower_precision_is_kept_in_the_facts(weights: dict[str, str], tmp_path: Path) -> None:
+    """The lengths are the same, because the router stays in fp32."""
+    archives, dtypes = [], []
+    for precision in ("none", "bf16"):
+        making = extraction(weights, tmp_path / precision, precision=precision)
+        making.tokenizer.patch_embed.register_forward_hook(lambda *inputs_output: dtypes.append(inputs_output[2].dtype))
+        assert making.run()
+        archives.append(TokenArchive(tmp_path / precision))
+    assert list(dict.fromkeys(dtypes)) == [torch.float32, torch.bfloat16]
+    exact, half = archives
+    assert (exact.facts.precision, half.facts.precision) == ("none", "bf16")
+    assert torch.equal(exact.length_SN, half.length_SN)
+    with pytest.raises(UserError, match="precision='half'"):
+        extraction(weights, tmp_path / "half", precision="half")

@@ -144,6 +144,8 @@ def test_shared_work_starts_any_number_of_workers(script: str, tmp_path: Path, e
     three = bash(script, str(config), "a=1", PYPATH=echo_python, WORKERS="3", OMP_NUM_THREADS="2")
     assert three.stdout == f"-m {module} {config} a=1 threads=2\n" * 3
     assert bash(script, str(config), PYPATH=echo_python).stdout.count(module) == 1
+    half = bash(script, str(config), "a=1", PYPATH=echo_python, PRECISION="bf16", OMP_NUM_THREADS="2").stdout
+    assert half == f"-m {module} {config} precision=bf16 a=1 threads=2\n"
     assert_refuses(bash(script, str(config), PYPATH=echo_python, WORKERS="many"), "WORKERS", "'many'")
 
     ranks = str(executable(tmp_path / "ranks", "echo $LOCAL_RANK"))  # decides which GPU a worker takes

@@ -4,9 +4,9 @@
 #   [WORKERS=n] bash scripts/train/2_curate_router_data.sh CONFIG.yaml [key.sub=value ...] [--dry-run]
 #
 # WORKERS=n starts n independent workers over the same work units; more may be started elsewhere, killed and started again.
+# PRECISION=none|bf16|fp16 sets precision= (default: the config's).
 # Example: WORKERS=2 bash scripts/train/2_curate_router_data.sh configs/mini/curate_train.yaml
 
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../_launch.sh"
-check_stage_arguments "$@"
-run_workers tokenizer.router.curate "$@"
+work_stage tokenizer.router.curate "$@"

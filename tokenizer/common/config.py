@@ -1,9 +1,11 @@
 """Settings: typed dataclasses <- YAML <- `key.sub=value`. The only file that imports OmegaConf.
 
-Every part of the code owns a dataclass beside it; an entry point nests them. A key that no dataclass has, a value of
-the wrong type and an impossible combination each end in one line that names the key, the value and the way out.
-YAML that came from elsewhere cannot reach the machine: interpolations (`${oc.env:..}`) are refused, never resolved,
-and nothing is imported by name.
+Every part of the code owns a dataclass beside it, and an entry point nests them. An unknown key, a value of the wrong
+type and an impossible combination each end in one line that names the key, the value and the way out. A single value is
+taken for a list of one.
+
+YAML from elsewhere is data: interpolations (`${oc.env:..}`), anchors, tags and files of absurd size or depth are
+refused, and nothing is imported by name.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from tokenizer.common.errors import UserError
 
 T = TypeVar("T")
 
+_MOST_BYTES, _MOST_NODES, _MOST_DEPTH = 1 << 20, 20_000, 20  # of a YAML file; the largest of ours has 4 kB
+
 
 class ConfigError(UserError):
     """A setting that cannot be: the message names the origin, the key, the value and the nearest right one."""
@@ -34,7 +38,7 @@ def load_config(schema: type[T], path: str | Path | None, overrides: Sequence[st
 
     Raises ConfigError, one line, for a missing file, a YAML slip, an unknown key, a wrong type, a bad combination.
     """
-    data = {} if path is None else _read_yaml(Path(path))
+    data = {} if path is None else read_yaml(Path(path))
     _check(schema, data, str(path))
     merged: Any = OmegaConf.create(data)
     for item in overrides:
@@ -47,7 +51,7 @@ def load_config(schema: type[T], path: str | Path | None, overrides: Sequence[st
 def from_dict(schema: type[T], data: Mapping[str, Any], origin: str) -> T:
     """A plain dict -> an instance of `schema`; `origin` names where the dict came from in messages."""
     _check(schema, data, origin)
-    given = OmegaConf.create(dict(data))
+    given = OmegaConf.create(_listed(schema, data))
     try:
         return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given)))
     except OmegaConfBaseException as error:
@@ -64,12 +68,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write `config` as YAML that `load_config` reads back to an equal object."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    Path(path).write_text(dump_yaml(to_dict(config)), encoding="utf-8")
+
+
+def dump_yaml(data: Mapping[str, Any]) -> str:
+    """Plain data as YAML text that `read_yaml` takes: no anchor even if a list occurs twice."""
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False)
 
 
 def load_section(schema: type[T], path: str | Path, section: str) -> T:
     """One section (say `model`) of a YAML whose other sections belong to another schema."""
-    data = _read_yaml(Path(path))
+    data = read_yaml(Path(path))
     if not isinstance(data.get(section), Mapping):
         raise ConfigError(f"{path}: no section {section!r}; it has {', '.join(map(repr, data)) or 'nothing'}")
     return from_dict(schema, data[section], f"{path} ({section})")
@@ -87,18 +96,48 @@ def differences(left: Any, right: Any) -> list[str]:
     return [f"{k}: {a.get(k)!r} / {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file: plain data, no tags, no anchors, bounded. Raises ConfigError, one line."""
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"{path}: no such config file{hint}")
+    if path.stat().st_size > _MOST_BYTES:
+        raise ConfigError(
+            f"{path}: {path.stat().st_size} bytes are no config (at most {_MOST_BYTES}); is it the right file?"
+        )
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
+        _check_nodes(text, str(path))
+        data = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {_first_line(error)}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected `key: value` lines at the top level")
     return data
+
+
+def _check_nodes(text: str, origin: str) -> None:
+    """Refuse what makes a small YAML file large or endless, before anything is built from it.
+
+    An alias can repeat a node a billion times or contain itself; deep nesting exhausts the interpreter's stack.
+    """
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise ConfigError(
+                f"{origin}: line {line}: anchors (&) and aliases (*) are not allowed; write the value out"
+            )
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MOST_DEPTH or number > _MOST_NODES:
+            limit = f"nested more than {_MOST_DEPTH} deep" if depth > _MOST_DEPTH else f"more than {_MOST_NODES} values"
+            raise ConfigError(f"{origin}: line {line}: {limit}; is it the right file?")
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 class _Loader(yaml.SafeLoader):
@@ -108,7 +147,7 @@ class _Loader(yaml.SafeLoader):
         names = [key.value for key, _ in node.value]
         for key, _ in node.value:
             if names.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -119,6 +158,7 @@ def _read_override(schema: type, item: str) -> Any:
     if item.endswith("="):
         raise ConfigError(f"override {item!r} has no value; for none write {item}null, for an empty text \"{item}''\"")
     try:
+        _check_nodes(item.partition("=")[2], f"override {item!r}")
         data = OmegaConf.to_container(OmegaConf.from_dotlist([item]), resolve=False)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"override {item!r}: {_first_line(error)}") from error
@@ -150,21 +190,37 @@ def _check_keys(schema: type, data: Any, origin: str, prefix: str = "") -> None:
             raise ConfigError(f"{origin}: key {prefix + str(key)!r} is a value, not a section with {list(value)}")
 
 
+def _listed(schema: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `data` in which a single value for a list is a list of one: data.sources=DIR means [DIR]."""
+    hints = typing.get_type_hints(schema)
+
+    def fit(value: Any, hint: Any) -> Any:
+        section = _dataclass_in(hint)
+        if section is not None and isinstance(value, Mapping):
+            return _listed(section, value)
+        single = isinstance(value, str | int | float) and not isinstance(value, bool)
+        return [value] if single and typing.get_origin(hint) is list else value
+
+    return {key: fit(value, hints[key]) for key, value in data.items()}
+
+
 def _dataclass_in(hint: Any) -> type | None:
     """The dataclass in a field's type, also inside `X | None`."""
     choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     return next((c for c in choices if isinstance(c, type) and dataclasses.is_dataclass(c)), None)
 
 
-def _check_plain(data: Any, origin: str, prefix: str = "") -> None:
-    """No value may mean more to OmegaConf than what stands there."""
+def _check_plain(data: Any, origin: str, prefix: str = "", depth: int = 0) -> None:
+    """No value may mean more to OmegaConf than its text."""
+    if depth > _MOST_DEPTH:
+        raise ConfigError(f"{origin}: nested more than {_MOST_DEPTH} deep; is it the right file?")
     if isinstance(data, str) and "${" in data:
         raise ConfigError(f"{origin}: key {prefix!r} holds {data!r}; write the value out, ${{..}} is not expanded")
     if data == "???":  # OmegaConf's "missing", which would quietly become the default
         raise ConfigError(f"{origin}: key {prefix!r} has no value yet; give one, e.g. {prefix}=VALUE")
     children: Any = data.items() if isinstance(data, Mapping) else enumerate(data) if isinstance(data, list) else ()
     for key, value in children:
-        _check_plain(value, origin, f"{prefix}.{key}".lstrip("."))
+        _check_plain(value, origin, f"{prefix}.{key}".lstrip("."), depth + 1)
 
 
 def _first_line(error: Exception) -> str:

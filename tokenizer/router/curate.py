@@ -30,7 +30,7 @@ from torch import Tensor
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import to_dict
-from tokenizer.common.device import pick_device
+from tokenizer.common.device import autocast, pick_device, pick_dtype
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.image_quality import psnr_of_mse
 from tokenizer.common.work_units import WorkUnits, claim_folder
@@ -38,7 +38,7 @@ from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
 from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
-from tokenizer.router.reward import QualityTable
+from tokenizer.router.reward import QualityTable, reward, stats_of
 from tokenizer.streaming import ClipPatches, Past, read_patches, step_block
 from tokenizer.training.cli import parse_work_arguments
 
@@ -116,9 +116,11 @@ class CurateConfig:
     method: str = "tree"  # or "brute_force": every assignment on its own, the oracle that the tree is checked against
     clips_per_unit: int = 16  # clips that go through the tree in lockstep
     device: str = "auto"
+    precision: str = "none"  # of the proxy: none (fp32), bf16 or fp16; the share of equal choices is printed
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
+        pick_dtype(self.precision)
         if self.data.augment:
             raise UserError("data.augment must be false: a table holds clips that can be found again")
         if self.method not in ("tree", "brute_force"):
@@ -135,6 +137,7 @@ class Curation:
             torch.set_num_threads(config.num_threads)
         self.config = config
         self.folder = Path(config.dir)
+        self._unchecked = True  # the first unit of a process shows what a lower precision changes
         device = pick_device(config.device)
         self.dataset: ClipDataset = build_dataset(config.data)
         self.tokenizer = load_tokenizer(config.proxy, device)
@@ -182,9 +185,15 @@ class Curation:
         if not clips:
             nothing = torch.empty(0, self.space.num_rows)
             return self._table((nothing, nothing, nothing), names)
-        video_BCTHW = torch.stack([clip.video_CTHW for clip in clips])
+        video_BCTHW = torch.stack([clip.video_CTHW for clip in clips]).to(self.tokenizer.device)
         score = self.scorer.tree if self.config.method == "tree" else self.scorer.brute_force
-        return self._table(score(video_BCTHW.to(self.tokenizer.device)), names)
+        with autocast(self.tokenizer.device, self.config.precision):
+            table = self._table(score(video_BCTHW), names)
+        if self.config.precision != "none" and self._unchecked:
+            self._unchecked = False
+            line = equal_choices(table, self._table(score(video_BCTHW), names))
+            print(f"{self.config.precision} against fp32, {line}", flush=True)
+        return table
 
     def _table(self, scores: Scores, names: list[str]) -> QualityTable:
         return QualityTable(*scores, names, self.space.levels, self.space.num_blocks, self._meta())
@@ -196,9 +205,22 @@ class Curation:
             "perceptual_net": c.perceptual_net,
             "frames_per_block": c.frames_per_block,
             "method": c.method,
+            **({"precision": c.precision} if c.precision != "none" else {}),
             "data": to_dict(c.data),
             "clips_sha256": hashlib.sha256(names).hexdigest(),
         }
+
+
+def equal_choices(ours: QualityTable, exact: QualityTable, quality_weight: float = 1.2) -> str:
+    """How far the scores of the same clips in two precisions agree, in words: equal best rows, largest difference."""
+    stats, tokens_A = stats_of(exact), exact.space.tokens_A
+    best_B, exact_B = (reward(x.lpips_BA, tokens_A, quality_weight, stats).argmax(dim=1) for x in (ours, exact))
+    num, equal = len(exact_B), int((best_B == exact_B).sum())
+    gap = (ours.lpips_BA - exact.lpips_BA).abs().max().item()
+    return (
+        f"first {num} clips: equal best assignment (w_q = {quality_weight}) for {equal} ({equal / num:.0%}), "
+        f"perceptual distances differ by at most {gap:.2g}"
+    )
 
 
 def main() -> None:

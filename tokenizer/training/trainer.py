@@ -29,7 +29,7 @@ from torch import Tensor
 from tokenizer.common import distributed
 from tokenizer.common.checkpoint import CheckpointStore, atomic_write, file_sha256, save_model
 from tokenizer.common.compiled import not_compiled
-from tokenizer.common.config import differences
+from tokenizer.common.config import differences, dump_yaml, read_yaml
 from tokenizer.common.device import pick_device, set_deterministic, slow_precision
 from tokenizer.common.errors import UserError
 from tokenizer.training.logger import Reporter
@@ -117,10 +117,10 @@ def claim(folder: Path, config: Mapping[str, Any], allow_changes: bool = False) 
     With `allow_changes` what differs is said, the old config is kept as `config.<n>.yaml`, and only another model or
     other tokens are refused.
     """
-    text = yaml.safe_dump(dict(config), sort_keys=False)
+    text = dump_yaml(config)
     path = folder / "config.yaml"
     if path.exists():
-        found = differences(yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text))
+        found = differences(read_yaml(path), yaml.safe_load(text))
         changed = [line for line in found if line.partition(":")[0] not in FREE_TO_CHANGE]
         fatal = [line for line in changed if line.partition(":")[0].partition(".")[0] in NEVER_TO_CHANGE]
         if changed and (fatal or not allow_changes):
