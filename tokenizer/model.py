@@ -13,6 +13,7 @@ Letters: B clips, C T H W, N blocks, M patches of a clip, L packed tokens, P num
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -28,6 +29,7 @@ from tokenizer.blocks.structured_init import patch_filters, start_decoder, start
 from tokenizer.blocks.transformer import QFormer
 from tokenizer.budget import parse_budget
 from tokenizer.common.errors import UserError
+from tokenizer.streaming import BlockTokens, blocks_of, play_blocks, stream_blocks
 from tokenizer.tokens import VideoTokens
 
 
@@ -266,9 +268,7 @@ class VideoTokenizer(nn.Module):
 
         Raises UserError where the tokens were made by other weights or do not fit this tokenizer.
         """
-        made_by, mine = tokens.tokenizer_sha256, self.sha256
-        if made_by and mine and made_by != mine:
-            raise UserError(f"tokens made by tokenizer {made_by[:12]} cannot be read by {mine[:12]}: load that one")
+        self.check_made_here(tokens.tokenizer_sha256)
         c = self.config
         facts = (tokens.num_frames, tokens.size, tokens.codebook_size)
         if facts != (c.num_frames, c.size, c.codebook_size):
@@ -279,6 +279,37 @@ class VideoTokenizer(nn.Module):
         self.space.rows_of(tokens.length_BN)
         latent_LE = self.quantizer.lookup(tokens.code_L.to(self.device))
         return self.decode_latents(latent_LE, tokens.packing).clamp(0, 1)
+
+    def stream(
+        self, frames: Iterable[Tensor], *, router: ChoosesLengths | None = None, budget: str | None = None
+    ) -> Iterator[BlockTokens]:
+        """Tokenize frames [3, H, W] in [0, 1] as they arrive, without end: the tokens of one temporal block at a time.
+
+        Lengths as in `encode`. With a router a block leaves when its clip is complete, else with its own last frame.
+        """
+
+        def choose(video_BCTHW: Tensor | None) -> list[int] | None:
+            if video_BCTHW is None and router is not None:
+                return None
+            clip = torch.empty(1) if video_BCTHW is None else video_BCTHW  # without a router only their number counts
+            return self._chosen_lengths(clip, router, budget)[0].tolist()
+
+        return stream_blocks(self, frames, choose)
+
+    def play(self, tokens: VideoTokens | Iterable[BlockTokens]) -> Iterator[Tensor]:
+        """Decode tokens as they arrive: frames [3, T, H, W] in [0, 1] of one temporal block at a time.
+
+        Takes what `stream` gives, or whole clips. Equal to `decode` up to rounding. Raises UserError as `decode` does.
+        """
+        blocks = blocks_of(tokens, self.config.num_blocks) if isinstance(tokens, VideoTokens) else tokens
+        return play_blocks(self, blocks)
+
+    def check_made_here(self, made_by: str) -> None:
+        """Raises UserError if tokens with this sha256 are of another tokenizer; an empty one is of an unsaved one."""
+        if made_by and self.sha256 and made_by != self.sha256:
+            raise UserError(
+                f"tokens made by tokenizer {made_by[:12]} cannot be read by {self.sha256[:12]}: load that one"
+            )
 
     @property
     def device(self) -> torch.device:

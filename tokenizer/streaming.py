@@ -9,8 +9,10 @@ Letters: B clips, K tokens of one block, m patches of one block (G*G), D E width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from einops import repeat
@@ -18,7 +20,11 @@ from torch import Tensor
 
 from tokenizer.blocks.patches import level_cells, pooling_pyramid
 from tokenizer.blocks.transformer import KeysValues, concat_blocks
-from tokenizer.model import VideoTokenizer
+from tokenizer.common.errors import UserError
+from tokenizer.tokens import VideoTokens
+
+if TYPE_CHECKING:  # model.py calls this module
+    from tokenizer.model import VideoTokenizer
 
 Cache = list[list[KeysValues]]
 """Per layer, per block: (keys, values)."""
@@ -120,3 +126,87 @@ def encode_blocks(model: VideoTokenizer, video_BCTHW: Tensor, lengths: Sequence[
         codes.append(code_BK)
         past = replace(past, encoder=encoder)
     return torch.cat(codes, dim=1)
+
+
+# --- a stream without end: frames in, tokens of one block after the other, frames out --------------------------------
+
+
+@dataclass(frozen=True)
+class BlockTokens:
+    """The tokens of one temporal block of a stream."""
+
+    code_K: Tensor  # int64, 0 .. codebook_size - 1
+    block: int  # 0 .. N-1, its place in its clip
+    num_frames: int  # real ones; the rest of the block repeats the last
+    tokenizer_sha256: str = ""
+
+
+def blocks_of(tokens: VideoTokens, num_blocks: int) -> Iterator[BlockTokens]:
+    """The blocks of whole clips, in order."""
+    in_block = tokens.num_frames // num_blocks
+    lengths = tokens.length_BN.flatten().tolist()
+    for i, code_K in enumerate(tokens.code_L.split(lengths)):
+        yield BlockTokens(code_K, i % num_blocks, in_block, tokens.tokenizer_sha256)
+
+
+@torch.no_grad()
+def stream_blocks(
+    model: VideoTokenizer, frames: Iterable[Tensor], choose_lengths: Callable[[Tensor | None], Sequence[int] | None]
+) -> Iterator[BlockTokens]:
+    """Frames [3, H, W] in [0, 1] -> tokens, block after block; clips follow one another.
+
+    choose_lengths(None): the lengths of a clip that is not there yet, or None if they depend on its frames. Then a
+    block leaves when the clip is complete, else as soon as its own frames are there.
+    """
+    c = model.config
+    frames = iter(frames)
+    while first := list(itertools.islice(frames, c.patch_frames)):
+        chosen = choose_lengths(None)
+        clip, real, past = [], [], Past.empty(model)
+        for t in range(c.num_blocks):
+            block = first if t == 0 else list(itertools.islice(frames, c.patch_frames))
+            if not block:
+                break
+            real.append(len(block))
+            clip += block + block[-1:] * (c.patch_frames - len(block))
+            if chosen is not None:  # patches of earlier blocks are computed again: little beside the layers
+                patches = read_patches(model, _as_clip(model, clip))
+                code_BK, encoder = encode_block(model, patches, t, chosen[t], past)
+                past = replace(past, encoder=encoder)
+                yield BlockTokens(code_BK[0].cpu(), t, real[-1], model.sha256)
+        if chosen is None:
+            padded = _as_clip(model, clip + clip[-1:] * (c.num_frames - len(clip)))
+            tokens = model.encode(padded, torch.tensor([choose_lengths(padded)]))
+            for block_tokens, num_real in zip(blocks_of(tokens, c.num_blocks), real, strict=False):
+                yield replace(block_tokens, num_frames=num_real)
+
+
+@torch.no_grad()
+def play_blocks(model: VideoTokenizer, blocks: Iterable[BlockTokens]) -> Iterator[Tensor]:
+    """Tokens -> frames [3, num_frames, H, W] in [0, 1], each block as soon as its tokens are there.
+
+    Block 0 begins the next clip. Raises UserError for tokens of another tokenizer and for a block out of order.
+    """
+    past, expected = Past.empty(model), 0
+    for tokens in blocks:
+        model.check_made_here(tokens.tokenizer_sha256)
+        if tokens.block == 0:
+            past, expected = Past.empty(model), 0
+        if tokens.block != expected:
+            raise UserError(f"block {tokens.block} of a clip came in place of block {expected}; keep the order")
+        if len(tokens.code_K) not in model.space.levels:
+            raise UserError(f"a block of {len(tokens.code_K)} tokens is none of the levels {model.space.levels}")
+        video, decoder, crosses = decode_block(model, tokens.code_K[None].to(model.device), tokens.block, past)
+        past, expected = replace(past, decoder=decoder, tokens=crosses), (expected + 1) % model.config.num_blocks
+        yield video[0, :, : tokens.num_frames]
+
+
+def _as_clip(model: VideoTokenizer, frames: Sequence[Tensor]) -> Tensor:
+    want = (3, model.config.size, model.config.size)
+    for frame in frames:
+        if tuple(frame.shape) != want or not frame.is_floating_point():
+            raise UserError(
+                f"a frame must be floats {list(want)} in [0, 1], got {frame.dtype} {list(frame.shape)}; "
+                "video_io.resize_center_crop and to_model_range make them"
+            )
+    return torch.stack(tuple(frames), dim=1)[None].to(model.device)  # [1, 3, T, H, W]

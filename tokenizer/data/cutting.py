@@ -28,11 +28,15 @@ class Shown(NamedTuple):
 
 
 class ClipFacts(NamedTuple):
-    """The end of a clip whose pictures came before. start: counted in frames at `fps`. notes: what is not handled."""
+    """The end of a clip whose pictures came before. start: counted in frames at `fps`. notes: what is not handled.
+
+    seconds: of each frame since the file's first picture; from `video_events` only.
+    """
 
     start: int
     fps: float
     notes: tuple[str, ...]
+    seconds: tuple[float, ...] = ()
 
 
 class StreamEnd(NamedTuple):
@@ -87,6 +91,38 @@ def clip_events(
             yield ClipFacts(0, shown_fps, tuple(reader.notes))
             filled = 0
         return StreamEnd(filled, tuple(reader.notes))
+
+
+def video_events(
+    path: str | os.PathLike[str],
+    num_frames: int,
+    fps: float | None,
+    backend: str,
+    skip: int = 0,
+    beat: Callable[[], None] = no_beat,
+) -> ClipEvents:
+    """Every frame of a file from clip `skip` on, with its time; the last clip may be short."""
+    with open_reader(path, backend, beat=beat) as reader:
+        start, seconds = 0, list[float]()
+        for picture, count in _at_rate(reader.pictures(), float(reader.rate), fps):
+            while count:
+                here = min(count, num_frames - len(seconds))
+                first = start + len(seconds)
+                seconds += [k / fps if fps else picture.time for k in range(first, first + here)]
+                count -= here
+                if start >= skip * num_frames:
+                    yield Shown(picture.to_rgb(), here)
+                else:
+                    beat()
+                if len(seconds) == num_frames:
+                    if start >= skip * num_frames:
+                        yield ClipFacts(start, fps or float(reader.rate), tuple(reader.notes), tuple(seconds))
+                    start, seconds = start + num_frames, []
+        if not start and not seconds:
+            raise VideoError(path, "holds no picture")
+        if seconds and start >= skip * num_frames:
+            yield ClipFacts(start, fps or float(reader.rate), tuple(reader.notes), tuple(seconds))
+        return StreamEnd(0, tuple(reader.notes))
 
 
 def clip_at_events(

@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from tokenizer.common.errors import UserError
-from tokenizer.data.cutting import ClipEvents, Place, Shown, clip_at_events, clip_events, picture_timing
+from tokenizer.data.cutting import ClipEvents, Place, Shown, clip_at_events, clip_events, picture_timing, video_events
 from tokenizer.data.files import Span, VideoError, fingerprint
 
 _BEAT_EVERY_S = 0.5
@@ -67,6 +67,8 @@ class _Server:
         span = Span(*arguments["span"]) if arguments.get("span") else None
         if verb == "clips":
             self._events = clip_events(path, **{**arguments, "span": span}, beat=self._beat)
+        elif verb == "video":
+            self._events = video_events(path, **arguments, beat=self._beat)
         elif verb == "clip_at":
             place = Place(*arguments["place"])
             self._events = clip_at_events(path, **{**arguments, "span": span, "place": place}, beat=self._beat)

@@ -35,7 +35,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-def map_ahead(work: Callable[[A], B], items: Iterable[A], num_threads: int) -> Iterator[B]:
+def map_ahead(work: Callable[[A], B], items: Iterable[A], num_threads: int) -> Generator[B, None, None]:
     """`work(item)` of every item, in order; `num_threads` run at once and twice as many wait at most.
 
     For work that waits for another process or for a codec. An exception ends the stream.
@@ -78,6 +78,20 @@ def decode_clips(
     """`video_io.iter_clips` in another process. A crash, or no picture within the limit: VideoError."""
     arguments = {"num_frames": num_frames, "fps": fps, "all_clips": all_clips, "backend": backend}
     return assemble(path, _events("clips", path, arguments, time_limit_s), num_frames, size)
+
+
+def decode_video(
+    path: str | os.PathLike[str],
+    num_frames: int = 16,
+    size: int | None = 128,
+    fps: float | None = None,
+    backend: str = "pyav",
+    skip: int = 0,
+    time_limit_s: float = TIME_LIMIT_S,
+) -> Generator[DecodedClip, None, StreamEnd]:
+    """`video_io.iter_video` in another process. A crash, or no picture within the limit: VideoError."""
+    arguments = {"num_frames": num_frames, "fps": fps, "backend": backend, "skip": skip}
+    return assemble(path, _events("video", path, arguments, time_limit_s), num_frames, size)
 
 
 def decode_clip_at(
@@ -138,8 +152,8 @@ def _events(verb: str, path: str | os.PathLike[str], arguments: dict[str, Any], 
                 return StreamEnd(num_left, tuple(notes))
             event: Event
             if "clip" in answer:
-                start, fps, notes = answer["clip"]
-                event, between_clips = ClipFacts(start, fps, tuple(notes)), True
+                start, fps, notes, seconds = answer["clip"]
+                event, between_clips = ClipFacts(start, fps, tuple(notes), tuple(seconds)), True
             else:
                 event = Shown(Image(answer["rgb"], *answer["shown"]), answer["times"])
             yield event

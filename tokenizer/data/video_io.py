@@ -22,13 +22,13 @@ from av.video.stream import VideoStream
 from torch.nn import functional as F
 
 from tokenizer.common.device import derive_seed
-from tokenizer.data.cutting import ClipEvents, Event, Place, Shown, StreamEnd, clip_at_events, clip_events
+from tokenizer.data.cutting import ClipEvents, Event, Place, Shown, StreamEnd, clip_at_events, clip_events, video_events
 from tokenizer.data.files import VIDEO_SUFFIXES, Span, VideoError, display_name, file_slug, list_videos
 from tokenizer.data.readers import Image, open_reader
 
 __all__ = [
     "VIDEO_SUFFIXES", "DecodedClip", "VideoError", "VideoInfo", "display_name", "file_slug", "iter_clips",
-    "list_videos", "probe", "read_clip", "read_clip_at", "to_model_range", "to_uint8", "write_video",
+    "iter_video", "list_videos", "probe", "read_clip", "read_clip_at", "to_model_range", "to_uint8", "write_video",
 ]  # fmt: skip
 
 _LARGEST_TERM = 1_000_000  # of a frame rate as a fraction
@@ -96,6 +96,7 @@ class DecodedClip:
     """Consecutive frames: `start` counts the file's frames at `fps`; the last `num_padded` repeat the last real one.
 
     notes: what of the file is not handled, "kind: detail" each.
+    seconds: of each real frame since the file's first one; from `iter_video` only.
     """
 
     start: int
@@ -103,6 +104,7 @@ class DecodedClip:
     num_padded: int
     fps: float
     notes: tuple[str, ...] = ()
+    seconds: tuple[float, ...] = ()
 
 
 def to_model_range(frames_THWC: np.ndarray) -> torch.Tensor:
@@ -145,6 +147,21 @@ def iter_clips(
     Raises VideoError if the file cannot be read, also in the middle, after the clips before the damage.
     """
     return assemble(path, clip_events(path, num_frames, fps, all_clips, backend, span), num_frames, size)
+
+
+def iter_video(
+    path: str | os.PathLike[str],
+    num_frames: int = 16,
+    size: int | None = 128,
+    fps: float | None = None,
+    backend: str = "pyav",
+    skip: int = 0,
+) -> Generator[DecodedClip, None, StreamEnd]:
+    """Every frame of a video from clip `skip` on, with its time; memory does not grow with length.
+
+    Unlike `iter_clips` it pads the last clip instead of dropping a short rest. Raises VideoError as `iter_clips` does.
+    """
+    return assemble(path, video_events(path, num_frames, fps, backend, skip), num_frames, size)
 
 
 def read_clip(
@@ -200,7 +217,7 @@ def assemble(
             if len({frame.shape for frame in frames}) > 1:
                 raise VideoError(path, "changes its picture size in the middle of a clip; give a size to scale to")
             frames_THWC = np.stack(frames + frames[-1:] * num_padded)
-            yield DecodedClip(event.start, frames_THWC, num_padded, event.fps, event.notes)
+            yield DecodedClip(event.start, frames_THWC, num_padded, event.fps, event.notes, event.seconds)
             frames = []
 
 

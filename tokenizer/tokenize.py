@@ -1,0 +1,236 @@
+"""Videos of any length -> one file of tokens each, in constant memory.
+
+    python -m tokenizer.tokenize VIDEO... --out DIR --vq_ckpt T.safetensors --router_ckpt R.safetensors
+
+VIDEO is a file or a folder. OUT/<name>-<digest>.safetensors holds the tokens of all clips with the time of every frame
+(tokenizer.token_file); the digest is that of the video. Rerun the same command to resume, or start it several times to
+share the videos among processes. `python -m tokenizer.detokenize` is the way back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.video.codeccontext import VideoCodecContext
+from tqdm import tqdm
+
+from tokenizer.budget import FORMS, parse_budget
+from tokenizer.common.cli import Parser, at_least, positive
+from tokenizer.common.device import pick_device
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.work_units import lock
+from tokenizer.data.clip_stream import VideoSource, find_sources
+from tokenizer.data.safe_decode import decode_video, map_ahead
+from tokenizer.data.video_io import DecodedClip, VideoError, exact_rate, file_slug, probe, to_model_range
+from tokenizer.model import VideoTokenizer
+from tokenizer.presets import load_tokenizer
+from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
+from tokenizer.token_file import TokenFile, TokenWriter, VideoFacts
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("Tokenize whole videos of any length: one file of tokens each.")
+    add = parser.add_argument
+    add("videos", nargs="+", metavar="VIDEO", help="a video file, or a folder of videos (searched recursively)")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder of the token files")
+    add("--vq_ckpt", required=True, help="weights of the tokenizer: .safetensors or a run folder")
+    add("--router_ckpt", help="weights of the router; not needed for the budgets fixed and uniform")
+    add("--tok_config", help="YAML of the tokenizer, checked against its weights")
+    add("--router_config", help="YAML of the router, checked against its weights")
+    add("--budget", type=str.strip, default="router", help=f"{FORMS} (default: router; not average:N)")
+    add("--fps", type=positive, help="frame rate to read at (default: each file's own)")
+    add("--batch-size", type=at_least(1), default=4, metavar="N", help="clips that go through the models together")
+    add("--h264-crf", type=at_least(0), default=23, metavar="Q", help="H.264 to compare the bits with (default: 23)")
+    add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    add("--backend", choices=("pyav", "decord"), default="pyav", help="video reader")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
+    device = pick_device(args.device)
+    sources = [source for video in args.videos for source in find_sources(video, lambda path: False)]
+    job = Job(load_tokenizer(args.vq_ckpt, device, args.tok_config), load_chosen_router(args, device), args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    done, failed, elsewhere = 0, 0, 0
+    for source in sources:
+        try:
+            target = args.out / f"{file_slug(source.path.stem)}-{_digest(source)}.safetensors"
+            if target.exists():
+                job.check_same(target, source)
+                print(f"{source.file}: done before, {target}")
+                done += 1
+                continue
+            with lock(target.with_name(f".{target.name}.lock"), fcntl.LOCK_NB) as free:
+                if not free or target.exists():
+                    elsewhere += 1
+                    continue
+                print(job.tokenize(source, target), flush=True)
+                done += 1
+        except VideoError as error:
+            failed += 1
+            print(f"skipped {source.file}: {error.reason}", file=sys.stderr)
+    if elsewhere:
+        print(f"{elsewhere} video(s) left to the other processes")
+    return 2 if failed and not done and not elsewhere else 0
+
+
+def load_chosen_router(args: argparse.Namespace, device: torch.device) -> TrainedRouter | None:
+    """The router of the command line, or None without one."""
+    if args.router_ckpt is None and args.router_config is not None:
+        raise UserError("--router_config without --router_ckpt: give the weights too, or neither")
+    return load_router(args.router_ckpt, device, args.router_config) if args.router_ckpt else None
+
+
+@dataclass
+class Job:
+    """The models and the budget; one video at a time."""
+
+    model: VideoTokenizer
+    router: TrainedRouter | None
+    args: argparse.Namespace
+
+    def __post_init__(self) -> None:
+        """Raises UserError if models and budget do not fit each other."""
+        if self.router is not None:
+            check_router_fits(self.router, self.model.config)
+        budget = parse_budget(self.args.budget, self.model.space)
+        if budget.average_tokens is not None:
+            raise UserError(f"--budget {budget.text} needs all clips before the first; use tokens:N or price:P")
+        if budget.needs_router and self.router is None:
+            raise UserError(
+                f"--budget {budget.text} asks a router: give --router_ckpt, or a budget without one, "
+                f"such as uniform:{self.model.config.levels[-1]}"
+            )
+
+    def facts(self, source: VideoSource, fps: float) -> VideoFacts:
+        c = self.model.config
+        return VideoFacts(
+            num_frames=c.num_frames,
+            size=c.size,
+            codebook_size=c.codebook_size,
+            num_blocks=c.num_blocks,
+            tokenizer_sha256=self.model.sha256,
+            router_sha256=self.router.sha256 if self.router else None,
+            budget=self.args.budget,
+            fps=fps,
+            read_at=self.args.fps,
+            source=source.fingerprint(),
+            backend=self.args.backend,
+        )
+
+    def check_same(self, target: Path, source: VideoSource) -> None:
+        """Raises UserError if a finished file was made by other weights or settings."""
+        there = TokenFile(target).facts
+        if there != self.facts(source, there.fps):
+            raise UserError(f"{target} was made by other weights, budget or fps; choose another --out or remove it")
+
+    @torch.inference_mode()
+    def tokenize(self, source: VideoSource, target: Path) -> str:
+        """Write the tokens of one video; resumes a stopped run. Returns the line to print."""
+        args, c = self.args, self.model.config
+        fps = args.fps or probe(source.path, args.backend).fps
+        writer = TokenWriter(target, self.facts(source, fps))
+        resumed, began = writer.num_clips, math.nan
+        meter = H264Meter(args.h264_crf, fps)
+        new_frames, batch = 0, list[DecodedClip]()
+        clips = decode_video(source.path, c.num_frames, c.size, args.fps, args.backend, skip=resumed)
+        # One thread decodes the next clips in its process while these go through the models.
+        batches = map_ahead(lambda _: list(itertools.islice(clips, args.batch_size)), itertools.count(), 1)
+        with contextlib.closing(clips), contextlib.closing(batches), _progress(source) as bar:
+            for batch in itertools.takewhile(bool, batches):
+                bar.update(sum(len(clip.seconds) for clip in batch))
+                if not new_frames:
+                    began = time.perf_counter()  # the decoder has started
+                video_BCTHW = torch.stack([to_model_range(clip.frames_THWC) for clip in batch])
+                tokens = self.model.encode(video_BCTHW, router=self.router, budget=args.budget)
+                writer.append(tokens, [clip.seconds for clip in batch])
+                for clip in batch:
+                    meter.add(clip.frames_THWC[: len(clip.seconds)])
+                    new_frames += len(clip.seconds)
+        took = time.perf_counter() - began
+        for note in dict.fromkeys(batch[-1].notes if batch else ()):
+            print(f"note: {source.file}: {note}", file=sys.stderr)
+        file = TokenFile(writer.finish())
+        return f"{source.file}: {_report(file, new_frames, took, meter, resumed)}; {target}"
+
+
+def _report(file: TokenFile, new_frames: int, took: float, meter: H264Meter, resumed: int) -> str:
+    facts = file.facts
+    bits = file.num_tokens * math.log2(facts.codebook_size) / file.duration
+    line = (
+        f"{len(file.second_F)} frames, {len(file)} clips, {file.num_tokens} tokens: "
+        f"{bits / 1000:.2f} kbit/s ({math.log2(facts.codebook_size):g} bits a token)"
+    )
+    if new_frames:
+        line += f", H.264 at {facts.size}x{facts.size} and crf {meter.crf}: {meter.bits_per_second() / 1000:.2f} kbit/s"
+        if resumed:
+            line += f" (of the {new_frames} frames of this run)"
+        reached = new_frames / took
+        line += f"; {reached:.1f} frames/s"
+        if reached < facts.fps:
+            line += f", below the video's {facts.fps:g}: live input must be read at --fps {reached:.1f} or less"
+    return line
+
+
+@dataclass
+class H264Meter:
+    """Counts the bytes that x264 needs for the same pictures, in one stream; keeps none of them."""
+
+    crf: int
+    fps: float
+    num_bytes: int = 0
+    num_frames: int = 0
+    _encoder: VideoCodecContext | None = field(default=None, repr=False)
+
+    def add(self, frames_THWC: np.ndarray) -> None:
+        """uint8 RGB frames with even sides."""
+        if self._encoder is None:
+            self._encoder = av.CodecContext.create("libx264", "w")
+            self._encoder.height, self._encoder.width = frames_THWC.shape[1:3]
+            self._encoder.pix_fmt = "yuv420p"
+            self._encoder.framerate = exact_rate(self.fps)
+            self._encoder.time_base = 1 / self._encoder.framerate
+            self._encoder.thread_count = 1
+            self._encoder.options = {"preset": "medium", "crf": str(self.crf)}
+        for frame_HWC in frames_THWC:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+            frame.pts = self.num_frames
+            self._count(self._encoder.encode(frame.reformat(format="yuv420p")))
+            self.num_frames += 1
+
+    def bits_per_second(self) -> float:
+        """Over all frames added so far; ends the stream."""
+        if self._encoder is not None:
+            self._count(self._encoder.encode(None))
+            self._encoder = None
+        return 8 * self.num_bytes * self.fps / max(1, self.num_frames)
+
+    def _count(self, packets: Sequence[av.Packet]) -> None:
+        self.num_bytes += sum(packet.size for packet in packets)
+
+
+def _digest(source: VideoSource) -> str:
+    return hashlib.sha256(source.fingerprint().encode()).hexdigest()[:8]
+
+
+def _progress(source: VideoSource) -> tqdm:
+    calm = 1 if sys.stderr.isatty() else 30  # seconds between two states of the bar; a log file needs few
+    return tqdm(desc=source.file, unit="frame", mininterval=calm, dynamic_ncols=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)
