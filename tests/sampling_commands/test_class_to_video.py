@@ -252,3 +252,48 @@ def test_names_with_commas_and_of_equal_letters() -> None:
         parse_classes("Pull, then lift", names)
     with pytest.raises(UserError, match="2 classes have this name; use a number, 1 or 2"):
         parse_classes("RUN", names)
+
+
+def test_a_gpt_of_ones_own_size_needs_no_name(
+    models: Path, c2v, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = models / "own.safetensors"
+    save_random_gpt(own, replace(CLASSES, layers=3), [])
+    with pytest.raises(UserError, match=r"holds 3x32x2 .*leave --gpt-model out"):
+        c2v(tmp_path / "a", "--gpt-ckpt", str(own), "--class-idx", "0")
+    words = common(models, "own", tmp_path / "b")
+    at = words.index("--gpt-model")
+    monkeypatch.setattr(sys, "argv", ["sample_c2v", *words[:at], *words[at + 2 :], "--class-idx", "0"])
+    sample_c2v.main()
+    assert "3x32x2 (" in capsys.readouterr().out
+    assert json.loads((tmp_path / "b" / "samples.json").read_text())["gpt_model"] == "3x32x2"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokens": 99.5}, "tokens = 99.5 is not int"),
+        ({"tokens": 10**6}, "is not the sum of assignment"),
+        ({"assignment": [True, 2, 2, 2]}, "assignment = .* is not list"),
+        ({"broken": 0}, "broken = 0 is not str"),
+        ({"skipped": 1}, "lacks 'file'"),
+    ],
+)
+def test_an_edited_record_is_refused(c2v, tmp_path: Path, change: dict, words: str) -> None:
+    c2v(tmp_path, "--class-idx", "0")
+    (path,) = tmp_path.glob("samples/*/record.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=f"record.json: .*{words}.*run the same command again"):
+        c2v(tmp_path, "--class-idx", "0")
+
+
+def test_frames_that_are_no_frames_are_refused(c2v, tmp_path: Path) -> None:
+    c2v(tmp_path, "--class-idx", "0")
+    (path,) = tmp_path.glob("samples/*/frames.npy")
+    for bad in (np.zeros((16, 32, 32, 3)), np.zeros(3, np.uint8)):
+        np.save(path, bad)
+        with pytest.raises(UserError, match="frames.npy: holds no uint8 frames"):
+            c2v(tmp_path, "--class-idx", "0")
+    path.write_bytes(b"\x93NUMPY")
+    with pytest.raises(UserError, match="frames.npy: damaged"):
+        c2v(tmp_path, "--class-idx", "0")
