@@ -10,20 +10,19 @@ the middle and farthest from them. `--ours DIR` scores a folder that a sampling 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from autoregressive.condition import names_of
 from autoregressive.sample_job import parse_guidance
 from autoregressive.sampler import Request
-from evaluations.clip_list import ListedClip
 from evaluations.generation import Generator, add_sampling_flags, check_task
 from evaluations.job import Evaluation, add_common_flags, check_tokenizer, parse
+from evaluations.system import Source
 from tokenizer.common.cli import Parser
 from tokenizer.common.errors import UserError, run_cli
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, spelt as in the README."""
+    """The command line, spelled as in the README."""
     parser = Parser("Score the clips that a GPT samples for given classes, under a named protocol.")
     add_common_flags(parser)
     add_sampling_flags(parser)
@@ -44,9 +43,9 @@ def main() -> None:
     if strange := sorted({clip.label for clip in evaluation.clips.clips if clip.label.lower() not in label_of}):
         raise UserError(f"the list has the class {strange[0]!r}, which {args.gpt_ckpt} does not; it has {names[0]} ..")
 
-    def request_of(clip: ListedClip) -> tuple[Request, dict[str, Any]]:
-        label = label_of[clip.label.lower()]
-        return Request(("class", label, clip.index), label, rule=generator.rule), {}
+    def request_of(source: Source) -> Request:
+        label = label_of[source.clip.label.lower()]
+        return Request(("class", label, source.clip.index), label, rule=generator.rule)
 
     generator.request_of = request_of
     evaluation.run(generator)

@@ -1,7 +1,8 @@
 """The clips that a protocol scores: an ordered list with a hash, the same in every process.
 
-Where the videos are: `--data` (a manifest .csv or a folder), else UCF_ROOT, or K600_ROOT with K600_VAL_FILE. Files are
-decoded in another process, so a broken one costs its clip and nothing else.
+The videos come from `--data` (a manifest .csv or a folder), else from UCF_ROOT, or K600_ROOT with K600_VAL_FILE. Files
+are decoded in another process, so a broken one costs its clip and nothing else. Files are told apart by content: every
+cache of what they hold has their fingerprints in its key.
 
 Letters: T frames, H W rows and columns, C colours.
 """
@@ -21,9 +22,12 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from evaluations.protocols import Protocol
+from evaluations.shards import check_form, read_json
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
 from tokenizer.common.work_units import lock
+from tokenizer.data.bundled_clips import SPLITS, bundled_videos
+from tokenizer.data.clip_stream import VideoSource
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.datasets import find_kinetics, find_ucf101
 from tokenizer.data.manifest_table import read_rows
@@ -32,15 +36,23 @@ from tokenizer.data.video_io import DecodedClip, VideoError, display_name, list_
 
 T = TypeVar("T")
 
-_PROBE_SIDE = 32  # frames are made this small where only their number is asked for
+_PROBE_SIDE = 32  # frames are made this small if only their number is wanted
+
+
+def fingerprint(path: Path) -> str:
+    """Of a file's content: its size and the sha256 of both its ends. "unreadable" for a file that cannot be opened."""
+    try:
+        return VideoSource(path, path.name, "").fingerprint()
+    except VideoError:
+        return "unreadable"
 
 
 @dataclass(frozen=True)
 class ListedClip:
-    """One clip of the list. `start`: its first frame in the file, None where that is not known before it is read.
+    """One clip of the list. `start`: its first frame in the file, None if that is not known before it is read.
 
-    read: frames of the protocol's number and size; VideoError where that fails. num_bytes: of the file, 0 where the
-    clip is rendered.
+    read: frames of the protocol's number and size; VideoError if that fails. content: fingerprint of the file, "" for a
+    rendered clip.
     """
 
     index: int
@@ -48,27 +60,27 @@ class ListedClip:
     label: str
     start: int | None
     read: Callable[[], DecodedClip]
-    num_bytes: int = 0
+    content: Callable[[], str] = str
 
 
 @dataclass(frozen=True)
 class ClipList:
-    """All clips in order. `notes`: what differs from the official list, in words."""
+    """All clips in order. `notes`: what differs from the official list, in words.
+
+    files_sha256: of the content of all files, in order, when they were listed: other files under the same names,
+    re-encoded for example, give another.
+    """
 
     clips: list[ListedClip]
+    files_sha256: str
     num_listed: int
     num_missing: int
     notes: list[str] = field(default_factory=list)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        """Of names, labels and starts, in order: equal where two people score the same clips of a data set."""
+        """Of names, labels and starts, in order: equal if two people score the same clips of a data set."""
         return _sha256([[clip.name, clip.label, clip.start] for clip in self.clips])
-
-    @property
-    def files_sha256(self) -> str:
-        """Of the files' sizes, in order: other files of the same names, re-encoded ones say, give another."""
-        return _sha256([clip.num_bytes for clip in self.clips])
 
     def facts(self) -> dict[str, object]:
         """For the protocol card."""
@@ -92,8 +104,12 @@ class _Video:
     label: str
 
     @cached_property
-    def num_bytes(self) -> int:
-        return self.path.stat().st_size
+    def _fingerprint(self) -> str:
+        return fingerprint(self.path)
+
+    def content(self) -> str:
+        """Fingerprint of the file, read once."""
+        return self._fingerprint
 
 
 def list_clips(
@@ -101,7 +117,7 @@ def list_clips(
 ) -> ClipList:
     """The list of a protocol. cache: folder in which the numbers of frames are remembered (rule `windows`).
 
-    Raises UserError where the data is not to be found or holds nothing.
+    Raises UserError if the data is not found or holds nothing.
     """
     if protocol.dataset == "mini":
         if data is not None:
@@ -130,7 +146,13 @@ def list_clips(
         )
     if protocol.count is not None and len(clips) < protocol.count:
         notes.append(f"the protocol asks for {protocol.count} clips, there are {len(clips)}")
-    return ClipList([replace(clip, index=i) for i, clip in enumerate(clips)], num_listed, num_missing, notes)
+    clips = [replace(clip, index=i) for i, clip in enumerate(clips)]
+    return ClipList(clips, _content_of(clips), num_listed, num_missing, notes)
+
+
+def _content_of(clips: Sequence[ListedClip]) -> str:
+    bar = tqdm(clips, desc="fingerprints of the files", unit="clip", delay=5, disable=None)
+    return _sha256([clip.content() for clip in bar])
 
 
 # Videos of the data sets
@@ -187,15 +209,13 @@ def _one_of(protocol: Protocol, video: _Video) -> ListedClip:
     """The clip of a video under the rules `first` and `random`."""
     if protocol.clip_rule == "random":
         position = rng_for(protocol.seed, "start of the clip", video.name).random()
-        return ListedClip(
-            0, video.name, video.label, None, lambda: _read_at(protocol, video, position), video.num_bytes
-        )
+        return ListedClip(0, video.name, video.label, None, lambda: _read_at(protocol, video, position), video.content)
 
     def read() -> DecodedClip:
         with contextlib.closing(decode_clips(video.path, protocol.num_frames, protocol.size, protocol.fps)) as clips:
             return next(clips)
 
-    return ListedClip(0, video.name, video.label, 0, read, video.num_bytes)
+    return ListedClip(0, video.name, video.label, 0, read, video.content)
 
 
 def _windows(
@@ -224,7 +244,7 @@ def _window(protocol: Protocol, video: _Video, num_frames: int, start: int) -> L
     num_starts = num_frames - protocol.num_frames + 1
     position = (start + 0.5) / num_starts  # the middle of what leads to this very start
     name = f"{video.name}@{start}"
-    return ListedClip(0, name, video.label, start, lambda: _read_at(protocol, video, position), video.num_bytes)
+    return ListedClip(0, name, video.label, start, lambda: _read_at(protocol, video, position), video.content)
 
 
 def _read_at(protocol: Protocol, video: _Video, position: float) -> DecodedClip:
@@ -232,16 +252,23 @@ def _read_at(protocol: Protocol, video: _Video, position: float) -> DecodedClip:
 
 
 def _frame_counts(protocol: Protocol, videos: Sequence[_Video], cache: Path | None, workers: int) -> list[int]:
-    """Frames of each video at the protocol's rate, 0 for an unreadable one; counted once and kept in `cache`."""
+    """Frames of each video at the protocol's rate, 0 for an unreadable one; counted once and kept in `cache`.
+
+    The key is the content of the files: the same files elsewhere are not counted again, replaced ones are.
+    """
     if cache is None:
         return _count_frames(protocol, videos, workers)
-    key = _sha256([*([str(video.path), video.num_bytes] for video in videos), protocol.fps])
+    key = _sha256([*(video.content() for video in videos), protocol.fps])
     file = cache / f"frames-{key[:16]}.json"
     cache.mkdir(parents=True, exist_ok=True)
     with lock(file.with_suffix(".lock")):  # one process counts, the others wait for it
         if not file.is_file():
             atomic_write(file, json.dumps(_count_frames(protocol, videos, workers)).encode())
-    return json.loads(file.read_text(encoding="utf-8"))
+    counts = read_json(file)
+    check_form(file, counts, [int])
+    if len(counts) != len(videos):
+        raise UserError(f"{file}: does not hold the numbers of frames of {len(videos)} videos; remove it")
+    return counts
 
 
 def _count_frames(protocol: Protocol, videos: Sequence[_Video], workers: int) -> list[int]:
@@ -264,8 +291,15 @@ def _miniature(protocol: Protocol) -> ClipList:
     config = DataConfig(list(protocol.sources), protocol.num_frames, protocol.size, protocol.fps, augment=False)
     dataset = build_dataset(config, protocol.seed)
 
+    bundled = {f"bundled/{video.path.name}": video.path for split in SPLITS for video in bundled_videos(split)}
+
     def clip(i: int) -> ListedClip:
         name, label = dataset.names[i], dataset.labels[i] or ""
-        return ListedClip(i, name, label, 0, lambda: DecodedClip(0, to_uint8(dataset.get_this(i).video_CTHW), 0, 0.0))
 
-    return ClipList([clip(i) for i in range(len(dataset))][: protocol.count], len(dataset), 0)
+        def read() -> DecodedClip:
+            return DecodedClip(0, to_uint8(dataset.get_this(i).video_CTHW), 0, 0.0)
+
+        return ListedClip(i, name, label, 0, read, lambda: fingerprint(bundled[name]) if name in bundled else "")
+
+    clips = [clip(i) for i in range(len(dataset))][: protocol.count]
+    return ClipList(clips, _content_of(clips), len(dataset), 0)

@@ -2,17 +2,15 @@
 
     python -m evaluations.compare results/eval/A results/eval/B [--out DIR]
 
-A and B are finished evaluations under one protocol and one list. Pairing takes out what makes clips hard or easy, so
-it decides where the intervals of the two means still overlap.
+A and B are finished evaluations under one protocol and one list. Pairing removes what makes clips hard or easy, so it
+decides even if the intervals of the two means overlap.
 
 Letters: S clips that both scored.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -20,46 +18,49 @@ from typing import Any
 import numpy as np
 
 from evaluations.metrics.bootstrap import PairedComparison, compare_paired
-from evaluations.metrics.clip_scores import lower_is_better
+from evaluations.metrics.clip_scores import LOWER_IS_BETTER, lower_is_better
 from evaluations.shards import Result, read_result
+from evaluations.summary import csv_table
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.cli import Parser, at_least
 from tokenizer.common.errors import UserError, run_cli
 
-_NOT_METRICS = {"index", "name", "label", "start", "lengths", "skipped"}
-
 
 def compare(first: Result, second: Result, seed: int = 0, draws: int = 1000) -> dict[str, PairedComparison]:
-    """Metric -> second minus first. UserError for different protocols or lists, and where no clip is in both."""
+    """Metric -> second minus first. UserError for different protocols or lists, and if no clip is in both."""
     for what, key in (("protocol", "protocol_hash"), ("list of clips", "list")):
         if first.card[key] != second.card[key]:
-            raise UserError(f"{first.folder} and {second.folder} have not the same {what}; their clips are not pairs")
-    names = [name for name in first.clips if name in second.clips]
+            raise UserError(f"{first.folder} and {second.folder} have not the same {what}: no pairs")
+    names = common_clips(first, second)
     if not names:
         raise UserError(f"{first.folder} and {second.folder} have no scored clip in common")
-    columns = [column for column in first.clips[names[0]] if column in second.clips[names[0]]]
     found = {}
-    for metric in (column for column in columns if column not in _NOT_METRICS):
-        ours, theirs = (np.array([float(r.clips[name][metric]) for name in names]) for r in (first, second))
+    for metric in LOWER_IS_BETTER:
+        if not all(metric in result.clips[name] for name in names for result in (first, second)):
+            continue
+        ours, theirs = (np.array([r.clips[name][metric] for name in names]) for r in (first, second))
         found[metric] = compare_paired(ours, theirs, lower_is_better(metric), seed, draws)
     if not found:
         raise UserError(f"{first.folder} and {second.folder} have no metric of clips in common, only distances of sets")
     return found
 
 
-def differences_table(first: Result, second: Result, metrics: list[str]) -> str:
+def common_clips(first: Result, second: Result) -> list[str]:
+    """Names of the clips that both scored, in the order of the list."""
+    return [name for name in first.clips if name in second.clips]
+
+
+def differences_table(first: Result, second: Result, metrics: list[str]) -> bytes:
     """A .csv with the differences of every clip."""
-    out = io.StringIO()
-    table = csv.writer(out, lineterminator="\n")
-    table.writerow(["name", *metrics])
-    for name in (name for name in first.clips if name in second.clips):
-        a, b = first.clips[name], second.clips[name]
-        table.writerow([name, *(repr(float(b[metric]) - float(a[metric])) for metric in metrics)])
-    return out.getvalue()
+    rows = (
+        {"name": name} | {metric: second.clips[name][metric] - first.clips[name][metric] for metric in metrics}
+        for name in common_clips(first, second)
+    )
+    return csv_table(["name", *metrics], rows)
 
 
 def as_json(found: dict[str, PairedComparison]) -> dict[str, Any]:
-    """The same for machines; `decided`: the interval does not hold 0."""
+    """The same for machines; `decided`: the interval does not contain 0."""
     return {name: dataclasses.asdict(pair) | {"decided": pair.decided} for name, pair in found.items()}
 
 
@@ -74,7 +75,7 @@ def as_text(found: dict[str, PairedComparison], first: Result, second: Result) -
         f"{'metric':<28}{'B - A':>12}   {'interval':<26}{'B wins':>7}",
     ]
     for name, pair in found.items():
-        interval = f"[{pair.interval.low:.5f}, {pair.interval.high:.5f}]"
+        interval = "-" if pair.interval.low is None else f"[{pair.interval.low:.5f}, {pair.interval.high:.5f}]"
         better = (pair.difference < 0) == lower_is_better(name)
         verdict = ("  B is better" if better else "  A is better") if pair.decided else ""
         lines.append(f"{name:<28}{pair.difference:>12.5f}   {interval:<26}{pair.win_rate:>7.1%}{verdict}")
@@ -95,8 +96,7 @@ def main() -> None:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         atomic_write(args.out / "comparison.json", json.dumps(as_json(found), indent=1).encode())
-        table = differences_table(first, second, list(found))
-        atomic_write(args.out / "differences.csv", table.encode("utf-8", "surrogateescape"))
+        atomic_write(args.out / "differences.csv", differences_table(first, second, list(found)))
 
 
 if __name__ == "__main__":

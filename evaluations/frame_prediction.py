@@ -12,20 +12,19 @@ Letters: C T H W, L codes of the given frames.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from autoregressive.condition import encode_condition
 from autoregressive.sampler import Request
-from evaluations.clip_list import ListedClip
 from evaluations.generation import Generator, add_sampling_flags, check_task
 from evaluations.job import Evaluation, add_common_flags, check_tokenizer, parse
+from evaluations.system import Source
 from tokenizer.common.cli import Parser
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.video_io import to_model_range
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, spelt as in the README."""
+    """The command line, spelled as in the README."""
     parser = Parser("Score the clips that a GPT continues from their first frames, under a named protocol.")
     add_common_flags(parser)
     add_sampling_flags(parser)
@@ -46,12 +45,11 @@ def main() -> None:
     if not (len(prefix) - 1) * block < given <= len(prefix) * block:
         raise UserError(f"protocol {protocol.name} gives {given} frames, the model {len(prefix)} block(s) of {block}")
 
-    def request_of(clip: ListedClip) -> tuple[Request, dict[str, Any]]:
-        real = clip.read()
-        video_1CTHW = to_model_range(real.frames_THWC)[None]
+    def request_of(source: Source) -> Request:
+        assert source.real is not None  # a protocol with originals reads them
+        video_1CTHW = to_model_range(source.real.frames_THWC)[None]
         condition_L = encode_condition(generator.tokenizer, video_1CTHW, given, prefix)[0]
-        request = Request(("clip", clip.name), condition_L=condition_L, rule=generator.rule)
-        return request, {"real": real}
+        return Request(("clip", source.clip.name), condition_L=condition_L, rule=generator.rule)
 
     generator.request_of = request_of
     evaluation.run(generator)

@@ -1,4 +1,4 @@
-"""What the two evaluations of a GPT share: flags, models, and samples of the clips of a shard.
+"""What the two evaluations of a GPT share: flags, models, and one stream of samples for the clips of the list.
 
 Letters: C T H W, K tokens of a block, L codes of the given frames.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,18 +15,19 @@ import torch
 
 from autoregressive.presets import TrainedGPT, check_tokenizer_fits, load_gpt
 from autoregressive.sample_grid import tokens_of
+from autoregressive.sample_job import parse_lengths
 from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig
-from autoregressive.sequence import SequenceLayout, length_rule, longest_sequence
-from evaluations.clip_list import ListedClip
-from evaluations.job import Evaluation, Made, require, token_figures
+from autoregressive.sequence import LengthRule, SequenceLayout, length_rule, longest_sequence
+from evaluations.job import Evaluation, require, token_figures
+from evaluations.system import Draft, Made, Source
 from tokenizer.common.cli import Parser, at_least, positive
 from tokenizer.common.device import PRECISIONS, pick_dtype
 from tokenizer.common.errors import UserError
-from tokenizer.data.video_io import VideoError, to_uint8
+from tokenizer.data.video_io import to_uint8
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
 
-MakeRequest = Callable[[ListedClip], tuple[Request, dict[str, Any]]]  # -> the request, and fields of its `Made`
+MakeRequest = Callable[[Source], Request]
 
 
 def add_sampling_flags(parser: Parser) -> None:
@@ -43,14 +44,16 @@ def add_sampling_flags(parser: Parser) -> None:
     add("--precision", default=precision, help=f"of the GPT: {' | '.join(PRECISIONS)} (default: PRECISION, else none)")
     add("--check-special-token-mask", action="store_true", help="draw only what the grammar allows; else broken clips "
         "are counted and left out")  # fmt: skip
+    add("--tokens-per-block", metavar="K,K,..", help="force the tokens of each block (or of the first ones)")
+    add("--max-tokens", type=at_least(1), metavar="N", help="limit the tokens of a clip, length tokens not counted")
     add("--compile", action="store_true", help="torch.compile the sampler's step")
 
 
 class Generator:
-    """A GPT with its tokenizer. `request_of` says what is asked for a clip of the list."""
+    """A GPT with its tokenizer. `request_of` gives the request for a clip of the list."""
 
     def __init__(self, evaluation: Evaluation, guidance: tuple[float, ...] = (1.0,)) -> None:
-        """Raises UserError where weights are missing or do not belong together."""
+        """Raises UserError if weights are missing or do not belong together."""
         args = evaluation.args
         require(args, "vq_ckpt", "gpt_ckpt")
         self.tokenizer: VideoTokenizer = load_tokenizer(args.vq_ckpt, evaluation.device, args.tok_config)
@@ -59,7 +62,7 @@ class Generator:
         self.gpt.model.to(pick_dtype(args.precision))
         self.precision = args.precision
         self.config = sampling_config(args, guidance)
-        self.rule = length_rule(self.layout)
+        self.rule = length_rule_of(args, self.layout)
         self.request_of: MakeRequest | None = None
         self._sampler: Sampler | None = None
 
@@ -74,32 +77,54 @@ class Generator:
             "tokenizer_sha256": self.tokenizer.sha256,
             "gpt_sha256": self.gpt.sha256,
             "precision": self.precision,
+            "tokens_per_block": list(self.rule.forced),
+            "max_tokens": self.rule.max_tokens,
             **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.config).items()},
         }
 
     @torch.inference_mode()
-    def make(self, clips: Sequence[ListedClip]) -> Iterator[Made]:
-        """Sample and decode; in the order in which the samples end."""
-        assert self.request_of is not None
-        wanted: dict[tuple[int | str, ...], tuple[ListedClip, dict[str, Any]]] = {}
-        for clip in clips:
-            try:
-                request, more = self.request_of(clip)
-            except VideoError as error:
-                yield Made(clip, None, skipped=error.reason)
-                continue
-            wanted[request.key] = (clip, more | {"request": request})
+    def stream(self, sources: Iterable[Source]) -> Iterator[Draft]:
+        """Samples in the order in which they end; a slot that becomes free draws the next source."""
+        request_of = self.request_of
+        assert request_of is not None
+        waiting: dict[tuple[int | str, ...], Source] = {}
+
+        def requests() -> Iterator[Request]:
+            for source in sources:
+                request = request_of(source)
+                waiting[request.key] = source
+                yield request
+
         if self._sampler is None:
             self._sampler = Sampler(self.gpt.model, self.config, longest_sequence(self.layout, self.rule))
-        for sample in self._sampler.run(each.pop("request") for _, each in wanted.values()):
-            clip, more = wanted[sample.request.key]
-            yield self._made(clip, sample, more)
+        for sample in self._sampler.run(requests()):
+            reason = None if sample.broken is None else f"breaks the grammar: {sample.broken}"
+            yield Draft(waiting.pop(sample.request.key), sample, reason)
 
-    def _made(self, clip: ListedClip, sample: Sample, more: dict[str, Any]) -> Made:
-        if sample.broken is not None:
-            return Made(clip, None, skipped=f"breaks the grammar: {sample.broken}", **more)
-        video_BCTHW = self.tokenizer.decode(tokens_of([sample], self.layout, self.tokenizer))
-        return Made(clip, to_uint8(video_BCTHW[0]), token_figures(sample.lengths), **more)
+    def finish(self, drafts: Sequence[Draft]) -> list[Made]:
+        """Decode a batch."""
+        if not drafts:
+            return []
+        samples: list[Sample] = [draft.made for draft in drafts]
+        video_BCTHW = self.tokenizer.decode(tokens_of(samples, self.layout, self.tokenizer))
+        return [
+            Made(draft.source, to_uint8(video_CTHW), token_figures(sample.lengths))
+            for draft, sample, video_CTHW in zip(drafts, samples, video_BCTHW, strict=True)
+        ]
+
+    @property
+    def slots_in_use(self) -> float:
+        """Share of the sampler's slots that were in use, over all its steps."""
+        return 0.0 if self._sampler is None else self._sampler.counts.utilisation(self.config.slots)
+
+
+def length_rule_of(args: argparse.Namespace, layout: SequenceLayout) -> LengthRule:
+    """From --tokens-per-block and --max-tokens. UserError if they are given without the mask that enforces them."""
+    if args.tokens_per_block is None and args.max_tokens is None:
+        return length_rule(layout)
+    if not args.check_special_token_mask:
+        raise UserError("--tokens-per-block and --max-tokens need --check-special-token-mask, which enforces them")
+    return length_rule(layout, parse_lengths("--tokens-per-block", args.tokens_per_block or ""), args.max_tokens)
 
 
 def sampling_config(args: argparse.Namespace, guidance: tuple[float, ...]) -> SamplingConfig:

@@ -1,13 +1,10 @@
-"""What the three evaluation commands share: flags, the loop over shards, and the results at the end.
+"""What the three evaluation commands share: flags, the stream of clips from list to shards, and the results at the end.
 
-A command brings a maker: it takes the clips of a shard and gives what its system makes of each. Everything here goes
-clip by clip, so no number depends on batches, shards or processes.
+A process scores one stream: clips are read ahead by `--num-workers` readers, the system draws them as it needs them,
+and frames are decoded and scored in a thread beside it. Networks see batches of a fixed size whose members the list
+decides, so no number depends on shards or processes.
 
 Letters: T frames, H W rows and columns, C colours, F numbers in a feature.
-
-Frames that are scored come from arrays or from lossless video. An ordinary mp4 leaves even the original at 33 dB.
-
-Letters: T frames, H W rows and columns, C colours.
 """
 
 from __future__ import annotations
@@ -15,127 +12,38 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from typing import Protocol as Interface
 
-import av
-import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluations.clip_list import ClipList, ListedClip, list_clips
+from evaluations.clip_list import ClipList, list_clips
+from evaluations.given_clips import GivenClips
 from evaluations.metrics.frechet import NAMES
 from evaluations.protocols import Protocol, card_of, card_text, find_protocol
 from evaluations.scoring import Scorer, load_scorer, trained_as
-from evaluations.shards import Features, RealCache, Record, ShardFolder, shard_size
+from evaluations.shards import RealCache, Record, Scored, ShardFolder
 from evaluations.summary import per_clip_table, pick_shown, result_lines, summarise
+from evaluations.system import Draft, Made, Source, System, in_batches
 from tokenizer.common.cli import Parser, at_least
 from tokenizer.common.device import pick_device
 from tokenizer.common.distributed import several_processes
 from tokenizer.common.errors import UserError
-from tokenizer.data.video_io import VIDEO_SUFFIXES, DecodedClip, VideoError, display_name, read_clip
+from tokenizer.data.safe_decode import map_ahead
+from tokenizer.data.video_io import VideoError
 from tokenizer.model import VideoTokenizer
 from tokenizer.router.summary import versions
 from tokenizer.viz.frames import filmstrip
 
-_LOSSLESS_CODECS = ("ffv1", "ffvhuff", "huffyuv", "utvideo", "rawvideo", "png", "qoi")
-_X264_OPTIONS = re.compile(rb"x264 - core.*? options: ([^\0]*)")
-_HEADER_BYTES = 1 << 16  # x264 writes its options into the first picture
-
-
-def find_frames(folder: str | Path) -> list[Path]:
-    """Clips in a folder, sorted by name: the samples of a sampling command, else its .npy and video files."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"{display_name(root)}: no such folder of clips")
-    found = sorted(root.glob("samples/*/frames.npy"))
-    if not found:
-        found = sorted(p for p in root.iterdir() if p.suffix.lower() in (".npy", *VIDEO_SUFFIXES))
-    if not found:
-        raise UserError(f"{display_name(root)}: holds no .npy and no video; give a folder of lossless clips")
-    return found
-
-
-def sample_record(path: Path) -> dict[str, Any]:
-    """What a sampling command wrote beside its frames; nothing for a clip from elsewhere."""
-    file = path.with_name("record.json")
-    return json.loads(file.read_text(encoding="utf-8")) if path.name == "frames.npy" and file.is_file() else {}
-
-
-def read_frames(path: Path, num_frames: int, force: bool = False) -> np.ndarray:
-    """uint8 [T, H, W, 3] of a .npy file or a lossless video.
-
-    Raises UserError for another array, for a clip of another length, and for lossy video unless `force`.
-    """
-    if path.suffix.lower() == ".npy":
-        try:
-            frames_THWC = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{display_name(path)}: cannot be read as an array ({error})") from error
-    else:
-        if not force and (why := why_lossy(path)):
-            raise UserError(
-                f"{display_name(path)}: is not lossless ({why}), so a score would measure the codec too; write "
-                ".npy, FFV1 or write_video(lossless=True), or give --force"
-            )
-        clip = read_clip(path, 0, num_frames)
-        frames_THWC = clip.frames_THWC[: num_frames - clip.num_padded]
-    if frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4 or frames_THWC.shape[3] != 3:
-        raise UserError(
-            f"{display_name(path)}: holds {frames_THWC.dtype} {frames_THWC.shape}, not uint8 frames [T, H, W, 3]"
-        )
-    if len(frames_THWC) != num_frames:
-        raise UserError(f"{display_name(path)}: holds {len(frames_THWC)} frames, the protocol scores {num_frames}")
-    return frames_THWC
-
-
-def why_lossy(path: Path) -> str | None:
-    """Why a video cannot be taken for the frames that were written into it; None where it can."""
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            codec, pixels = stream.codec_context.name, stream.codec_context.pix_fmt or "unknown"
-            packet = next(iter(container.demux(stream)))
-            head = (stream.codec_context.extradata or b"") + bytes(packet)[:_HEADER_BYTES]
-    except (av.FFmpegError, IndexError, OSError, StopIteration) as error:
-        raise VideoError(path, f"cannot be opened ({error})") from error
-    if not (pixels.startswith(("gbr", "rgb", "bgr", "0rgb", "argb", "abgr"))):
-        return f"its pixels are {pixels}, not RGB"
-    if codec in _LOSSLESS_CODECS:
-        return None
-    options = _X264_OPTIONS.search(head)
-    if codec == "h264" and options and re.search(rb"\brc=cqp\b.*\bqp=0\b", options[1]):
-        return None
-    return f"codec {codec} without a sign of quantiser 0"
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a system made of one clip: its frames and what goes into its record, or why there is nothing."""
-
-    clip: ListedClip
-    ours_THWC: np.ndarray | None
-    figures: dict[str, Any] = field(default_factory=dict)
-    real: DecodedClip | None = None  # where the maker has read it anyway
-    skipped: str | None = None
-
-
-class Maker(Interface):
-    """A system under evaluation."""
-
-    def facts(self) -> dict[str, Any]:
-        """Weights by sha256 and every setting that decides what is made."""
-        ...
-
-    def make(self, clips: Sequence[ListedClip]) -> Iterator[Made]:
-        """One for each clip, in any order."""
-        ...
+_MOST_UNSCORED = 8  # batches that wait for the scoring thread
+_READERS = 2
 
 
 def add_common_flags(parser: Parser) -> None:
@@ -156,7 +64,10 @@ def add_common_flags(parser: Parser) -> None:
     add("--force", action="store_true", help="Frechet distance on fewer than 256 clips; lossy video in --ours")
     add("--cache", metavar="DIR", default="results/eval_cache", help="real-side features (default: results/eval_cache)")
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
-    add("--num-workers", type=at_least(1), default=1, metavar="N", help="processes that count frames (default: 1)")
+    add("--num-workers", type=at_least(1), default=_READERS, metavar="N", help="processes that read clips ahead and "
+        f"count frames (default: {_READERS})")  # fmt: skip
+    add("--batch-size", type=at_least(1), metavar="N", help="clips in the tokenizer and in the networks that judge at "
+        "once, part of the result's last bits (default: 1 on a CPU, 8 on a GPU)")  # fmt: skip
     add("--overwrite", action="store_true", help="remove the earlier results in --out and start again")
 
 
@@ -173,7 +84,7 @@ class Evaluation:
     """One protocol, one system, one folder."""
 
     def __init__(self, args: argparse.Namespace, task: str) -> None:
-        """Raises UserError where protocol, data or the weights that judge are not at hand."""
+        """Raises UserError if protocol, data or the weights that judge are missing."""
         fields = {name: getattr(args, name) for name in ("extractor", "perceptual", "count", "draws")}
         self.protocol: Protocol = find_protocol(args.protocol, task).change(**fields)
         self.args, self.device = args, pick_device(args.device)
@@ -181,22 +92,23 @@ class Evaluation:
             raise UserError("--overwrite with several processes: remove the folder yourself, then start them")
         self.cache = Path(args.cache)
         self.clips: ClipList = list_clips(self.protocol, args.data, self.cache, args.num_workers)
-        self.scorer: Scorer = load_scorer(self.protocol, args, self.device)
-        num_clips, slots = len(self.clips.clips), vars(args).get("per_proc_batch_size") or 0
-        self.folder = ShardFolder(args.out, num_clips, shard_size(num_clips, slots))
+        batch_size = args.batch_size or (1 if self.device.type == "cpu" else 8)  # on a CPU more is no faster
+        self.scorer: Scorer = load_scorer(self.protocol, args, self.device, batch_size)
+        self.folder = ShardFolder(args.out, len(self.clips.clips))
 
-    def run(self, maker: Maker) -> None:
+    def run(self, system: System) -> None:
         """Score clips until no shard is free; the process that finds all there writes the results."""
         which = {"list_sha256": self.clips.sha256, "files_sha256": self.clips.files_sha256}
         facts = {"protocol_hash": self.protocol.hash, **which, **self.scorer.facts()}
-        self.folder.start({**facts, "system": maker.facts()}, self.args.overwrite)
+        self.folder.start({**facts, "system": system.facts()}, self.args.overwrite)
         card = card_of(
             self.protocol,
             list=self.clips.facts(),
             **self.scorer.facts(),
-            system=maker.facts(),
+            system=system.facts(),
             trained_as=self._trained_as(),
             device=str(self.device),
+            arithmetic=arithmetic(),
             code=code_version(),
         )
         print(card_text(card), flush=True)
@@ -206,157 +118,166 @@ class Evaluation:
         done, total = self.folder.num_scored(), len(self.clips.clips)
         with tqdm(desc="scoring", initial=done, total=total, unit="clip", mininterval=calm) as bar:
 
-            def score(members: range) -> tuple[list[Record], Features]:
-                bar.update(max(0, self.folder.num_scored() - bar.n))  # what other processes have done counts too
-                return self._score(members, maker, known, bar)
+            def score(places: Iterator[int]) -> Iterator[Scored]:
+                batches = in_batches(self._drafts(system, places, known), self.scorer.batch_size, total)
+                for scored in _beside(lambda batch: self._score(system, batch, known), batches):
+                    yield scored
+                    bar.update()
 
             def finish() -> None:
+                bar.update(total - bar.n)
                 bar.close()
-                self._finish(maker, card, kept)
+                self._finish(system, card, kept)
 
             if not self.folder.work(score, finish):
                 bar.close()
                 print(f"no shard is free; others are at work in {self.folder.folder}, the last writes the results")
 
     def run_ours(self) -> bool:
-        """Score the clips of --ours, where that is given. UserError where a model is given too."""
+        """Score the clips of --ours, if it is given. UserError if a model is given too."""
         if self.args.ours is None:
             return False
         for name in ("vq_ckpt", "tok_config", "router_ckpt", "router_config", "gpt_ckpt", "gpt_model"):
             if vars(self.args).get(name) is not None:
                 flag = name.replace("_", "-")
                 raise UserError(f"--ours scores clips that are there already; leave --{flag} out, or --ours")
-        self.run(FolderMaker(self.args.ours, self.clips, self.protocol, self.args.force))
+        self.run(GivenClips(self.args.ours, self.clips, self.protocol, self.args.force))
         return True
 
     def _trained_as(self) -> dict[str, Any]:
-        """Which training runs made the weights, as the weights themselves say; nothing where clips were given."""
+        """Which training runs made the weights, read from the weights themselves; nothing for given clips."""
         given = {"tokenizer": self.args.vq_ckpt, "gpt": vars(self.args).get("gpt_ckpt")}
         return {name: trained_as(path) for name, path in given.items() if path}
 
-    def _score(
-        self, members: range, maker: Maker, known: dict[int, Tensor], bar: tqdm[Any]
-    ) -> tuple[list[Record], Features]:
-        records: list[Record] = []
-        features: Features = {"ours": {}, "real": {}}
-        for made in maker.make([self.clips.clips[i] for i in members]):
-            records.append(self._record(made, known, features))
-            bar.update()
-        return records, features
+    def _drafts(self, system: System, places: Iterable[int], known: dict[int, Tensor]) -> Iterator[Draft]:
+        """What the system has of each clip, in any order; a clip that cannot be read never reaches it."""
+        failed: list[Draft] = []
 
-    def _record(self, made: Made, known: dict[int, Tensor], features: Features) -> Record:
-        """Score one clip: its record; its features are entered into `features`."""
-        clip, real = made.clip, made.real
-        record: Record = {"index": clip.index, "name": clip.name, "label": clip.label, "start": clip.start}
-        if made.ours_THWC is None:
-            return {**record, "skipped": made.skipped or "nothing was made"}
+        def readable(sources: Iterable[Source]) -> Iterator[Source]:
+            for source in sources:
+                if source.error is None:
+                    yield source
+                else:
+                    failed.append(Draft(source, skipped=source.error))
+
+        sources = map_ahead(lambda place: self._read(place, known), places, self.args.num_workers)
+        for draft in system.stream(readable(sources)):
+            yield draft
+            while failed:
+                yield failed.pop()
+        yield from failed
+
+    def _read(self, place: int, known: dict[int, Tensor]) -> Source:
+        """A clip with its own frames, if anything is made from them or compared with them."""
+        clip = self.clips.clips[place]
+        if not self.protocol.paired and (place in known or self.scorer.extractor is None):
+            return Source(clip)
         try:
-            if real is None and (self.protocol.paired or clip.index not in known):
-                real = clip.read()
+            return Source(clip, clip.read())
         except VideoError as error:
-            return {**record, "skipped": error.reason}
-        record |= made.figures | ({"num_padded": real.num_padded} if real is not None and real.num_padded else {})
-        if self.protocol.paired and real is not None:
-            record |= self.scorer.quality(real.frames_THWC, made.ours_THWC)
-        if self.scorer.extractor:
-            features["ours"][clip.index] = self.scorer.feature(made.ours_THWC)
-            if clip.index in known:
-                features["real"][clip.index] = known[clip.index]
-            elif real is not None:
-                features["real"][clip.index] = self.scorer.feature(real.frames_THWC)
-        return record
+            return Source(clip, error=error.reason)
 
-    def _finish(self, maker: Maker, card: dict[str, Any], kept: RealCache) -> None:
-        records = self.folder.records()
-        ours, real = self.folder.features("ours"), self.folder.features("real")
+    @torch.inference_mode()
+    def _score(self, system: System, drafts: Sequence[Draft], known: dict[int, Tensor]) -> list[Scored]:
+        """The records and features of a batch. Runs in the scoring thread."""
+        finished = system.finish([draft for draft in drafts if draft.skipped is None])
+        made = {each.source.clip.index: each for each in finished}
+        good = [each for each in finished if each.ours_THWC is not None]
+        records = {draft.source.clip.index: _record(draft, made) for draft in drafts}
+        features: dict[int, dict[str, Tensor]] = {index: {} for index in records}
+        ours = [each.ours_THWC for each in good if each.ours_THWC is not None]
+        if self.protocol.paired:
+            reals = [each.source.real.frames_THWC for each in good if each.source.real]
+            for each, scores in zip(good, self.scorer.qualities(reals, ours) if good else [], strict=True):
+                records[each.source.clip.index] |= scores
+        if self.scorer.extractor:
+            unknown = [e.source for e in good if e.source.clip.index not in known]
+            for source, feature_F in zip(unknown, self._real_features(unknown), strict=True):
+                features[source.clip.index]["real"] = feature_F
+            for each, feature_F in zip(good, self.scorer.features(ours), strict=True):
+                index = each.source.clip.index
+                features[index]["ours"] = feature_F
+                if index in known:
+                    features[index]["real"] = known[index]
+        return [Scored(records[index], features[index]) for index in records]
+
+    def _real_features(self, sources: Sequence[Source]) -> list[Tensor]:
+        return self.scorer.features([source.real.frames_THWC for source in sources if source.real])
+
+    def _finish(self, system: System, card: dict[str, Any], kept: RealCache) -> None:
+        records, features = self.folder.read()
+        ours, real = features["ours"], features["real"]
         if all("skipped" in record for record in records):
             raise UserError(f"none of the {len(records)} clips could be scored; {records[0]['skipped']}")
-        summary = summarise(self.protocol, records, ours, real, self.args.force)
+        summary = summarise(self.protocol, records, ours, real, self.args.force, self.scorer.extractor)
         summary["notes"] = [*self.protocol.notes, *self.clips.notes, *summary["notes"]]
         self.folder.put("card.json", json.dumps(card, indent=1).encode())
         self.folder.put("card.txt", (card_text(card) + "\n").encode())
         self.folder.put("metrics.json", json.dumps({"card": card, **summary}, indent=1, allow_nan=False).encode())
-        self.folder.put("per_clip.csv", per_clip_table(records).encode("utf-8", "surrogateescape"))
+        self.folder.put("per_clip.csv", per_clip_table(records))
         if len(real[0]):
             kept.save(*real)
-        self._draw(maker, pick_shown(self.protocol, records, ours, real[1]))
+        self._draw(system, pick_shown(self.protocol, records, ours, real[1]))
         print("\n".join(result_lines(summary)))
         print(f"results: {self.folder.folder / 'metrics.json'}")
 
-    def _draw(self, maker: Maker, shown: dict[str, int]) -> None:
+    def _draw(self, system: System, shown: dict[str, int]) -> None:
         """Frames of the best, the median and the worst clip, the real ones above."""
         pictures = self.folder.folder / "pictures"
         pictures.mkdir(exist_ok=True)
         for place, index in shown.items():
-            clip = self.clips.clips[index]
-            for made in maker.make([clip]):
+            drafts = [draft for draft in self._drafts(system, [index], {}) if draft.skipped is None]
+            for made in system.finish(drafts):
                 if made.ours_THWC is None:
                     continue
                 try:
-                    real = clip.read() if made.real is None else made.real
+                    real = made.source.real or made.source.clip.read()
                 except VideoError as error:
-                    print(f"no picture of {clip.name}: {error.reason}", file=sys.stderr)
+                    print(f"no picture of {made.source.clip.name}: {error.reason}", file=sys.stderr)
                     continue
                 filmstrip(real.frames_THWC, made.ours_THWC).save(pictures / f"{place}_{index:06d}.png")
 
     def _real_cache(self) -> RealCache:
-        extractor = self.scorer.extractor
-        clips = self.clips
-        key = json.dumps(
-            [self.protocol.real_side_hash, clips.sha256, clips.files_sha256, extractor and extractor.sha256]
-        )
+        """Keyed by the content of the clips and by all that decides a feature."""
+        extractor, clips = self.scorer.extractor, self.clips
+        weights = extractor and [extractor.sha256, self.scorer.batch_size]
+        key = json.dumps([self.protocol.real_side_hash, clips.sha256, clips.files_sha256, weights])
         return RealCache(self.cache / f"real-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors")
 
 
-class FolderMaker:
-    """Clips that another program made: file i of the folder, by name, belongs to clip i of the list.
-
-    Samples of our own commands say what they show. Where clips are compared one by one a sample of another clip is
-    refused; else the class of each goes into its record.
-    """
-
-    def __init__(self, folder: str, clips: ClipList, protocol: Protocol, force: bool) -> None:
-        self.files, self.num_frames, self.force = find_frames(folder), protocol.num_frames, force
-        self.size = protocol.size
-        if len(self.files) != len(clips.clips):
-            raise UserError(
-                f"{folder}: holds {len(self.files)} clips for the {len(clips.clips)} of the protocol; file i by name "
-                "belongs to clip i (per_clip.csv of another evaluation names them in order)"
-            )
-
-        self.records = [sample_record(file) for file in self.files]
-        for clip, record in zip(clips.clips, self.records, strict=True):
-            if protocol.paired and record and not shows(record, clip):
-                raise UserError(
-                    f"{folder}: {record['name']} continues {record.get('file') or 'no clip'} from frame "
-                    f"{record.get('start')}, but clip {clip.index} of the protocol is {clip.name}: evaluate the GPT "
-                    "itself (--gpt-ckpt) under this protocol"
-                )
-
-    def facts(self) -> dict[str, Any]:
-        """The folder by the names and sizes of its files."""
-        listing = json.dumps([[str(file), file.stat().st_size] for file in self.files])
-        return {"folder": hashlib.sha256(listing.encode()).hexdigest()[:16], "forced_lossy": self.force}
-
-    def make(self, clips: Sequence[ListedClip]) -> Iterator[Made]:
-        """Read them."""
-        for clip in clips:
-            sampled = self.records[clip.index].get("class_name")
-            figures = {"sampled_class": sampled} if sampled else {}
-            frames_THWC = read_frames(self.files[clip.index], self.num_frames, self.force)
-            if frames_THWC.shape[1:3] != (self.size, self.size):
-                height, width = frames_THWC.shape[1:3]
-                raise UserError(
-                    f"{self.files[clip.index]}: holds frames of {height}x{width} pixels, the protocol's have "
-                    f"{self.size}x{self.size}"
-                )
-            yield Made(clip, frames_THWC, figures)
+def _record(draft: Draft, made: dict[int, Made]) -> Record:
+    """What is known of a clip before it is scored."""
+    clip, real = draft.source.clip, draft.source.real
+    record: Record = {"index": clip.index, "name": clip.name, "label": clip.label, "start": clip.start}
+    found = made.get(clip.index)
+    if found is None or found.ours_THWC is None:
+        return {**record, "skipped": draft.skipped or (found and found.skipped) or "nothing was made"}
+    return record | found.figures | ({"num_padded": real.num_padded} if real and real.num_padded else {})
 
 
-def shows(record: dict[str, Any], clip: ListedClip) -> bool:
-    """Whether a sample of frame prediction continues this very clip."""
-    name, start = clip.name.partition("@")[0], clip.start
-    return Path(str(record.get("file"))).name == Path(name).name and record.get("start") == start
+def _beside(work: Callable[[list[Draft]], list[Scored]], batches: Iterable[list[Draft]]) -> Iterator[Scored]:
+    """The results of all batches in order, worked on in one thread while the next batches come together."""
+    with ThreadPoolExecutor(1, "scoring") as pool:
+        waiting: deque[Future[list[Scored]]] = deque()
+        try:
+            for batch in batches:
+                waiting.append(pool.submit(work, batch))
+                while waiting and (waiting[0].done() or len(waiting) > _MOST_UNSCORED):
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def arithmetic() -> dict[str, Any]:
+    """The switches that decide how float32 products are computed on a GPU, for the card."""
+    return {
+        "float32_matmul": torch.get_float32_matmul_precision(),
+        "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+    }
 
 
 def code_version() -> str:
@@ -371,19 +292,19 @@ def code_version() -> str:
 
 
 def token_figures(lengths: Sequence[int]) -> dict[str, Any]:
-    """What a record says of a clip's tokens."""
+    """The tokens of a clip, for its record."""
     return {"lengths": list(lengths), "tokens": sum(lengths), "tokens_with_length_tokens": sum(lengths) + len(lengths)}
 
 
 def require(args: argparse.Namespace, *names: str) -> None:
-    """UserError for flags that are needed where no folder of clips is given."""
+    """UserError for flags that are needed if no folder of clips is given."""
     missing = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is None]
     if missing:
         raise UserError(f"{', '.join(missing)} missing: give the models, or --ours DIR with lossless clips")
 
 
 def check_tokenizer(protocol: Protocol, tokenizer: VideoTokenizer) -> None:
-    """Raises UserError where the tokenizer reads clips of another shape than the protocol's."""
+    """Raises UserError if the tokenizer reads clips of another shape than the protocol's."""
     ours = (tokenizer.config.num_frames, tokenizer.config.size)
     if ours != (protocol.num_frames, protocol.size):
         raise UserError(

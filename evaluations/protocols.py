@@ -232,7 +232,7 @@ def card_text(card: dict[str, Any]) -> str:
         ("frames", f"{rate}; {size}"),
         ("given frames", given),
         ("scored", "uint8, as a lossless file holds them"),
-        ("distance", f"{NAMES.get(protocol['extractor'], 'none')}, covariance over {protocol['covariance']}"),
+        ("distance", f"{_distance_name(card)}, covariance over {protocol['covariance']}"),
         *_quality_lines(protocol),
         ("tokens", "counted without and with the length tokens, one a temporal block"),
     ]
@@ -242,6 +242,11 @@ def card_text(card: dict[str, Any]) -> str:
     lines += [(name.replace("_", " "), _plain(value)) for name, value in card.items() if name not in shown]
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in lines)
+
+
+def _distance_name(card: dict[str, Any]) -> str:
+    """After the weights at hand, else after the protocol."""
+    return (card.get("extractor") or {}).get("distance") or NAMES.get(card["protocol"]["extractor"], "none")
 
 
 def _quality_lines(protocol: dict[str, Any]) -> list[tuple[str, str]]:

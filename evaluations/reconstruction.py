@@ -12,13 +12,14 @@ Letters: B clips, C T H W, N temporal blocks, S clips of the list, A assignments
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from evaluations.clip_list import ClipList, ListedClip
-from evaluations.job import Evaluation, Made, add_common_flags, check_tokenizer, parse, require, token_figures
+from evaluations.clip_list import ClipList
+from evaluations.job import Evaluation, add_common_flags, check_tokenizer, parse, require, token_figures
+from evaluations.system import Draft, Made, Source
 from tokenizer.budget import FORMS, choose_rows, find_price, parse_budget
 from tokenizer.common.cli import Parser
 from tokenizer.common.errors import UserError, run_cli
@@ -29,7 +30,7 @@ from tokenizer.router.predict import TrainedRouter, check_router_fits, load_rout
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, spelt as in the README."""
+    """The command line, spelled as in the README."""
     parser = Parser("Score what a tokenizer reconstructs, under a named protocol.")
     add_common_flags(parser)
     parser.add_argument("--router-config", metavar="R.yaml", help="YAML of the router, checked against its weights")
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 class Reconstruction:
-    """There and back through the tokenizer, with the tokens that the router or the budget gives each clip."""
+    """Encoded and decoded by the tokenizer, with the tokens that the router or the budget gives each clip."""
 
     def __init__(self, tokenizer: VideoTokenizer, router: TrainedRouter | None, budget: str, clips: ClipList) -> None:
         self.tokenizer, self.router = tokenizer, router
@@ -74,31 +75,36 @@ class Reconstruction:
             "price": self.price,
         }
 
+    def stream(self, sources: Iterable[Source]) -> Iterator[Draft]:
+        """Clips in order; everything happens in `finish`."""
+        return map(Draft, sources)
+
     @torch.inference_mode()
-    def make(self, clips: Sequence[ListedClip]) -> Iterator[Made]:
-        """One clip at a time: a matrix product rounds differently for other batches."""
+    def finish(self, drafts: Sequence[Draft]) -> list[Made]:
+        """Route, encode and decode a batch."""
         space = self.tokenizer.space
-        for clip in clips:
-            try:
-                real = clip.read()
-            except VideoError as error:
-                yield Made(clip, None, skipped=error.reason)
-                continue
-            video_BCTHW = to_model_range(real.frames_THWC)[None]
-            score_BA = self.router.scores(video_BCTHW) if self.router and self.budget.needs_router else None
-            length_BN = space.lengths_of(choose_rows(self.budget, score_BA, space, self.price))
-            ours_BCTHW = self.tokenizer.decode(self.tokenizer.encode(video_BCTHW, length_BN))
-            yield Made(clip, to_uint8(ours_BCTHW[0]), token_figures(length_BN[0].tolist()), real)
+        videos = [to_model_range(draft.source.real.frames_THWC) for draft in drafts if draft.source.real]
+        if not videos:
+            return []
+        video_BCTHW = torch.stack(videos)
+        score_BA = self.router.scores(video_BCTHW) if self.router and self.budget.needs_router else None
+        row_B = choose_rows(self.budget, score_BA, space, self.price, num_clips=len(drafts))
+        length_BN = space.lengths_of(row_B)
+        ours_BCTHW = self.tokenizer.decode(self.tokenizer.encode(video_BCTHW, length_BN))
+        return [
+            Made(draft.source, to_uint8(ours_CTHW), token_figures(length_N.tolist()))
+            for draft, ours_CTHW, length_N in zip(drafts, ours_BCTHW, length_BN, strict=True)
+        ]
 
     def _price_of_the_set(self, clips: ClipList) -> float:
-        """For `average:N` a first pass that only asks the router; it is the same in every process."""
+        """For `average:N` a first pass of the router alone; it is the same in every process."""
         assert self.router is not None
         scores = []
         for clip in clips.clips:
             try:
                 scores.append(self.router.scores(to_model_range(clip.read().frames_THWC)[None]))
             except VideoError:
-                continue  # it is named when it is to be scored
+                continue  # reported when it is scored
         if not scores or self.budget.average_tokens is None:
             raise UserError("not one clip of the list can be read")
         return find_price(torch.cat(scores), self.tokenizer.space, self.budget.average_tokens)

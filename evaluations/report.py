@@ -25,7 +25,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from evaluations.metrics.bd_rate import LEAST_DEFINED
+from evaluations.metrics.bootstrap import LEAST_DEFINED
+from evaluations.metrics.extractors import I3D_SHA256
+from evaluations.metrics.frechet import NAMES
 from evaluations.protocols import card_text
 from evaluations.quality_cost.charts import CURVE_STYLE, charts
 from tokenizer.common.checkpoint import atomic_write
@@ -137,7 +139,9 @@ def paper_tables(runs: Sequence[Run]) -> list[Table]:
             for name, metric in metrics.items():
                 theirs = row["paper"].get(name)
                 cells.append(NONE if theirs is None else f"{theirs:.{metric['digits']}f}")
-                found = [_shown(run, metric["ours"], metric["digits"]) for run in mine]
+                found = [
+                    _shown(run, metric["ours"], metric["digits"]) for run in mine if same_network(run, metric["ours"])
+                ]
                 cells.append(" / ".join(found) or NONE)
             rows.append(tuple(cells))
         note = f"Protocol {table['protocol']}. Paper: {paper['source']}. A dash under ours: not measured."
@@ -156,6 +160,11 @@ def answers(run: Run, protocol: str, wanted: Mapping[str, Any]) -> bool:
     if expected and run.data["num_clips"] != expected:
         return False
     return all(run.identity.get(key) == value for key, value in wanted.items())
+
+
+def same_network(run: Run, metric: str) -> bool:
+    """Whether an fvd_i3d comes from the papers' weights; the name alone does not show it in older results."""
+    return metric != NAMES["i3d"] or (run.data["card"].get("extractor") or {}).get("sha256") == I3D_SHA256
 
 
 def own_tables(runs: Sequence[Run]) -> list[Table]:

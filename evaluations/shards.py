@@ -3,137 +3,220 @@
     made_from.json          what decides a number; a folder made from something else is refused
     shards/000000...        a record for each clip of the shard, and the features of both sides
     card.json card.txt      the protocol card
-    metrics.json per_clip.csv pictures/     written by the process that finds all shards there
+    metrics.json per_clip.csv pictures/     written by the process that finds all shards done
 
-The shards are work units (tokenizer/common/work_units.py): whoever comes first takes one. A shard holds what its clips
-give and nothing else, and all of them are summed in the order of the list, so the numbers do not depend on how the
-work was shared.
+The shards are work units (tokenizer/common/work_units.py): whoever comes first takes one. A process scores one stream
+of clips and takes the next shard whenever the stream asks for more, so nothing waits for the end of a shard; a shard is
+written as soon as its clips are complete. It holds what its clips give and nothing else, and all shards are summed in
+the order of the list, so the numbers do not depend on how the work was shared.
 
 Letters: S clips, F numbers in a feature.
-
-Read what an evaluation wrote: metrics.json with its card, and the table of clips.
 """
 
 from __future__ import annotations
 
 import csv
+import fcntl
+import hashlib
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from evaluations.metrics.clip_scores import LOWER_IS_BETTER
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
 from tokenizer.common.work_units import WorkUnits, claim_folder, lock
 
-SHARD = 32  # clips; lost at most when a process is killed
-_REFILLS, _MOST_SHARED = 16, 32  # of a sampler's slots; processes that such shards still keep busy
+SHARD = 32  # clips; a killed process loses those of the shards that it has open
 Record = dict[str, Any]
-Features = dict[str, dict[int, Tensor]]
-"""Side (ours, real) -> place in the list -> feature [F]."""
-
-_KIND = "evatok.scored_clips"
+_KIND, _DIGEST = "evatok.scored_clips", "evatok.sha256"
 
 
-def shard_size(num_clips: int, slots: int = 0) -> int:
-    """Clips of a shard. A sampler of `slots` ends each with slots that stand idle, so it gets longer ones."""
-    return max(SHARD, min(_REFILLS * slots, num_clips // _MOST_SHARED))
+@dataclass(frozen=True)
+class Scored:
+    """A clip's record and, by side (ours, real), its feature [F]."""
+
+    record: Record
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _OpenShard:
+    """A shard that this process has claimed; `held` releases it."""
+
+    held: ExitStack
+    scored: dict[int, Scored] = field(default_factory=dict)
 
 
 class ShardFolder:
-    """Where one evaluation keeps what it has: `num_clips` clips, `size` a shard."""
+    """Where one evaluation of `num_clips` clips keeps its results."""
 
-    def __init__(self, folder: str | Path, num_clips: int, size: int) -> None:
-        self.folder, self.num_clips = Path(folder), num_clips
+    def __init__(self, folder: str | Path, num_clips: int) -> None:
+        self.folder, self.num_clips, size = Path(folder), num_clips, SHARD
         self.members = [range(i, min(i + size, num_clips)) for i in range(0, num_clips, size)]
         self.units = WorkUnits(self.folder / "shards", len(self.members))
+        self._at_work = ExitStack()
 
     def start(self, facts: Mapping[str, Any], overwrite: bool = False) -> None:
-        """Make the folder ready. `facts` decide its numbers; UserError where it holds results of others."""
+        """Make the folder ready. `facts` decide its numbers; UserError if it holds results of others.
+
+        Also UserError if `overwrite` would remove what another process works on.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        at_work = self.folder / ".at_work.lock"
         if overwrite:
-            for name in ("shards", "pictures"):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-            (self.folder / "made_from.json").unlink(missing_ok=True)
+            with lock(at_work, fcntl.LOCK_NB) as alone:
+                if not alone:
+                    raise UserError(f"{self.folder}: another process is at work in it; stop it, or give another --out")
+                for name in ("shards", "pictures"):
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
+                for name in ("made_from.json", "card.json", "card.txt", "metrics.json", "per_clip.csv"):
+                    (self.folder / name).unlink(missing_ok=True)
+        self._at_work.enter_context(lock(at_work, shared=True))
         claim_folder(self.folder, facts, "give another --out, or --overwrite")
 
-    def work(self, score: Callable[[range], tuple[list[Record], Features]], finish: Callable[[], None]) -> bool:
+    def work(self, score: Callable[[Iterator[int]], Iterator[Scored]], finish: Callable[[], None]) -> bool:
         """Score the clips of every shard that is free; whoever finds all done calls `finish`.
 
-        False where others are still at work on some.
+        score: takes places in the list as they are claimed, and gives each clip once, in any order. False while others
+        are still at work on some shard.
         """
+        claimed: dict[int, _OpenShard] = {}
+        size = len(self.members[0])
 
-        def do(unit: int) -> None:
-            records, features = score(self.members[unit])
-            tensors = {}
-            for side, by_index in features.items():
-                if by_index:
-                    tensors[f"{side}.index"] = torch.tensor(sorted(by_index))
-                    tensors[f"{side}.feature"] = torch.stack([by_index[i] for i in sorted(by_index)])
-            ordered = sorted(records, key=lambda record: record["index"])
-            header = {_KIND: json.dumps(ordered, allow_nan=False)}
-            atomic_write(self.units.path(unit), save(tensors, metadata=header))
+        def places() -> Iterator[int]:
+            for unit, held in self.units.claim():
+                claimed[unit] = _OpenShard(held)
+                yield from self.members[unit]
 
-        return self.units.work(do, finish, title=None)
+        try:
+            for scored in score(places()):
+                index = scored.record["index"]
+                unit = index // size
+                shard = claimed[unit]
+                shard.scored[index] = scored
+                if len(shard.scored) == len(self.members[unit]):
+                    self._write(unit, [shard.scored[i] for i in self.members[unit]])
+                    claimed.pop(unit).held.close()
+        finally:
+            for shard in claimed.values():
+                shard.held.close()
+        with self._at_work:
+            return self.units.merge(finish)
+
+    def _write(self, unit: int, scored: Sequence[Scored]) -> None:
+        tensors: dict[str, Tensor] = {}
+        for side in ("ours", "real"):
+            found = [(each.record["index"], each.features[side]) for each in scored if side in each.features]
+            if found:
+                tensors[f"{side}.index"] = torch.tensor([index for index, _ in found])
+                tensors[f"{side}.feature"] = torch.stack([feature_F for _, feature_F in found])
+        records = json.dumps([each.record for each in scored], allow_nan=False)
+        header = {_KIND: records, _DIGEST: _digest(records, tensors)}
+        atomic_write(self.units.path(unit), save(tensors, metadata=header))
 
     def num_scored(self) -> int:
         """Clips of the shards that some process has finished."""
         return sum(len(members) for members, path in zip(self.members, self.units.paths, strict=True) if path.exists())
 
-    def records(self) -> list[Record]:
-        """Of all clips, in the order of the list."""
-        found: list[Record] = []
-        for path in self.units.paths:
-            with safe_open(str(path), framework="pt") as file:
-                found += json.loads(file.metadata()[_KIND])
-        return found
+    def read(self) -> tuple[list[Record], dict[str, tuple[Tensor, Tensor]]]:
+        """All records in the order of the list, and by side (int64 [S] places in the list, float32 [S, F]).
 
-    def features(self, side: str) -> tuple[Tensor, Tensor]:
-        """(int64 [S] places in the list, float32 [S, F]) of one side, in the order of the list."""
-        parts = [part for part in map(load_file, self.units.paths) if f"{side}.index" in part]
-        if not parts:
-            return torch.empty(0, dtype=torch.long), torch.empty(0, 0)
-        index_S, feature_SF = (torch.cat([part[f"{side}.{name}"] for part in parts]) for name in ("index", "feature"))
-        return index_S, feature_SF
+        UserError for a shard that is not as it was written.
+        """
+        records: list[Record] = []
+        parts: list[dict[str, Tensor]] = []
+        for path, members in zip(self.units.paths, self.members, strict=True):
+            found, tensors = read_shard(path)
+            if [record.get("index") for record in found] != list(members):
+                raise UserError(f"{path}: holds other clips than its place in the list; remove it and run again")
+            records += found
+            parts.append(tensors)
+        return records, {side: _joined(parts, side) for side in ("ours", "real")}
 
     def put(self, name: str, data: bytes) -> None:
         """Write one file of the folder whole."""
         atomic_write(self.folder / name, data)
 
 
+def read_shard(path: Path) -> tuple[list[Record], dict[str, Tensor]]:
+    """Records and tensors of one shard. UserError for a damaged or altered file."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+        tensors = load_file(path)
+        whole = header.get(_DIGEST) == _digest(header.get(_KIND, ""), tensors)
+        records = json.loads(header[_KIND]) if whole else None
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is damaged ({str(error)[:80]}); remove it and run again") from error
+    if records is None:
+        raise UserError(f"{path}: is damaged (its content does not match its sha256); remove it and run again")
+    return records, tensors
+
+
+def _digest(records: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(records.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]], side: str) -> tuple[Tensor, Tensor]:
+    some = [part for part in parts if f"{side}.index" in part]
+    if not some:
+        return torch.empty(0, dtype=torch.long), torch.empty(0, 0)
+    index_S, feature_SF = (torch.cat([part[f"{side}.{name}"] for part in some]) for name in ("index", "feature"))
+    return index_S, feature_SF
+
+
 @dataclass(frozen=True)
 class RealCache:
-    """Features of the real clips, kept for the next evaluation under the same protocol, list and extractor."""
+    """Features of the real clips, kept for the next evaluation of the same clips by content, protocol and extractor."""
 
     path: Path
 
     def load(self) -> dict[int, Tensor]:
-        """Place in the list -> feature; empty where nothing is kept."""
+        """Place in the list -> feature; empty if nothing is kept. A damaged file counts as nothing."""
         if not self.path.is_file():
             return {}
-        kept = load_file(self.path)
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                digest = (file.metadata() or {}).get(_DIGEST)
+            kept = load_file(self.path)
+        except (SafetensorError, OSError):
+            return {}
+        if digest != _digest("", kept):
+            return {}
         return dict(zip(kept["index"].tolist(), kept["feature"], strict=True))
 
     def save(self, index_S: Tensor, feature_SF: Tensor) -> None:
         """Keep the features of a finished evaluation."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"index": index_S, "feature": feature_SF.contiguous()}
         with lock(self.path.with_suffix(".lock")):  # evaluations of other systems may end at the same moment
-            atomic_write(self.path, save({"index": index_S, "feature": feature_SF.contiguous()}))
+            atomic_write(self.path, save(tensors, metadata={_DIGEST: _digest("", tensors)}))
+
+
+# Reading finished results
 
 
 @dataclass(frozen=True)
 class Result:
-    """One finished evaluation. `clips`: name -> column -> cell, scored clips only, in the order of the list."""
+    """One finished evaluation. `clips`: name -> metric -> value, scored clips only, in the order of the list."""
 
     folder: Path
     summary: dict[str, Any]
-    clips: dict[str, dict[str, str]]
+    clips: dict[str, dict[str, float]]
 
     @property
     def card(self) -> dict[str, Any]:
@@ -141,15 +224,84 @@ class Result:
         return self.summary["card"]
 
 
+_NUMBER, _MAYBE = (int, float), (int, float, type(None))
+_CARD = {"protocol": {"name": str, "miniature": bool, "changed": [str]}, "protocol_hash": str}
+_METRIC = {"value": _NUMBER, "low": _MAYBE, "high": _MAYBE}
+
+
 def read_result(folder: str | Path) -> Result:
-    """UserError where `folder` holds no finished evaluation."""
+    """UserError if `folder` holds no finished evaluation, or its files are not as they were written."""
     folder = Path(folder)
+    summary = check_metrics(folder / "metrics.json", read_json(folder / "metrics.json"))
+    table = folder / "per_clip.csv"
     try:
-        summary = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        with open(folder / "per_clip.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = list(csv.DictReader(file))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: has no {Path(error.filename).name}; finish the evaluation first") from error
-    except ValueError as error:
-        raise UserError(f"{folder}: metrics.json is damaged ({error}); run the evaluation again") from error
-    return Result(folder, summary, {row["name"]: row for row in rows if not row.get("skipped")})
+        with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except OSError as error:
+        raise UserError(f"{table}: cannot be read ({error.strerror}); finish the evaluation first") from error
+    except csv.Error as error:
+        raise UserError(f"{table}: is no table ({error}); run the evaluation again") from error
+    clips: dict[str, dict[str, float]] = {}
+    for line, row in enumerate(rows, start=2):
+        name = row.get("name")
+        if not name or name in clips:
+            raise UserError(f"{table}, row {line}: has {'the name of another row' if name else 'no name'}")
+        if not row.get("skipped"):
+            clips[name] = {m: _figure(table, line, m, row[m]) for m in LOWER_IS_BETTER if row.get(m)}
+    if len(clips) != summary["num_clips"]:
+        raise UserError(f"{table}: has {len(clips)} scored clips, metrics.json {summary['num_clips']}; run it again")
+    return Result(folder, summary, clips)
+
+
+def _figure(table: Path, line: int, column: str, cell: str) -> float:
+    try:
+        value = float(cell)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{table}, row {line}: {column} is {cell[:40]!r}, not a finite number")
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; UserError for a missing one, and for NaN and infinite numbers."""
+    if not path.is_file():
+        raise UserError(f"{path.parent}: has no {path.name}; finish the evaluation first")
+
+    def refuse(word: str) -> Any:
+        raise ValueError(f"{word} is no number")
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: is damaged or no json ({str(error)[:80]}); run the evaluation again") from error
+
+
+def check_metrics(path: Path, data: Any) -> dict[str, Any]:
+    """`data` if it has the form of an evaluation's metrics.json; else UserError names the first wrong field."""
+    form = {"card": _CARD, "num_clips": int, "notes": [str], "metrics": {}}
+    check_form(path, data, form)
+    for name, metric in data["metrics"].items():
+        check_form(path, metric, _METRIC, f"metrics.{name}")
+    return data
+
+
+def check_form(path: Path, data: Any, form: Any, where: str = "") -> None:
+    """UserError unless `data` has the keys and types of `form`: a type or types, [type], or a dict of forms."""
+    if isinstance(form, dict):
+        fits = isinstance(data, dict) and form.keys() <= data.keys()
+        missing = [] if not isinstance(data, dict) else [key for key in form if key not in data]
+        if not fits:
+            lacks = f"lacks {missing[0]}" if missing else f"is a {type(data).__name__}"
+            raise UserError(f"{path}: {where or 'the file'} {lacks}; it is not as an evaluation writes it")
+        for key, inner in form.items():
+            check_form(path, data[key], inner, f"{where}.{key}".lstrip("."))
+        return
+    if isinstance(form, list):
+        check_form(path, data, list, where)
+        for i, each in enumerate(data):
+            check_form(path, each, form[0], f"{where}[{i}]")
+        return
+    allowed = form if isinstance(form, tuple) else (form,)
+    if not isinstance(data, allowed) or (isinstance(data, bool) and bool not in allowed):
+        raise UserError(f"{path}: {where} is {str(data)[:40]}, which an evaluation does not write")

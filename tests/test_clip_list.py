@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from evaluations.clip_list import list_clips
-from evaluations.job import find_frames, read_frames, why_lossy
+from evaluations.given_clips import find_frames, read_frames, why_lossy
 from evaluations.protocols import PROTOCOLS, Protocol
 from tokenizer.common.errors import UserError
 from tokenizer.data.video_io import DecodedClip, VideoError, write_video

@@ -19,6 +19,7 @@ from autoregressive.model import GPT
 from autoregressive.presets import PRESETS
 from evaluations import report
 from evaluations.metrics.bd_rate import Curve, bd_rate
+from evaluations.metrics.extractors import I3D_SHA256
 from evaluations.protocols import PROTOCOLS, card_of, card_text, find_protocol
 from evaluations.quality_cost import __main__ as quality_cost
 from evaluations.quality_cost import sweep
@@ -223,6 +224,7 @@ CARD = {
     "protocol_hash": "0123456789abcdef",
     "system": {"budget": "uniform:256"},
     "trained_as": {"tokenizer": {"run": "VQ_SB_uniform_256", "step": 400000}},
+    "extractor": {"name": "i3d", "distance": "fvd_i3d", "sha256": I3D_SHA256},
 }
 
 
@@ -247,6 +249,9 @@ def test_ours_stands_beside_the_papers_only_under_its_protocol() -> None:
     assert ours(result(24.5, changed=["count"])) == nothing
     assert ours(result(24.5, name="mini-recon")) == nothing
     assert ours(result(24.5, listed=9538)) == nothing, "a video of the list is missing"
+    foreign = result(24.5)
+    foreign["card"]["extractor"] = CARD["extractor"] | {"sha256": "0" * 64}
+    assert ours(foreign)[6] == "-" and ours(foreign)[2] == "24.50", "an fvd_i3d of other weights"
     other = result(24.5)
     other["card"]["trained_as"] = {"tokenizer": {"run": "VQ_SB_uniform_256", "step": 1000}}
     assert ours(other) == nothing, "trained for fewer steps"

@@ -6,13 +6,12 @@
 | videomae | fd_videomae | VideoMAE of transformers, mean of the last hidden state | a folder saved by transformers   |
 | effnet   | fcd_effnet  | EfficientNet-Lite0 on frames: appearance and motion     | package of the extra [offline]   |
 
-Numbers of different extractors are not comparable, and only the first is the FVD of the papers. `fcd_effnet` (Frechet
-clip distance) is for machines without a download: its appearance is the mean of the features over the frames, its
-motion the mean absolute difference of neighbouring frames' features, so that shuffled or frozen frames are seen.
+Numbers of different extractors are not comparable. Only `fvd_i3d` is the FVD of the papers, and only the file with the
+sha256 I3D_SHA256 gives it: any other TorchScript of that interface gives fd_torchscript_<first 8 digits of its sha256>.
+`fcd_effnet` (Frechet clip distance) needs no download: its appearance is the mean of the features over the frames, its
+motion the mean absolute difference of neighbouring frames' features, so it sees shuffled or frozen frames.
 
-Clips go through one at a time: rounding changes with the size of a batch, and a feature must not.
-
-Letters: B clips, C T H W, F numbers in a feature.
+Letters: B clips, C T H W, N = B T frames, F numbers in a feature.
 """
 
 from __future__ import annotations
@@ -30,9 +29,14 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluations.metrics.frechet import NAMES
+from evaluations.metrics.clip_scores import fixed_batches
+from evaluations.metrics.frechet import KERNEL_NAMES, NAMES
 from tokenizer.common.checkpoint import file_sha256
 from tokenizer.common.errors import UserError
+
+# i3d_torchscript.pt of StyleGAN-V, 51,235,320 bytes
+I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
+_I3D_LOGITS = 400
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,18 +48,36 @@ class Extractor:
     input_rule: str  # range, resize and layer in words, for the protocol card
     num_features: int | None  # None: known after the first clip
     device: torch.device
-    clip_feature: Callable[[Tensor], Tensor]  # [1, C, T, H, W] -> [1, F]
+    network: Callable[[Tensor], Tensor]  # [B, C, T, H, W] -> [B, F]
+
+    @property
+    def _of_papers(self) -> bool:
+        return self.name != "i3d" or self.sha256 == I3D_SHA256
 
     @property
     def distance_name(self) -> str:
-        """What its Frechet distance is called."""
-        return NAMES[self.name]
+        """Name of its Frechet distance, which follows from the content of its weights."""
+        return NAMES[self.name] if self._of_papers else f"fd_torchscript_{self.sha256[:8]}"
+
+    @property
+    def kernel_name(self) -> str:
+        """Name of its kernel distance."""
+        return KERNEL_NAMES[self.name] if self._of_papers else f"kd_torchscript_{self.sha256[:8]}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know of its name."""
+        if self._of_papers:
+            return []
+        return [
+            f"{self.distance_name} is not {NAMES[self.name]}: the weights have sha256 {self.sha256[:12]}.., the I3D of "
+            f"the papers has {I3D_SHA256[:12]}.."
+        ]
 
     @torch.inference_mode()
-    def __call__(self, video_BCTHW: Tensor) -> Tensor:
-        """Each clip by itself. UserError where a clip does not fit the network."""
-        features = [self.clip_feature(clip.to(self.device)).float().cpu() for clip in video_BCTHW.split(1)]
-        return torch.cat(features)
+    def __call__(self, video_BCTHW: Tensor, batch_size: int = 1) -> Tensor:
+        """`batch_size` clips at a time, see `fixed_batches`. UserError if a clip does not fit the network."""
+        return fixed_batches(lambda clips: self.network(clips.to(self.device)).float().cpu(), batch_size, video_BCTHW)
 
 
 def load_extractor(
@@ -101,15 +123,17 @@ def _effnet(device: torch.device) -> Extractor:
     model.load_state_dict(pairs, assign=True)
     model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
-    def clip_feature(video_BCTHW: Tensor) -> Tensor:
-        frames_FCHW = rearrange(video_BCTHW * 2 - 1, "1 C T H W -> T C H W")
-        frame_TF = model(frames_FCHW.contiguous(memory_format=torch.channels_last))
-        appearance_F = frame_TF.mean(dim=0)
-        motion_F = (frame_TF[1:] - frame_TF[:-1]).abs().mean(dim=0) if len(frame_TF) > 1 else 0 * appearance_F
-        return torch.cat([appearance_F, motion_F])[None]
+    def network(video_BCTHW: Tensor) -> Tensor:
+        frames_NCHW = rearrange(video_BCTHW * 2 - 1, "B C T H W -> (B T) C H W")
+        frame_NF = model(frames_NCHW.contiguous(memory_format=torch.channels_last))
+        frame_BTF = rearrange(frame_NF, "(B T) F -> B T F", B=len(video_BCTHW))
+        appearance_BF = frame_BTF.mean(dim=1)
+        change_BTF = (frame_BTF[:, 1:] - frame_BTF[:, :-1]).abs()
+        motion_BF = change_BTF.mean(dim=1) if change_BTF.shape[1] else torch.zeros_like(appearance_BF)
+        return torch.cat([appearance_BF, motion_BF], dim=1)
 
     rule = "frames in [-1, 1] at their own size; pooled features: mean over frames, mean absolute temporal difference"
-    return Extractor("effnet", sha256, rule, 2 * model.num_features, device, clip_feature)
+    return Extractor("effnet", sha256, rule, 2 * model.num_features, device, network)
 
 
 def _package_file() -> Path:
@@ -126,25 +150,33 @@ def _package_file() -> Path:
     )
 
 
-# I3D: whatever TorchScript of that interface is given
+# I3D: a TorchScript of that interface; its sha256 decides its name
 
 
 def _i3d(path: Path, device: torch.device) -> Extractor:
+    sha256 = file_sha256(path)
     try:
         model = torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:
         raise UserError(f"{path}: is no TorchScript file ({str(error).splitlines()[0][:80]})") from error
+    expected = _I3D_LOGITS if sha256 == I3D_SHA256 else None
 
-    def clip_feature(video_BCTHW: Tensor) -> Tensor:
+    def network(video_BCTHW: Tensor) -> Tensor:
         try:
-            return model(video_BCTHW * 2 - 1, rescale=False, resize=True, return_features=True)
+            feature_BF = model(video_BCTHW * 2 - 1, rescale=False, resize=True, return_features=True)
         except RuntimeError as error:
             raise UserError(
                 f"{path}: does not take a clip of {tuple(video_BCTHW.shape)}: {_last_line(error)}"
             ) from error
+        shape = tuple(feature_BF.shape) if isinstance(feature_BF, Tensor) else type(feature_BF).__name__
+        if not isinstance(feature_BF, Tensor) or feature_BF.ndim != 2 or expected not in (None, feature_BF.shape[1]):
+            raise UserError(f"{path}: gives {shape} for a clip, not {expected or 'a row of'} features; fetch it again")
+        return feature_BF
 
     rule = "[-1, 1], resize to 224 inside the network (resize=True), 400 raw logits (return_features=True)"
-    return Extractor("i3d", file_sha256(path), rule, None, device, clip_feature)
+    if expected is None:
+        rule = "[-1, 1], called as the I3D of StyleGAN-V (resize=True, return_features=True), but other weights"
+    return Extractor("i3d", sha256, rule, expected, device, network)
 
 
 def _weights_file(name: str, weights: str | Path | None, sha256: str | None) -> Path:
@@ -206,15 +238,16 @@ def _videomae(weights: str | Path | None, sha256: str | None, device: torch.devi
     mean = torch.tensor(_IMAGENET_MEAN, device=device).view(1, 1, 3, 1, 1)
     std = torch.tensor(_IMAGENET_STD, device=device).view(1, 1, 3, 1, 1)
 
-    def clip_feature(video_BCTHW: Tensor) -> Tensor:
+    def network(video_BCTHW: Tensor) -> Tensor:
         if video_BCTHW.shape[2] != frames:
             raise UserError(f"extractor videomae reads clips of {frames} frames, not {video_BCTHW.shape[2]}")
-        frames_TCHW = rearrange(video_BCTHW, "1 C T H W -> T C H W")
-        frames_TCHW = F.interpolate(frames_TCHW, (size, size), mode="bilinear", antialias=True)
-        return model(pixel_values=(frames_TCHW[None] - mean) / std).last_hidden_state.mean(dim=1)
+        frames_NCHW = rearrange(video_BCTHW, "B C T H W -> (B T) C H W")
+        frames_NCHW = F.interpolate(frames_NCHW, (size, size), mode="bilinear", antialias=True)
+        video_BTCHW = rearrange(frames_NCHW, "(B T) C H W -> B T C H W", T=frames)
+        return model(pixel_values=(video_BTCHW - mean) / std).last_hidden_state.mean(dim=1)
 
     rule = f"ImageNet mean and deviation, {frames} frames resized to {size}, mean over the last hidden states"
-    return Extractor("videomae", digest, rule, model.config.hidden_size, device, clip_feature)
+    return Extractor("videomae", digest, rule, model.config.hidden_size, device, network)
 
 
 def _last_line(error: BaseException) -> str:

@@ -1,37 +1,39 @@
-"""Frechet distance between the features of two sets of clips, in float64, from streamed sums.
+"""Frechet and kernel distance between the features of two sets of clips, in float64.
 
     d^2 = |mean_x - mean_y|^2 + tr(S_x) + tr(S_y) - 2 tr((S_x S_y)^(1/2))
 
-With S = R^T R the last trace is the sum of the singular values of R_x R_y^T. So no square root of a matrix is taken,
-and covariances of any rank are as good as full ones.
+With S = R^T R the last trace is the sum of the singular values of R_x R_y^T: no square root of a matrix is needed, and
+the rank of the covariances does not matter.
 
-Rows are summed in chunks of fixed size in the order in which they come: features in the order of the clips give the
-same bits, however many are handed over at a time and whichever process computed them.
+Rows are summed in chunks of fixed size in the order of the clips, so the result has the same bits however many are
+handed over at a time and whichever process computed them.
 
-Letters: S clips of a set, B clips handed over at a time, F numbers in a feature, R rank of a covariance.
+The distance of n clips a side is biased upwards by about 1/n. `frechet_jackknife` gives the standard error of the value
+and extrapolates it to infinitely many clips (FVD-infinity, after arXiv 1911.07023); the extrapolation holds only for
+more clips than features.
 
-What the distances are called. The extractor is part of the name, because numbers of two extractors never compare.
+The kernel distance is the unbiased squared MMD with the cubic kernel (x . y / F + 1)^3 (KVD, KID). Its mean is 0 for
+two draws of one set at any number of clips, so it may be slightly negative. Prefer it for few clips.
 
-Kernel distance between the features of two sets of clips: the unbiased squared MMD with a cubic kernel (KVD, KID).
-
-The kernel is (x . y / F + 1)^3. Unbiased: its mean is 0 for two draws of one set at any number of clips, so it may come
-out a little below 0. It needs no Gaussian and is what to look at where clips are few.
-
-Letters: S T clips of the two sets, F numbers in a feature.
+Letters: S T clips of the two sets, B clips handed over at a time, F numbers in a feature, R rank of a covariance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from evaluations.metrics.bootstrap import Jackknife, groups_of, jackknife
 from tokenizer.common.errors import UserError
 
-NAMES = {"i3d": "fvd_i3d", "videomae": "fd_videomae", "effnet": "fcd_effnet"}  # extractor -> its Frechet distance
+# Names of the distances. The extractor is part of the name: numbers of two extractors never compare.
+NAMES = {"i3d": "fvd_i3d", "videomae": "fd_videomae", "effnet": "fcd_effnet"}
 KERNEL_NAMES = {"i3d": "kvd_i3d", "videomae": "kd_videomae", "effnet": "kcd_effnet"}
 # Convention of a covariance -> what is taken off the number of clips. LARP and StyleGAN-V: n.
 COVARIANCES = {"n": 0, "n-1": 1}
@@ -56,10 +58,12 @@ def fit_gaussian(features: Iterable[Tensor], covariance: str = "n") -> Gaussian:
     """
     chunks = _rechunked(features)
     held: list[Tensor] = []
+    num_held = 0
     for chunk_SF in chunks:
         held.append(chunk_SF)
-        if sum(map(len, held)) > chunk_SF.shape[1]:
-            return _from_sums(chain(held, chunks), covariance)
+        num_held += len(chunk_SF)
+        if num_held > chunk_SF.shape[1]:
+            return _Sums.of(chain(held, chunks)).fit(covariance)
     rows_SF = torch.cat(held) if held else torch.empty(0, 0)
     divisor = _divisor(len(rows_SF), covariance)
     mean_F = rows_SF.mean(dim=0)
@@ -81,37 +85,98 @@ def frechet_of_features(x_SF: Tensor, y_SF: Tensor, covariance: str = "n") -> fl
     return frechet_distance(fit_gaussian([x_SF], covariance), fit_gaussian([y_SF], covariance))
 
 
-def _from_sums(chunks: Iterable[Tensor], covariance: str) -> Gaussian:
-    count = 0
-    for chunk_SF in chunks:
-        if not count:
-            origin_F = chunk_SF.mean(dim=0)  # sums around it do not cancel
-            sum_F, outer_FF = torch.zeros_like(origin_F), origin_F.new_zeros(len(origin_F), len(origin_F))
-        offset_SF = chunk_SF - origin_F
-        sum_F += offset_SF.sum(dim=0)
-        outer_FF += offset_SF.T @ offset_SF
-        count += len(chunk_SF)
-    mean_F = sum_F / count
-    covariance_FF = (outer_FF - count * torch.outer(mean_F, mean_F)) / _divisor(count, covariance)
-    value_F, vector_FF = torch.linalg.eigh(covariance_FF)
-    kept = value_F > value_F[-1] * len(value_F) * torch.finfo(torch.float64).eps
-    return Gaussian(origin_F + mean_F, (vector_FF[:, kept] * value_F[kept].sqrt()).T, count)
+def frechet_jackknife(
+    x_SF: Tensor, y_SF: Tensor, paired: bool, covariance: str = "n", seed: int = 0
+) -> tuple[float, Jackknife | None]:
+    """The squared Frechet distance, and its jackknife; None for fewer than 4 clips a side.
+
+    paired: row s of both sides belongs to the same clip, as in reconstruction, so both leave out the same clips. Two
+    independent sets leave out groups of their own, one side at a time.
+    """
+    x, y = fit_gaussian([x_SF], covariance), fit_gaussian([y_SF], covariance)
+    value = frechet_distance(x, y)
+    if min(x.count, y.count) < 4:
+        return value, None
+    groups_x = groups_of(x.count, seed)
+    without_x = gaussians_without(x_SF, groups_x, covariance)
+    if paired:
+        pairs = zip(without_x, gaussians_without(y_SF, groups_x, covariance), strict=True)
+        return value, jackknife(value, [[frechet_distance(*pair) for pair in pairs]])
+    groups_y = groups_of(y.count, seed, side=1)
+    left_out_x = [frechet_distance(part, y) for part in without_x]
+    left_out_y = [frechet_distance(x, part) for part in gaussians_without(y_SF, groups_y, covariance)]
+    return value, jackknife(value, [left_out_x, left_out_y])
+
+
+def gaussians_without(features_SF: Tensor, groups: Sequence[np.ndarray], covariance: str = "n") -> Iterator[Gaussian]:
+    """The fit to all clips but those of one group, group by group; equal to `fit_gaussian` of the rest up to rounding.
+
+    With more clips than numbers the sums of a group are taken off the sums of all, so the whole costs one pass.
+    """
+    if len(features_SF) - max(map(len, groups)) <= features_SF.shape[1]:
+        for group in groups:
+            kept = np.delete(np.arange(len(features_SF)), group)
+            yield fit_gaussian([features_SF[torch.from_numpy(kept)]], covariance)
+        return
+    everything = _Sums.of(_rechunked([features_SF]))
+    for group in groups:
+        part = _Sums.of(_rechunked([features_SF[torch.from_numpy(group)]]), everything.origin_F)
+        yield everything.without(part).fit(covariance)
+
+
+@dataclass(eq=False)
+class _Sums:
+    """Sums of features and of their outer products, around `origin_F` so that they do not cancel."""
+
+    origin_F: Tensor
+    sum_F: Tensor
+    outer_FF: Tensor
+    count: int = 0
+
+    @staticmethod
+    def of(chunks: Iterable[Tensor], origin_F: Tensor | None = None) -> _Sums:
+        """origin_F: default: the mean of the first chunk."""
+        sums: _Sums | None = None
+        for chunk_SF in chunks:
+            if sums is None:
+                origin_F = chunk_SF.mean(dim=0) if origin_F is None else origin_F
+                sums = _Sums(origin_F, torch.zeros_like(origin_F), origin_F.new_zeros(len(origin_F), len(origin_F)))
+            offset_SF = chunk_SF - sums.origin_F
+            sums.sum_F += offset_SF.sum(dim=0)
+            sums.outer_FF += offset_SF.T @ offset_SF
+            sums.count += len(chunk_SF)
+        assert sums is not None
+        return sums
+
+    def without(self, part: _Sums) -> _Sums:
+        return _Sums(self.origin_F, self.sum_F - part.sum_F, self.outer_FF - part.outer_FF, self.count - part.count)
+
+    def fit(self, covariance: str) -> Gaussian:
+        mean_F = self.sum_F / self.count
+        covariance_FF = (self.outer_FF - self.count * torch.outer(mean_F, mean_F)) / _divisor(self.count, covariance)
+        value_F, vector_FF = torch.linalg.eigh(covariance_FF)
+        kept = value_F > value_F[-1] * len(value_F) * torch.finfo(torch.float64).eps  # the rest is rounding
+        return Gaussian(self.origin_F + mean_F, (vector_FF[:, kept] * value_F[kept].sqrt()).T, self.count)
 
 
 def _rechunked(features: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The same rows in float64, CHUNK at a time, the rest last."""
-    waiting: list[Tensor] = []
+    """The same rows in float64, CHUNK at a time, the rest last. Each row is copied once, however it comes."""
+    waiting: list[Tensor] = []  # fewer than CHUNK rows together
+    num_waiting = 0
     for feature_BF in features:
         if not feature_BF.isfinite().all():
             raise UserError("a feature is not finite: the frames or the extractor's weights are damaged")
-        waiting.append(feature_BF.detach().cpu().double())
-        while sum(map(len, waiting)) >= CHUNK:
-            rows_SF = torch.cat(waiting)
-            yield rows_SF[:CHUNK]
-            waiting = [rows_SF[CHUNK:]]
-    rest_SF = torch.cat(waiting) if waiting else torch.empty(0, 0)
-    if len(rest_SF):
-        yield rest_SF
+        rows_BF = feature_BF.detach().cpu()
+        while len(rows_BF):
+            taken_BF = rows_BF[: CHUNK - num_waiting].double()
+            rows_BF = rows_BF[len(taken_BF) :]
+            waiting.append(taken_BF)
+            num_waiting += len(taken_BF)
+            if num_waiting == CHUNK:
+                yield torch.cat(waiting)
+                waiting, num_waiting = [], 0
+    if waiting:
+        yield torch.cat(waiting)
 
 
 def _divisor(count: int, covariance: str) -> int:
@@ -131,14 +196,20 @@ def kernel_distance(x_SF: Tensor, y_TF: Tensor) -> float:
         raise UserError(f"features of {x_SF.shape[1]} and {y_TF.shape[1]} numbers come from different extractors")
     x_SF, y_TF = x_SF.double(), y_TF.double()
     num_x, num_y = len(x_SF), len(y_TF)
-    within_x = (_kernel_sum(x_SF, x_SF) - _own_sum(x_SF)) / (num_x * (num_x - 1))
-    within_y = (_kernel_sum(y_TF, y_TF) - _own_sum(y_TF)) / (num_y * (num_y - 1))
-    return float(within_x + within_y - 2 * _kernel_sum(x_SF, y_TF) / (num_x * num_y))
+    blocks = 2 * -(-num_x // _ROWS) + -(-num_y // _ROWS)
+    with tqdm(desc="kernel distance", total=blocks, unit="block", delay=5, disable=None) as bar:
+        within_x = (_kernel_sum(x_SF, x_SF, bar) - _own_sum(x_SF)) / (num_x * (num_x - 1))
+        within_y = (_kernel_sum(y_TF, y_TF, bar) - _own_sum(y_TF)) / (num_y * (num_y - 1))
+        return float(within_x + within_y - 2 * _kernel_sum(x_SF, y_TF, bar) / (num_x * num_y))
 
 
-def _kernel_sum(x_SF: Tensor, y_TF: Tensor) -> Tensor:
-    width = x_SF.shape[1]
-    return torch.stack([(rows @ y_TF.T / width + 1).pow(3).sum() for rows in x_SF.split(_ROWS)]).sum()
+def _kernel_sum(x_SF: Tensor, y_TF: Tensor, bar: tqdm) -> Tensor:
+    """The kernel of every pair, summed: S x T products, a block of rows at a time."""
+    width, sums = x_SF.shape[1], []
+    for rows_SF in x_SF.split(_ROWS):
+        sums.append((rows_SF @ y_TF.T).div_(width).add_(1).pow_(3).sum())  # of [_ROWS, T]
+        bar.update()
+    return torch.stack(sums).sum()
 
 
 def _own_sum(x_SF: Tensor) -> Tensor:

@@ -55,9 +55,6 @@ from tokenizer.router.reconstruct import PERCEPTUAL_ORDER, pick_perceptual
 from tokenizer.router.reward import QualityTable
 from tokenizer.router.summary import tokenizer_facts, versions
 
-# Redrawn sets behind an interval of a Frechet distance: each costs a decomposition for every point.
-FEW_CLIPS, FRECHET_DRAWS, FEW_FRECHET_DRAWS = 128, 100, 20
-
 
 def parse_arguments() -> argparse.Namespace:
     """The command line, spelt as in the other evaluations."""
@@ -187,9 +184,8 @@ def list_qualities(
     """The metrics of clips, and the Frechet distance where there is an extractor."""
     found = [Quality(name, mean_over_clips(rows, name), not lower_is_better(name), draws) for name in measure.metrics]
     if extractor := measure.scorer.extractor:
-        draws = min(draws, FRECHET_DRAWS if len(names) <= FEW_CLIPS else FEW_FRECHET_DRAWS)
         distances = frechet_over_clips(points, measured, names, covariance)
-        found.append(Quality(extractor.distance_name, distances, False, draws, percentile=False))
+        found.append(Quality(extractor.distance_name, distances, False, draws, of_sets=True))
     return found
 
 

@@ -1,4 +1,4 @@
-"""The clips of a quality-cost curve, and who decides about them: a named protocol, or the flags.
+"""The clips of a quality-cost curve, from a named protocol or from the flags.
 
 Letters: C T H W of a clip.
 """
@@ -8,16 +8,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from evaluations.clip_list import list_clips
+from evaluations.clip_list import fingerprint, list_clips
 from evaluations.protocols import Protocol, find_protocol
 from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError
 from tokenizer.data.clips import DataConfig, build_dataset
-from tokenizer.data.video_io import VideoError, to_model_range
+from tokenizer.data.manifest_table import read_rows
+from tokenizer.data.video_io import VideoError, list_videos, to_model_range
 from tokenizer.model import TokenizerConfig
 from tokenizer.router.reward import QualityTable
 
@@ -28,12 +30,14 @@ _OF_A_PROTOCOL = ("data", "count")  # flags that mean nothing without one
 
 @dataclass(frozen=True)
 class CurveClips:
-    """Clips in a fixed order. `read(i)`: video_CTHW of this very clip, UserError where it cannot be read.
+    """Clips in a fixed order. `read(i)`: video_CTHW of this very clip, UserError if it cannot be read.
 
-    facts: where they come from. notes: what differs from the official list.
+    contents: fingerprints of the files that the clips come from. facts: where they come from. notes: what
+    differs from the official list.
     """
 
     names: list[str]
+    contents: list[str]
     read: Callable[[int], Tensor]
     facts: dict[str, Any]
     notes: list[str] = field(default_factory=list)
@@ -73,7 +77,8 @@ def clips_of_protocol(protocol: Protocol, data: str | None) -> CurveClips:
     facts = {"protocol_hash": protocol.hash, "list": listed.facts()}
     names = [clip.name for clip in listed.clips]
     read = _or_stop(names, lambda index: to_model_range(listed.clips[index].read().frames_THWC))
-    return CurveClips(names, read, facts, [*protocol.notes, *listed.notes])
+    contents = [clip.content() for clip in listed.clips]
+    return CurveClips(names, contents, read, facts, [*protocol.notes, *listed.notes])
 
 
 def clips_of_flags(args: argparse.Namespace, config: TokenizerConfig, stored: QualityTable | None) -> CurveClips:
@@ -92,7 +97,15 @@ def clips_of_flags(args: argparse.Namespace, config: TokenizerConfig, stored: Qu
     dataset = build_dataset(data)
     dataset = dataset if args.max_clips is None else dataset.first(args.max_clips)
     read = _or_stop(dataset.names, lambda index: dataset.get_this(index).video_CTHW)
-    return CurveClips(dataset.names, read, {"data": to_dict(dataset.cfg)})
+    contents = [fingerprint(path) for source in data.sources for path in _files_of(source)]
+    return CurveClips(dataset.names, contents, read, {"data": to_dict(dataset.cfg)})
+
+
+def _files_of(source: str) -> list[Path]:
+    """The video files of a source; none of a rendered or bundled one."""
+    if source.lower().endswith(".csv"):
+        return [row.file(Path(source)) for row in read_rows(Path(source))]
+    return list_videos(source) if Path(source).exists() else []
 
 
 def _or_stop(names: list[str], read: Callable[[int], Tensor]) -> Callable[[int], Tensor]:

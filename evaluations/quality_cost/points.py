@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluations.metrics.bd_rate import Curve, bd_rate, bootstrap
+from evaluations.metrics.bd_rate import Curve, bd_rate
+from evaluations.metrics.bootstrap import bootstrap, jackknife_intervals
 from evaluations.metrics.frechet import fit_gaussian, frechet_distance
 from evaluations.quality_cost.strategies import Point
 from evaluations.quality_cost.sweep import REAL, Figures, Measured, clip_bytes, codec_key, row_key
 from tokenizer.assignment import AssignmentSpace
-from tokenizer.common.device import generator_for
 
 REFERENCE = "uniform"
 _SIZES = ("tokens", "bytes", "reached")
@@ -100,13 +100,16 @@ def frechet_over_clips(
 
 @dataclass(frozen=True)
 class Quality:
-    """A metric of a point. `draws`: of its bootstrap. `percentile`: whether a redrawn set is no worse on average."""
+    """A metric of a point. `of_sets`: a distance between sets, whose interval comes from a jackknife.
+
+    draws: of the bootstrap of any other metric.
+    """
 
     name: str
     of_points: Statistic
     higher_is_better: bool
     draws: int
-    percentile: bool = True
+    of_sets: bool = False
 
 
 def summaries(
@@ -149,7 +152,10 @@ def savings(
             return [bd_rate(curve(REFERENCE, _cost_of(points, rows, name)), curve(name, _cost_of(points, rows, name)))
                     for name in others]  # fmt: skip
 
-        intervals = bootstrap(answers, num_clips, generator_for(seed, "savings"), quality.draws, quality.percentile)
+        if quality.of_sets:
+            intervals = jackknife_intervals(answers, num_clips, seed)
+        else:
+            intervals = bootstrap(answers, num_clips, seed, quality.draws)
         for name, saving, interval in zip(others, answers(np.arange(num_clips)), intervals, strict=True):
             entry = {"strategy": name, "reference": REFERENCE, "cost": _cost_of(points, rows, name)}
             found.append(entry | {"metric": quality.name, "saving": saving, "interval": asdict(interval)})

@@ -135,14 +135,14 @@ class Measure:
         rows = [int(key.removeprefix("row:")) for key in keys if key.startswith("row:")]
         made = itertools.chain(self._by_rows(video_CTHW, rows), self._by_codecs(real_THWC, keys))
         for key, ours_THWC, sizes in made:
-            scores = self.scorer.quality(real_THWC, ours_THWC)
+            scores = self.scorer.qualities([real_THWC], [ours_THWC])[0]
             figures[key] = {name: scores[name] for name in self.metrics} | sizes
             if self.scorer.extractor:
-                features[key] = self.scorer.feature(ours_THWC)
+                features[key] = self.scorer.features([ours_THWC])[0]
         if REAL in keys:
             figures[REAL] = {}
             if self.scorer.extractor:
-                features[REAL] = self.scorer.feature(real_THWC)
+                features[REAL] = self.scorer.features([real_THWC])[0]
         return figures, features
 
     def _by_rows(self, video_CTHW: Tensor, rows: Sequence[int]) -> Iterator[tuple[str, np.ndarray, Figures]]:
@@ -181,9 +181,10 @@ class Measured:
 
 
 def claim(folder: Path, clips: CurveClips, measure: Measure) -> None:
-    """Measurements of other clips, weights or metrics must not end up in one folder: UserError."""
-    names = "\0".join(clips.names).encode("utf-8", "surrogateescape")
-    facts = measure.facts() | clips.facts | {"num_clips": len(clips), "clips_sha256": hashlib.sha256(names).hexdigest()}
+    """UserError if the folder holds measurements of other clips, weights or metrics. Clips count by their content."""
+    listing = json.dumps([clips.names, clips.contents])
+    digest = hashlib.sha256(listing.encode()).hexdigest()
+    facts = measure.facts() | clips.facts | {"num_clips": len(clips), "clips_sha256": digest}
     claim_folder(folder, facts, "give another --out")
 
 

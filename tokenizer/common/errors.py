@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -20,10 +22,12 @@ class UserError(Exception):
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and leave with its exit code.
 
-    A UserError or a full disk prints one line and leaves with 2, Ctrl-C (KeyboardInterrupt) with 130. Anything else
-    is a defect of ours and keeps its traceback.
+    A UserError or a full disk prints one line and leaves with 2, Ctrl-C and SIGTERM (KeyboardInterrupt) with 130.
+    Anything else is a defect of ours and keeps its traceback.
     """
     try:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice ends a job as Ctrl-C does
         code = main() or 0
     except UserError as error:
         code = _say(f"error: {error}", EXIT_USER_ERROR)

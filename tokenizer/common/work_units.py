@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,10 @@ class WorkUnits:
         """Units that some worker has finished."""
         return sum(path.exists() for path in self.paths)
 
-    def work(self, do: Callable[[int], None], merge: Callable[[], None], title: str | None) -> bool:
-        """Call `do(unit)` for every unit that is free; it must put the result at `path(unit)` in one step.
+    def claim(self, title: str | None = None) -> Iterator[tuple[int, ExitStack]]:
+        """Every unit that is free, with the lock on it, which the caller closes once `path(unit)` is there.
 
-        Whoever finds all units done calls `merge()`, one at a time, and gets True; False where others are still at
-        work on some. title: of the bar of units; None for a caller that shows its own.
+        A caller may hold several. title: of a bar of units; None shows no bar.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         mine = os.getpid() % self.num_units  # start at different places, so that workers seldom meet
@@ -52,14 +51,31 @@ class WorkUnits:
         for unit in tqdm(order, desc=title, unit="unit", disable=title is None):
             if self.path(unit).exists():
                 continue
-            with lock(self.folder / f"{unit:06d}.lock", fcntl.LOCK_NB) as free:
-                if free and not self.path(unit).exists():
-                    do(unit)
+            held = ExitStack()
+            free = held.enter_context(lock(self.folder / f"{unit:06d}.lock", fcntl.LOCK_NB))
+            if free and not self.path(unit).exists():
+                yield unit, held
+            else:
+                held.close()
+
+    def merge(self, merge: Callable[[], None]) -> bool:
+        """Call `merge()`, one process at a time, if all units are done; False while some are not."""
         if self.num_done() < self.num_units:
             return False
         with lock(self.folder / "merge.lock"):
             merge()
         return True
+
+    def work(self, do: Callable[[int], None], merge: Callable[[], None], title: str | None) -> bool:
+        """Call `do(unit)` for every unit that is free; it must put the result at `path(unit)` in one step.
+
+        Whoever finds all units done calls `merge()`, one at a time, and gets True; False while others are still at
+        work on some. title: of the bar of units; None for a caller that shows its own.
+        """
+        for unit, held in self.claim(title):
+            with held:
+                do(unit)
+        return self.merge(merge)
 
 
 def claim_folder(folder: Path, facts: Mapping[str, Any], way_out: str = "choose another dir=") -> None:
@@ -81,14 +97,14 @@ def claim_folder(folder: Path, facts: Mapping[str, Any], way_out: str = "choose 
 
 
 @contextmanager
-def lock(path: Path, flags: int = 0) -> Iterator[bool]:
+def lock(path: Path, flags: int = 0, shared: bool = False) -> Iterator[bool]:
     """True for the one process that holds the lock; the system frees it when that process ends, however it ends.
 
-    Waits for it, or with LOCK_NB yields False where another has it.
+    Waits for it, or with LOCK_NB yields False if another has it. shared: any number may hold it together.
     """
     with open(path, "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | flags)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | flags)
         except BlockingIOError:
             yield False
             return

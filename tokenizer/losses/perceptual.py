@@ -216,6 +216,7 @@ _RECIPES = {
     ),
     "lpips_vgg": _Recipe(_vgg16, False, 16, *_LPIPS, "lpips/weights/v0.1/vgg.pth", "a78928a0", "vgg16-397923af.pth"),
 }
+PERCEPTUAL_NAMES = tuple(_RECIPES)
 
 
 def _package_file(name: str, recipe: _Recipe) -> Path:
