@@ -27,11 +27,10 @@ from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
 from tokenizer.common.work_units import lock
 from tokenizer.data.bundled_clips import SPLITS, bundled_videos
-from tokenizer.data.clip_stream import VideoSource
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.datasets import find_kinetics, find_ucf101
 from tokenizer.data.manifest_table import read_rows
-from tokenizer.data.safe_decode import decode_clip_at, decode_clips, map_ahead
+from tokenizer.data.safe_decode import decode_clip_at, decode_clips, fingerprint_of, map_ahead
 from tokenizer.data.video_io import DecodedClip, VideoError, display_name, list_videos, rng_for, to_uint8
 
 T = TypeVar("T")
@@ -42,7 +41,7 @@ _PROBE_SIDE = 32  # frames are made this small if only their number is wanted
 def fingerprint(path: Path) -> str:
     """Of a file's content: its size and the sha256 of both its ends. "unreadable" for a file that cannot be opened."""
     try:
-        return VideoSource(path, path.name, "").fingerprint()
+        return fingerprint_of(path)
     except VideoError:
         return "unreadable"
 

@@ -203,7 +203,14 @@ class PyAvReader:
         step = np.diff(timestamp)
         if (step <= 0).any() or (self._stream.codec_context.has_b_frames and len(step) and (step != step[0]).any()):
             return None
-        return timestamp - timestamp[0] + self._stream.start_time
+        start = self._stream.start_time
+        if self._container.format.name == "avi":  # its pictures may be stamped a tick later than its header promises
+            first = next(self._decoded(), None)
+            self._reopen()
+            if first is None or first.pts is None:
+                return None
+            start = first.pts
+        return timestamp - timestamp[0] + start
 
     def _listed(self) -> np.ndarray | None:
         """The container's index, int64 [T, 4]: time stamp, last byte, whether discarded, size. None if it has none."""
