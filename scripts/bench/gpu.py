@@ -26,8 +26,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from _report import report
-from gpt_packed import count_flops, random_sequences
+from _bench import report
+from packed import gpt_flops, random_sequences
 from sampler import drawn_requests, exhaust, pad_to_maximum
 from torch import Tensor
 
@@ -63,7 +63,7 @@ def main() -> None:
         raise UserError(f"--only {','.join(strange)}: choose from {', '.join(PARTS)}")
     device = pick_device(args.device)
     if device.type == "cpu":
-        raise UserError("this bench is for a GPU; sampler.py, gpt_packed.py and train_step.py are for a CPU")
+        raise UserError("this bench is for a GPU; sampler.py, packed.py and training.py are for a CPU")
     name = torch.cuda.get_device_name(device)
     gemm, copy = gemm_roof(device, torch.bfloat16), copy_roof(device)
     peak = next((flops for part, flops in DENSE_BF16.items() if part in name), gemm)
@@ -125,7 +125,7 @@ def train_gpt(device: torch.device, peak: float) -> dict[str, Any]:
         return gpt_loss(model, part)
 
     figures, _ = time_steps(device, model, batch, loss, CLIPS_GPT)
-    flops = 3 * count_flops(config, batch.packed)
+    flops = 3 * gpt_flops(config, batch.packed)
     return figures | rates(flops, figures["seconds"], peak) | {"ids": len(batch.packed.id_L)}
 
 

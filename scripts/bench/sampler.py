@@ -20,13 +20,11 @@ One thread, CPU time of the thread, in 3 variants interleaved and the minimum of
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from _report import report
+from _bench import report, thread_seconds
 
 from autoregressive.logits import guide, gumbel, id_words, key_words, pick
 from autoregressive.model import GPT
@@ -72,9 +70,9 @@ def bench_sampling(levels: list[int]) -> tuple[float, dict[str, object]]:
     requests = drawn_requests(model, CLIPS)
     config = SamplingConfig(SLOTS, guidance=(2.25,))
     sampler = Sampler(model, config)
-    before = _thread_seconds(lambda: pad_to_maximum(model, config, requests[:SLOTS]))
-    ours = _thread_seconds(lambda: exhaust(sampler, requests))
-    after = _thread_seconds(lambda: pad_to_maximum(model, config, requests[-SLOTS:]))
+    before = thread_seconds(lambda: pad_to_maximum(model, config, requests[:SLOTS]))
+    ours = thread_seconds(lambda: exhaust(sampler, requests))
+    after = thread_seconds(lambda: pad_to_maximum(model, config, requests[-SLOTS:]))
     seconds = {"sampler": ours, "padded": min(before, after) * (CLIPS // SLOTS)}
     tokens = sum(sum(request.rule.forced) + model.layout.num_blocks for request in requests)
     padded_steps = CLIPS // SLOTS * (model.layout.max_length - 1)
@@ -162,7 +160,7 @@ def step_fraction(model: GPT, batch: int) -> dict[str, float]:
     def step() -> None:
         model.step(input_R, position_S, [LIVE] * batch, cache, torch.zeros_like(position_S))
 
-    runs = [[_thread_seconds(run) for run in (products, linears, step)] for _ in range(REPEATS + 1)][1:]
+    runs = [[thread_seconds(run) for run in (products, linears, step)] for _ in range(REPEATS + 1)][1:]
     *roofs, taken = (min(column) for column in zip(*runs, strict=True))
     roof = min(roofs)
     limit = roof * (weight_bytes + cache_bytes) / weight_bytes
@@ -173,12 +171,6 @@ def step_fraction(model: GPT, batch: int) -> dict[str, float]:
         "weight_mb": round(weight_bytes / 1e6),
         "cache_mb": round(cache_bytes / 1e6),
     }
-
-
-def _thread_seconds(run: Callable[[], None]) -> float:
-    start = time.thread_time()
-    run()
-    return time.thread_time() - start
 
 
 if __name__ == "__main__":
