@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the scripts share. Source it right after `set -euo pipefail`; `--help` is answered here, with the caller's own header.
+# Functions shared by the scripts. Source it right after `set -euo pipefail`; --help prints the header of the calling script.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$ROOT/.venv}
@@ -19,7 +19,7 @@ no_arguments() {
   [ $# -eq 0 ] || die "$(basename "$0") takes no arguments, got '$1' (see --help)"
 }
 
-# project_python: prints the interpreter to use, PYPATH (of set_env_vars.sh) or the one that env_install.sh made.
+# project_python: print the interpreter: PYPATH (see scripts/set_env_vars_template.sh), else that of env_install.sh.
 project_python() {
   command -v "${PYPATH:-$VENV/bin/python}" || die "no Python at ${PYPATH:-$VENV/bin/python}: run 'bash scripts/env_install.sh' or set PYPATH"
 }
@@ -36,21 +36,21 @@ check_stage_arguments() {
   done
 }
 
-# whole_number NAME MINIMUM: dies unless the variable NAME holds a whole number of at least MINIMUM.
+# whole_number NAME MINIMUM: exit unless the variable NAME holds a whole number of at least MINIMUM.
 whole_number() {
   [[ ${!1} =~ ^[0-9]+$ ]] && [ "${!1}" -ge "$2" ] || die "$1 must be a whole number of at least $2, got '${!1}'"
 }
 
-# share_cores N: each of N processes on this machine gets its part of the cores, unless OMP_NUM_THREADS says how many.
+# share_cores N: divide the cores among N processes of this machine, unless OMP_NUM_THREADS is set.
 share_cores() {
   local cores
   cores=$(getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
 }
 
-# train_stage MODULE CONFIG.yaml [...]: one training stage, on GPUS processes of each of NNODES machines (default 1 of 1).
-# MAX_RESTARTS=n (default 0): where a process dies, all are started again and resume, n times at most.
-# Under srun every task starts the stage itself and SLURM says who it is (scripts/slurm/).
+# train_stage MODULE CONFIG.yaml [...]: run one training stage on GPUS processes of each of NNODES machines (default 1, 1).
+# MAX_RESTARTS=n (default 0): if a process dies, restart and resume all of them, at most n times.
+# Under srun every task runs this function and reads its rank from SLURM (scripts/slurm/train.sbatch).
 train_stage() {
   local module=$1 python
   shift
@@ -65,7 +65,7 @@ train_stage() {
   [ "$((GPUS * NNODES))" -gt 1 ] || exec "$python" -m "$module" "$@"
 
   local rendezvous=(--standalone)
-  # a store and a port of its own for every restart: torchrun's shared store still holds the addresses of the dead
+  # new store and port for every restart: torchrun's shared store still holds the addresses of dead processes
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   if [ "$NNODES" -gt 1 ]; then
     [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$NNODES needs MASTER_ADDR, the name of the machine with NODE_RANK=0"
@@ -76,11 +76,11 @@ train_stage() {
     --max-restarts "${MAX_RESTARTS:-0}" -m "$module" "$@"
 }
 
-# sample MODULE [arguments]: a sampling command on GPUS=n processes (default 1), each with its own share of the clips.
+# sample MODULE [arguments]: run a sampling command on GPUS=n processes (default 1); each samples its share of the clips.
 sample() {
   local module=$1 python
   shift
-  [ -z "${WORKERS:-}" ] || die "WORKERS=$WORKERS is for evaluation, curation and extraction; to sample on several GPUs set GPUS=n"
+  [ -z "${WORKERS:-}" ] || die "WORKERS applies to evaluation, curation and extraction; to sample with several processes set GPUS=n"
   GPUS=${GPUS:-1}
   whole_number GPUS 1
   python=$(project_python)
@@ -89,7 +89,7 @@ sample() {
   exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" -m "$module" "$@"
 }
 
-# work_stage MODULE CONFIG.yaml [...]: stage 2 or 5a, on WORKERS processes, in PRECISION if that is set.
+# work_stage MODULE CONFIG.yaml [...]: run stage 2 or 5a on WORKERS processes, in PRECISION if that is set.
 work_stage() {
   local module=$1
   shift
@@ -97,7 +97,7 @@ work_stage() {
   run_workers "$module" "$1" ${PRECISION:+"precision=$PRECISION"} "${@:2}"
 }
 
-# run_workers MODULE [arguments]: WORKERS=n independent processes over the same work units, sharing the cores and the GPUs.
+# run_workers MODULE [arguments]: start WORKERS=n independent processes on the same work units; they share cores and GPUs.
 run_workers() {
   local module=$1 workers=${WORKERS:-1} worker pid python failed=0 pids=()
   shift
@@ -106,11 +106,11 @@ run_workers() {
   [ "$workers" -gt 1 ] || exec "$python" -m "$module" "$@"
 
   share_cores "$workers"
-  trap 'kill "${pids[@]}" 2>/dev/null; exit 130' INT TERM # bash hides Ctrl-C from processes in the background
+  trap 'kill "${pids[@]}" 2>/dev/null; exit 130' INT TERM # background processes do not receive Ctrl-C
   for ((worker = 0; worker < workers; worker++)); do
-    LOCAL_RANK=$((${SLURM_LOCALID:-0} * workers + worker)) "$python" -m "$module" "$@" & # its GPU, see pick_device
+    LOCAL_RANK=$((${SLURM_LOCALID:-0} * workers + worker)) "$python" -m "$module" "$@" & # selects its GPU, see pick_device
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid" || failed=$((failed + 1)); done
-  [ "$failed" -eq 0 ] || die "$failed of $workers workers failed; run the same command again, finished units are kept"
+  [ "$failed" -eq 0 ] || die "$failed of $workers workers failed; rerun the same command, finished units are kept"
 }

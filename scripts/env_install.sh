@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Set-up: a virtual environment with this project and its packages. Ends at once when there is nothing to do.
+# Create a virtual environment and install this project into it. Exits at once if it is up to date.
 #
 #   bash scripts/env_install.sh
 #
-# PYTHON=...  the interpreter to build from, 3.11 or newer (default: python3, else python3.11)
-# VENV=...    the folder of the environment (default: .venv in the repository)
+# PYTHON=...  interpreter for the environment, 3.11 or newer (default: python3, else python3.11)
+# VENV=...    folder of the environment (default: .venv in the repository)
 
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 no_arguments "$@"
 cd "$ROOT"
 
-# What was installed, word for word: the place of the repository and its pyproject.toml.
+# The stamp records what was installed: the repository's path and its pyproject.toml.
 stamp=$VENV/evatok-installed
 wanted() { echo "$ROOT" && cat pyproject.toml; }
 if wanted | cmp -s - "$stamp" && [ -x "$VENV/bin/python" ]; then exit 0; fi
@@ -27,5 +27,5 @@ new_enough "$VENV/bin/python" || die "$VENV holds a Python older than 3.11: remo
 
 echo "Installing evatok and its packages into $VENV (once; about 2 minutes and 6 GB)"
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[offline,scenes,semantic,log,dev]" ||
-  die "pip could not install the packages into $VENV; its reason stands above"
+  die "pip could not install the packages into $VENV; see its message above"
 wanted >"$stamp"

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Set-up, then the main job: 30 real clips that no training run has seen -> router -> tokens -> reconstructions and a report.
-# After it, the miniature GPTs: a few clips of four classes, and rendered scenes that go on from their first frames.
+# Install, then reconstruct 30 real held-out clips: router -> tokens -> reconstructions and a report. Then sample clips of
+# four classes with the miniature GPTs and continue rendered scenes from their first frames.
 #
 #   bash scripts/quickstart.sh
 #
-# Writes results/quickstart/, results/quickstart_samples/ and results/quickstart_frames/, and says at the end where the
-# three reports are. Less than a minute on 2 CPU cores after the installation.
+# Writes results/quickstart/, results/quickstart_samples/ and results/quickstart_frames/ and prints the paths of the three
+# reports. Takes about a minute on 2 CPU cores after the installation.
 
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 no_arguments "$@"
 bash "$ROOT/scripts/env_install.sh"
 cd "$ROOT"
-# what other weights made, before an update, would be refused as the beginning of this run
+# results of other weights cannot be resumed: remove them after an update
 if [ -d results/quickstart ] && ! cmp -s ckpts/mini/SHA256SUMS results/.quickstart_weights; then
-  echo "quick start: the weights in ckpts/mini are new; removing what the ones before made (results/quickstart*)"
+  echo "quick start: ckpts/mini has new weights; removing the results of the old ones (results/quickstart*)"
   rm -rf results/quickstart results/quickstart_samples results/quickstart_scenes results/quickstart_frames
 fi
 mkdir -p results/quickstart_clips
@@ -30,7 +30,7 @@ bash scripts/test/sample_c2v_visualization.sh --tok-config configs/mini/final.ya
 bash scripts/test/frame_pred_visualization.sh --tok-config configs/mini/final.yaml --vq-ckpt ckpts/mini/final.safetensors \
   --gpt-model GPT-mini --gpt-ckpt ckpts/mini/gpt_fp.safetensors --vid_path results/quickstart_scenes --sample-num 10 \
   --sample-dir results/quickstart_frames --fixed-prefix "128,32" --condition-mode padding --check-special-token-mask
-echo "Reports, to be opened in a browser:"
+echo "Open these reports in a browser:"
 echo "  tokens and reconstructions  $ROOT/results/quickstart/report.html"
 echo "  clips of a class            $ROOT/results/quickstart_samples/report.html"
 echo "  continued clips             $ROOT/results/quickstart_frames/report.html"

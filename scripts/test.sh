@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set-up, then the tests. Arguments go to pytest.
+# Install, then run the tests. Arguments go to pytest.
 #
 #   bash scripts/test.sh [pytest arguments, e.g. -k assignment]
 
@@ -7,6 +7,6 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 bash "$ROOT/scripts/env_install.sh"
 cd "$ROOT"
-# Without these an unreachable hub costs a minute of retries.
+# An unreachable hub would cost a minute of retries.
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
 exec "$VENV/bin/python" -m pytest "$@"

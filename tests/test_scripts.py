@@ -41,7 +41,7 @@ def bash(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         env=environment,
         stdin=subprocess.DEVNULL,
-        timeout=60,
+        timeout=120,
     )
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Frame prediction: continue real clips from their first frames, write videos beside the originals, a grid and samples.json.
+# Frame prediction: continue real clips from their first frames; write videos beside the originals, a grid and samples.json.
 #
 #   bash scripts/test/frame_pred_visualization.sh --tok-config T.yaml --vq-ckpt T --gpt-model GPT-LP --gpt-ckpt G --dataset k600_val \
 #       --sample-dir OUT --per-proc-batch-size 8 --orig-aspect-ratio --check-special-token-mask --sample-num 20 \

@@ -3,8 +3,8 @@
 #
 #   [WORKERS=n] bash scripts/train/2_curate_router_data.sh CONFIG.yaml [key.sub=value ...] [--dry-run]
 #
-# WORKERS=n starts n independent workers over the same work units; more may be started elsewhere, killed and started again.
-# PRECISION=none|bf16|fp16 sets precision= (default: the config's).
+# WORKERS=n starts n independent workers on the same work units; start, stop and restart more on any machine.
+# PRECISION=none|bf16|fp16 overrides the config's precision.
 # Example: WORKERS=2 bash scripts/train/2_curate_router_data.sh configs/mini/curate_train.yaml
 
 set -euo pipefail

@@ -116,7 +116,7 @@ def load_perceptual(
 
     Nothing is downloaded. The trunk of lpips_* is looked for in `trunk_dir`, else in the folder that the environment
     variable LPIPS_TRUNK_DIR names, else in the cache of torch hub. float32 is exact. bfloat16 takes about 0.6 of the
-    time and moves the distance of a real clip by less than 1e-3 (scripts/bench/perceptual.py measures both): enough
+    time and moves the distance of a real clip by less than 1e-3 (scripts/bench/training.py measures both): enough
     for a loss, too little to rank reconstructions that nearly tie.
 
     Raises UserError for an unknown name and for weights that are absent or are not the published ones (sha256).
