@@ -68,6 +68,23 @@ def test_tree_equals_brute_force() -> None:
     assert torch.equal(tree[0].argmin(dim=1), brute[0].argmin(dim=1))
 
 
+def test_a_thinned_tree_measures_some_rows_of_the_whole_one(proxy: Path, tmp_path: Path) -> None:
+    """Half the levels at each of 4 nodes: one row of 16 for each clip, with the value that the whole tree gives."""
+    whole, thin = curate(proxy, tmp_path / "whole"), curate(proxy, tmp_path / "thin", children=1)
+    assert whole.run() and thin.run()
+    some, every = (QualityTable.load(work.table_path) for work in (thin, whole))
+    there_BA = ~some.lpips_BA.isnan()
+    assert every.is_whole and not some.is_whole
+    assert there_BA.sum(dim=1).tolist() == [1] * 5
+    assert len({tuple(row) for row in there_BA.int().tolist()}) == 3, "each of the 3 units draws its own"
+    for name in ("lpips_BA", "psnr_BA", "mse_BA"):
+        assert torch.equal(getattr(some, name)[there_BA], getattr(every, name)[there_BA])
+    again = curate(proxy, tmp_path / "again", children=1)
+    assert again.run() and again.table_path.read_bytes() == thin.table_path.read_bytes()
+    with pytest.raises(UserError, match="children"):
+        curate(proxy, tmp_path / "brute", children=1, method="brute_force")
+
+
 def test_shared_and_killed_work_gives_the_bytes_of_a_serial_run(proxy: Path, tmp_path: Path) -> None:
     serial = curate(proxy, tmp_path / "serial")
     assert serial.run()

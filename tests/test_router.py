@@ -18,8 +18,15 @@ from tokenizer.frozen.weights import FrozenConfig
 from tokenizer.model import TokenizerConfig
 from tokenizer.router.model import Router, RouterConfig, VJEPA2StemConfig, frequency_filters
 from tokenizer.router.predict import check_router_fits, load_router
-from tokenizer.router.reward import QualityTable
-from tokenizer.router.train import RouterTrainConfig, RouterTraining, TableClips, measure
+from tokenizer.router.reward import QualityTable, reward, stats_of
+from tokenizer.router.train import (
+    WITHIN_WEIGHT,
+    RouterTrainConfig,
+    RouterTraining,
+    TableClips,
+    measure,
+    quality_loss,
+)
 from tokenizer.training.optim import OptimConfig
 from tokenizer.training.trainer import RunConfig
 
@@ -231,6 +238,44 @@ def test_unreadable_clips_of_a_validation_are_named_and_counted(
     lost |= set(range(len(clips)))
     with pytest.raises(UserError, match="not one of"):
         training.validate(3)
+
+
+def test_one_quality_router_serves_every_weight_and_needs_no_whole_rows(tmp_path: Path) -> None:
+    """Two thirds of the table are hidden from it; at each weight it is nearer to the best rows than any one row."""
+    config = toy_config(tmp_path, "quality", steps=700)
+    table = QualityTable.load(config.table)
+    hidden_SA = torch.rand(table.lpips_BA.shape, generator=torch.Generator().manual_seed(1)) < 2 / 3
+    hidden_SA[:, 0] &= ~hidden_SA.all(dim=1)
+    partial = replace(table, lpips_BA=table.lpips_BA.masked_fill(hidden_SA, torch.nan))
+    partial.save(tmp_path / "partial")
+    config = replace(config, table=str(tmp_path / "partial"), quality_weight=1.2)
+    assert not partial.is_whole and stats_of(partial).lpips_std == pytest.approx(stats_of(table).lpips_std, rel=0.1)
+    with pytest.raises(UserError, match="lacks assignments"):
+        RouterTraining(replace(config, labels="soft"))
+    training = RouterTraining(config)
+    training.fit()
+    router, val = load_router(config.run.dir), training.val_clips
+    video_BCTHW = torch.stack([val.get(i).video_CTHW for i in range(len(val))])
+    truth, space = QualityTable.load(config.val_table), TINY.space
+    assert router.quality_weight == 1.2
+    for weight in (1.0, 1.2, 1.5):
+        router = load_router(config.run.dir, quality_weight=weight)
+        reward_SA = reward(truth.lpips_BA, space.tokens_A, weight, stats_of(partial))
+        best_single = reward_SA.mean(dim=0).max()
+        chosen = reward_SA.gather(1, space.best_row(router.scores(video_BCTHW))[:, None]).mean()
+        assert chosen > best_single + 0.25 * (reward_SA.amax(dim=1).mean() - best_single)
+    with pytest.raises(UserError, match="one trade-off"):
+        load_router("ckpts/mini/router.safetensors", quality_weight=1.0)
+
+
+def test_the_quality_loss_by_hand() -> None:
+    """Gaps 1 and 3 of the measured rows: mean 2, deviations -1 and 1."""
+    wanted_BA = torch.tensor([[1.0, torch.nan, 2.0]])
+    quality_BA = torch.tensor([[2.0, 100.0, 5.0]], requires_grad=True)
+    loss = quality_loss(quality_BA, wanted_BA)
+    assert loss.item() == pytest.approx(WITHIN_WEIGHT * 1 + 4)
+    loss.backward()
+    assert quality_BA.grad.isfinite().all() and quality_BA.grad[0, 1] == 0
 
 
 def test_hard_labels_train_and_the_config_survives_yaml(tmp_path: Path) -> None:

@@ -12,6 +12,10 @@ Everything up to block t depends only on (a_1 .. a_t), because every attention i
 the leaves of a tree, each node is one block under one prefix, and 625 assignments take 780 block steps instead of
 2500. The clips of a batch go in lockstep, so all shapes are equal; real frames pass the perceptual network once.
 
+With `children` below the number of levels, each node of the tree continues with that many levels, drawn anew for every
+node and unit: 2 of 5 leave 16 of 625 assignments for 30 of 780 steps. The other cells of the table are NaN. A router
+that learns `labels=quality` needs no whole rows, and learns more from many clips than from many assignments.
+
 Letters: B clips, A assignments (rows), F images.
 """
 
@@ -30,7 +34,7 @@ from torch import Tensor
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import to_dict
-from tokenizer.common.device import autocast, pick_device, pick_dtype
+from tokenizer.common.device import autocast, generator_for, pick_device, pick_dtype
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.image_quality import psnr_of_mse
 from tokenizer.common.work_units import WorkUnits, claim_folder
@@ -54,26 +58,31 @@ class Scorer:
         self.seen_frames = [(2 * i + 1) * in_block // (2 * wanted) for i in range(wanted)]  # inside each block
 
     @torch.inference_mode()
-    def tree(self, video_BCTHW: Tensor) -> Scores:
-        """All assignments by a depth-first walk over their common prefixes."""
-        blocks = video_BCTHW.chunk(self.space.num_blocks, dim=2)
+    def tree(self, video_BCTHW: Tensor, children: int = 0, generator: torch.Generator | None = None) -> Scores:
+        """All assignments by a depth-first walk over their common prefixes.
+
+        children: so many levels, drawn by `generator` at each node, instead of all; assignments not reached are NaN.
+        """
+        blocks, levels = video_BCTHW.chunk(self.space.num_blocks, dim=2), self.space.levels
         real = [self.perceptual.features(self._images(block)) for block in blocks]
         patches = read_patches(self.tokenizer, video_BCTHW)
-        leaves: list[tuple[Tensor, Tensor]] = []  # in lexicographic order, which is the order of the table's rows
+        leaves: dict[int, tuple[Tensor, Tensor]] = {}  # row of the table -> distance and MSE of each clip
 
-        def walk(t: int, past: Past, distance_B: Tensor, mse_B: Tensor) -> None:
+        def walk(t: int, row: int, past: Past, distance_B: Tensor, mse_B: Tensor) -> None:
             if t == self.space.num_blocks:
-                leaves.append((distance_B / t, mse_B / t))
+                leaves[row] = (distance_B / t, mse_B / t)
                 return
-            for length in self.space.levels:
-                frames, after = self._step(patches, t, length, past)
+            for place in _drawn_places(len(levels), children, generator):
+                frames, after = self._step(patches, t, levels[place], past)
                 ours = self.perceptual.features(self._images(frames))
                 here_B = self.perceptual.distance(ours, real[t]).view(len(frames), -1).mean(dim=1)
-                walk(t + 1, after, distance_B + here_B, mse_B + _mse(frames, blocks[t]))
+                next_row = row * len(levels) + place  # rows are in lexicographic order
+                walk(t + 1, next_row, after, distance_B + here_B, mse_B + _mse(frames, blocks[t]))
 
         nothing_B = torch.zeros(len(video_BCTHW), device=video_BCTHW.device)
-        walk(0, Past.empty(self.tokenizer), nothing_B, nothing_B)
-        return _collect(leaves)
+        walk(0, 0, Past.empty(self.tokenizer), nothing_B, nothing_B)
+        nan_B = torch.full_like(nothing_B, torch.nan)
+        return _collect([leaves.get(row, (nan_B, nan_B)) for row in range(self.space.num_rows)])
 
     @torch.inference_mode()
     def brute_force(self, video_BCTHW: Tensor) -> Scores:
@@ -97,6 +106,12 @@ class Scorer:
         return rearrange(block_BCTHW[:, :, self.seen_frames], "B C T H W -> (B T) C H W")
 
 
+def _drawn_places(num_levels: int, children: int, generator: torch.Generator | None) -> list[int]:
+    if not 0 < children < num_levels:
+        return [*range(num_levels)]
+    return torch.randperm(num_levels, generator=generator)[:children].sort().values.tolist()
+
+
 def _mse(ours: Tensor, real: Tensor) -> Tensor:
     return (ours - real).square().flatten(1).mean(dim=1)
 
@@ -113,6 +128,7 @@ class CurateConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(augment=False))
     perceptual_net: str = "lpips_vgg"
     frames_per_block: int = 0  # frames of each block that the perceptual distance looks at, evenly spread; 0 = all
+    children: int = 0  # levels that each node of the tree goes on with, drawn at random; 0 = all, the whole table
     method: str = "tree"  # or "brute_force": every assignment on its own, the oracle that the tree is checked against
     clips_per_unit: int = 16  # clips that go through the tree in lockstep
     device: str = "auto"
@@ -125,6 +141,8 @@ class CurateConfig:
             raise UserError("data.augment must be false: a table holds clips that can be found again")
         if self.method not in ("tree", "brute_force"):
             raise UserError(f"method = {self.method!r}: choose 'tree' or 'brute_force'")
+        if self.children < 0 or (self.children and self.method != "tree"):
+            raise UserError(f"children = {self.children} must be at least 0, and goes with method = 'tree' only")
         if not self.proxy:
             raise UserError("proxy is empty: give the tokenizer that stage 1 trained")
 
@@ -186,14 +204,19 @@ class Curation:
             nothing = torch.empty(0, self.space.num_rows)
             return self._table((nothing, nothing, nothing), names)
         video_BCTHW = torch.stack([clip.video_CTHW for clip in clips]).to(self.tokenizer.device)
-        score = self.scorer.tree if self.config.method == "tree" else self.scorer.brute_force
         with autocast(self.tokenizer.device, self.config.precision):
-            table = self._table(score(video_BCTHW), names)
+            table = self._table(self._score(video_BCTHW, unit), names)
         if self.config.precision != "none" and self._unchecked:
             self._unchecked = False
-            line = equal_choices(table, self._table(score(video_BCTHW), names))
+            line = equal_choices(table, self._table(self._score(video_BCTHW, unit), names))
             print(f"{self.config.precision} against fp32, {line}", flush=True)
         return table
+
+    def _score(self, video_BCTHW: Tensor, unit: int) -> Scores:
+        if self.config.method == "brute_force":
+            return self.scorer.brute_force(video_BCTHW)
+        # of the unit alone, so that the table has the same bytes however the work was shared
+        return self.scorer.tree(video_BCTHW, self.config.children, generator_for(0, "children", unit))
 
     def _table(self, scores: Scores, names: list[str]) -> QualityTable:
         return QualityTable(*scores, names, self.space.levels, self.space.num_blocks, self._meta())
@@ -205,6 +228,7 @@ class Curation:
             "perceptual_net": c.perceptual_net,
             "frames_per_block": c.frames_per_block,
             "method": c.method,
+            **({"children": c.children} if c.children else {}),
             **({"precision": c.precision} if c.precision != "none" else {}),
             "data": to_dict(c.data),
             "clips_sha256": hashlib.sha256(names).hexdigest(),
@@ -214,9 +238,11 @@ class Curation:
 def equal_choices(ours: QualityTable, exact: QualityTable, quality_weight: float = 1.2) -> str:
     """How far the scores of the same clips in two precisions agree, in words: equal best rows, largest difference."""
     stats, tokens_A = stats_of(exact), exact.space.tokens_A
-    best_B, exact_B = (reward(x.lpips_BA, tokens_A, quality_weight, stats).argmax(dim=1) for x in (ours, exact))
+    best_B, exact_B = (
+        reward(x.lpips_BA, tokens_A, quality_weight, stats).nan_to_num(-torch.inf).argmax(dim=1) for x in (ours, exact)
+    )
     num, equal = len(exact_B), int((best_B == exact_B).sum())
-    gap = (ours.lpips_BA - exact.lpips_BA).abs().max().item()
+    gap = (ours.lpips_BA - exact.lpips_BA).abs().nan_to_num().max().item()
     return (
         f"first {num} clips: equal best assignment (w_q = {quality_weight}) for {equal} ({equal / num:.0%}), "
         f"perceptual distances differ by at most {gap:.2g}"

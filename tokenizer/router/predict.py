@@ -21,14 +21,20 @@ from tokenizer.common.device import autocast
 from tokenizer.common.errors import UserError
 from tokenizer.model import TokenizerConfig
 from tokenizer.router.model import Router, RouterConfig
+from tokenizer.router.reward import reward_of_quality
 from tokenizer.router.stem import build_stem
 
 
 class TrainedRouter:
-    """A frozen router with its assignments. Made by `load_router`."""
+    """A frozen router with its assignments. Made by `load_router`.
 
-    def __init__(self, model: Router, sha256: str, origin: str) -> None:
+    quality_weight: the w_q of a router that predicts qualities (labels=quality), within [0, 2]; it may be set anew at
+    any time. None of one that has learned a single trade-off.
+    """
+
+    def __init__(self, model: Router, sha256: str, origin: str, quality_weight: float | None = None) -> None:
         """Raises UserError where a router on V-JEPA 2 does not find the weights it learned with."""
+        self.quality_weight = quality_weight
         self.model = model.eval().requires_grad_(False)
         self.stem = build_stem(model.config, model.head.weight.device)
         self.stem.check(model, origin)
@@ -56,7 +62,12 @@ class TrainedRouter:
             raise UserError(f"{self.origin} reads clips of shape {wanted}, not {tuple(video_BCTHW.shape[1:])}")
         device = next(self.model.parameters()).device
         with autocast(device, "none"):
-            return torch.cat([self.model(self.stem(clip.to(device))).float().cpu() for clip in video_BCTHW.split(1)])
+            score_BA = torch.cat(
+                [self.model(self.stem(clip.to(device))).float().cpu() for clip in video_BCTHW.split(1)]
+            )
+        if self.quality_weight is None:
+            return score_BA
+        return reward_of_quality(score_BA, self.space, self.quality_weight).float()
 
     def assign(self, video_BCTHW: Tensor, budget: str | Budget = "router", price: float | None = None) -> Tensor:
         """length_BN, int64 on the CPU: the assignment of each clip under `budget` (forms: see tokenizer.budget).
@@ -70,10 +81,14 @@ class TrainedRouter:
 
 
 def load_router(
-    path: str | Path, device: str | torch.device = "cpu", config_path: str | Path | None = None
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    config_path: str | Path | None = None,
+    quality_weight: float | None = None,
 ) -> TrainedRouter:
     """A trained router from a .safetensors file or a run folder; the config is inside the file.
 
+    quality_weight: another w_q than the file's, for a router trained with labels=quality; UserError for any other.
     `config_path`: a YAML whose `model` section must agree with it. Raises UserError naming both files and every
     differing key where it does not, and for damaged, pickled or foreign files.
     """
@@ -88,7 +103,14 @@ def load_router(
             raise UserError(f"{config_path} and {path} do not belong together; model differs in {'; '.join(different)}")
     model = Router(config)
     load_strict(model, file.tensors, str(path))
-    return TrainedRouter(model.to(device), file.sha256, str(path))
+    predicts_quality = file.config.get("labels") == "quality"
+    if quality_weight is not None and not predicts_quality:
+        raise UserError(
+            f"{path} has learned one trade-off: only a router trained with labels=quality takes another w_q"
+        )
+    if predicts_quality and quality_weight is None:
+        quality_weight = file.config["quality_weight"]
+    return TrainedRouter(model.to(device), file.sha256, str(path), quality_weight)
 
 
 def check_router_fits(router: TrainedRouter, tokenizer: TokenizerConfig) -> None:

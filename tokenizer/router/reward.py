@@ -46,8 +46,12 @@ class RewardStats:
 
 
 def stats_of(table: QualityTable) -> RewardStats:
-    """The statistics of a table, each (clip, assignment) counting once. Raises UserError where LPIPS has no spread."""
+    """The statistics of a table, each (clip, assignment) that was measured counting once.
+
+    Raises UserError where LPIPS has no spread.
+    """
     lpips_BA = table.lpips_BA.double()
+    lpips_BA = lpips_BA[lpips_BA.isfinite()]
     tokens_A = table.space.tokens_A.double()
     stats = RewardStats(
         lpips_mean=lpips_BA.mean().item(),
@@ -57,7 +61,7 @@ def stats_of(table: QualityTable) -> RewardStats:
     )
     if not (stats.lpips_std > 0 and stats.tokens_std > 0):
         raise UserError(
-            f"a quality table of {len(lpips_BA)} clips x {len(tokens_A)} assignments has an LPIPS deviation of "
+            f"a quality table of {len(table)} clips x {len(tokens_A)} assignments has an LPIPS deviation of "
             f"{stats.lpips_std:g} and a token deviation of {stats.tokens_std:g}; a reward needs both above 0"
         )
     return stats
@@ -68,10 +72,23 @@ def reward(lpips_BA: Tensor, tokens_A: Tensor, quality_weight: float, stats: Rew
 
     quality_weight: w_q within [0, 2]; UserError otherwise.
     """
+    return _weigh(quality(lpips_BA, stats), (tokens_A.double() - stats.tokens_mean) / stats.tokens_std, quality_weight)
+
+
+def quality(lpips_BA: Tensor, stats: RewardStats) -> Tensor:
+    """The first half of the reward: LPIPS in standard deviations below its mean, float64; NaN stays NaN."""
+    return (stats.lpips_mean - lpips_BA.double()) / stats.lpips_std
+
+
+def reward_of_quality(quality_BA: Tensor, space: AssignmentSpace, quality_weight: float) -> Tensor:
+    """reward_BA, float64, of a predicted quality: the trade-off that `labels=quality` leaves for later."""
+    tokens_A = space.tokens_A.double().to(quality_BA.device)
+    return _weigh(quality_BA.double(), (tokens_A - tokens_A.mean()) / tokens_A.std(correction=0), quality_weight)
+
+
+def _weigh(quality_BA: Tensor, length_A: Tensor, quality_weight: float) -> Tensor:
     if not 0.0 <= quality_weight <= TOTAL_WEIGHT:
         raise UserError(f"quality_weight is {quality_weight}; it must lie within [0, {TOTAL_WEIGHT:g}]")
-    quality_BA = (stats.lpips_mean - lpips_BA.double()) / stats.lpips_std
-    length_A = (tokens_A.double() - stats.tokens_mean) / stats.tokens_std
     return quality_weight * quality_BA - (TOTAL_WEIGHT - quality_weight) * length_A
 
 
@@ -129,6 +146,11 @@ class QualityTable:
     @property
     def space(self) -> AssignmentSpace:
         return AssignmentSpace(tuple(self.levels), self.num_blocks)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every assignment of every clip was measured; see `children` of stage 2."""
+        return not bool(self.lpips_BA.isnan().any())
 
     def save(self, path: str | Path) -> None:
         """One .safetensors file, written aside and renamed; equal tables give equal bytes."""

@@ -38,7 +38,9 @@ from tokenizer.router.reward import (
     QualityTable,
     best_uniform,
     hard_labels,
+    quality,
     reward,
+    reward_of_quality,
     reward_percentile,
     soft_labels,
     stats_of,
@@ -90,6 +92,7 @@ def draw_patches(num_patches: int, share: float, generator: torch.Generator, pla
     return places.pick(torch.rand(places.total, num_patches, generator=generator).argsort(dim=1)[:, :num_seen])
 
 
+WITHIN_WEIGHT = 4.0  # of the differences between a clip's rows, see quality_loss
 KEPT_BYTES = 1 << 29  # clips kept in memory after their first reading; all of a small table
 
 
@@ -103,7 +106,8 @@ class RouterTrainConfig:
     table: str = ""  # the quality table of `data`, from stage 2
     val_table: str = ""  # the quality table of `val_data`
     quality_weight: float = 1.2  # w_q; the length weighs 2 - w_q
-    labels: str = "hard"  # "hard": the best row (the paper); "soft": softmax(reward / temperature); "threshold"
+    labels: str = "hard"  # "hard": the best row (the paper); "soft": softmax(reward / temperature); "threshold"; or
+    # "quality": the standardised quality of every row that was measured; one router for every quality_weight
     temperature: float = 1.0  # of soft labels, in units of the reward
     threshold: float = 0.0  # of labels "threshold", a baseline: the fewest tokens at this LPIPS or less, else the most
     turns: bool = False  # small tables: clips also upside down and along the diagonal
@@ -113,8 +117,8 @@ class RouterTrainConfig:
     table_sha256: str = ""  # of `table`; a run fills it in, so that it never resumes with other labels
 
     def __post_init__(self) -> None:
-        if self.labels not in ("hard", "soft", "threshold"):
-            raise UserError(f"labels = {self.labels!r}: choose 'hard', 'soft' or 'threshold'")
+        if self.labels not in ("hard", "soft", "threshold", "quality"):
+            raise UserError(f"labels = {self.labels!r}: choose 'hard', 'soft', 'threshold' or 'quality'")
         if (self.threshold > 0) != (self.labels == "threshold"):
             raise UserError(f"threshold = {self.threshold} goes with labels = 'threshold', not {self.labels!r}")
         if not 0 < self.seen_patches <= 1:
@@ -178,11 +182,17 @@ class RouterTraining:
         config.table_sha256 = found
         self.clips = TableClips(config.data, run.seed, table, config.table)
         self.val_clips = TableClips(config.val_data, run.seed, val_table, config.val_table)
+        for path, each, whole in (
+            (config.table, table, config.labels != "quality"),
+            (config.val_table, val_table, True),
+        ):
+            if whole and not each.is_whole:
+                raise UserError(f"{path} lacks assignments (children): only the training table of labels=quality may")
         stats = stats_of(table)  # those of training rate both sets, or a weight would mean two things
         self.reward_SA, self.val_reward_SA = (
             reward(each.lpips_BA, self.space.tokens_A, config.quality_weight, stats) for each in (table, val_table)
         )
-        self.lpips_SA = table.lpips_BA
+        self.lpips_SA, self.quality_SA = table.lpips_BA, quality(table.lpips_BA, stats).float()
         self.row_of = {name: row for row, name in enumerate(table.names)}
         self.stem = build_stem(config.model, start_run(run), config.feature_cache)
         router = Router(config.model)
@@ -195,7 +205,7 @@ class RouterTraining:
         return batches(self.clips, run.batch_size, run.seed, step, run.num_workers, accumulate=run.accumulate)
 
     def loss(self, batch: ClipBatch, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Cross-entropy of the scores against the labels, soft or hard."""
+        """Cross-entropy of the scores against the labels, soft or hard; of qualities the mean squared error."""
         config, data, device = self.config, self.config.data, self.state.device
         video_BCTHW = batch.video_BCTHW
         generator, places = generator_for(config.run.seed, "augment", step), batch.places
@@ -208,6 +218,8 @@ class RouterTraining:
             seen_BK = draw_patches(config.model.num_places, config.seen_patches, generator, places).to(device)
         clip_B = [self.row_of[name] for name in batch.names]
         logits_BA = self.state.model(self.stem(video_BCTHW.to(device)), seen_BK).float()
+        if config.labels == "quality":
+            return quality_loss(logits_BA, self.quality_SA[clip_B].to(device)), {**self.mark}
         loss = F.cross_entropy(logits_BA, self._labels(clip_B).to(device))
         figures = {"percentile": _percentile(logits_BA, self.reward_SA[clip_B], self.space)}
         return loss, figures | self.mark
@@ -226,7 +238,10 @@ class RouterTraining:
         if not readable:
             raise UserError(f"val_data: not one of {num} clips can be read; make it name the clips of val_table")
         lost = {"unreadable": float(num - len(readable))} if len(readable) < num else {}
-        return measure(torch.cat(scores), self.val_reward_SA[readable], self.space) | lost | self.mark
+        score_SA = torch.cat(scores)
+        if self.config.labels == "quality":
+            score_SA = reward_of_quality(score_SA, self.space, self.config.quality_weight)
+        return measure(score_SA, self.val_reward_SA[readable], self.space) | lost | self.mark
 
     def fit(self) -> None:
         """Train to the end of `run.steps`, from wherever `run.dir` stands."""
@@ -263,6 +278,19 @@ class RouterTraining:
         if self.config.labels == "hard":
             return hard_labels(self.reward_SA[clip_B])
         return soft_labels(self.reward_SA[clip_B], self.config.temperature).float()
+
+
+def quality_loss(quality_BA: Tensor, wanted_BA: Tensor) -> Tensor:
+    """Mean squared error over the measured assignments (the others are NaN), of each clip's mean and of the rest.
+
+    The rest, how the rows of a clip differ, is all that a choice looks at, but it varies less than clips do.
+    """
+    there_BA = ~wanted_BA.isnan()
+    gap_BA = torch.where(there_BA, quality_BA - wanted_BA, 0.0)
+    num_B1 = there_BA.sum(dim=1, keepdim=True)
+    mean_B1 = gap_BA.sum(dim=1, keepdim=True) / num_B1
+    within = (torch.where(there_BA, gap_BA - mean_B1, 0.0).square().sum(dim=1, keepdim=True) / num_B1).mean()
+    return WITHIN_WEIGHT * within + mean_B1.square().mean()
 
 
 def measure(score_SA: Tensor, reward_SA: Tensor, space: AssignmentSpace) -> dict[str, float]:
