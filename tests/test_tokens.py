@@ -1,10 +1,12 @@
 """Tokens on disk, and tokenizers on disk: round trips, and what is refused in one line."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save
 
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
@@ -69,6 +71,33 @@ def test_files_that_are_no_tokens_are_named(saved: Path, tmp_path: Path) -> None
     (tmp_path / "cut.safetensors").write_bytes(saved.read_bytes()[:100])
     with pytest.raises(UserError, match="cut.safetensors: cannot be read"):
         VideoTokens.load(tmp_path / "cut.safetensors")
+
+
+def test_tokens_are_checked_before_they_are_used(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    good = {"codes": torch.zeros(18, dtype=torch.int32), "lengths": LENGTHS[:1].int()}
+    facts = {"num_frames": 16, "size": 32, "codebook_size": 64}
+
+    def refusal(tensors: dict[str, torch.Tensor], facts: object = facts) -> str:
+        text = facts if isinstance(facts, str) else json.dumps(facts)
+        meta = {"kind": "evatok.tokens", "facts": text, "tokenizer_sha256": ""}
+        path.write_bytes(save({**good, **tensors}, metadata=meta))
+        with pytest.raises(UserError) as refused:
+            VideoTokens.load(path)
+        assert str(refused.value).startswith(str(path)) and "\n" not in str(refused.value)
+        return str(refused.value)
+
+    assert "codes are float32 [18]" in refusal({"codes": torch.full((18,), 1.5)})
+    assert "codes are bool [18]" in refusal({"codes": torch.ones(18, dtype=torch.bool)})
+    assert "lengths float32 [1, 4]" in refusal({"lengths": LENGTHS[:1].float()})
+    assert "lengths int32 [4]" in refusal({"lengths": LENGTHS[0].int()})
+    assert "fewer than 1 token" in refusal({"lengths": torch.tensor([[-2, 12, 4, 4]], dtype=torch.int32)})
+    assert "17 codes do not fit" in refusal({"codes": torch.zeros(17, dtype=torch.int32)})
+    assert "codes must be in 0 .. 63" in refusal({"codes": torch.full((18,), 64, dtype=torch.int32)})
+    assert "'size' is True" in refusal({}, {**facts, "size": True})
+    assert "'size' is 32.5" in refusal({}, {**facts, "size": 32.5})
+    assert "'size' is missing" in refusal({}, {"num_frames": 16, "codebook_size": 64})
+    assert "nested too deeply" in refusal({}, "[" * 100_000)
 
 
 def test_tokens_of_another_tokenizer_are_refused(saved: Path, tmp_path: Path) -> None:

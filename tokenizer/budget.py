@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from tokenizer.assignment import AssignmentSpace
+from tokenizer.common.cli import BUDGET_FORMS as FORMS
 from tokenizer.common.errors import UserError
 
-FORMS = "router | tokens:N | average:N | price:P | fixed:a,b,c,d | uniform:K"
 BISECTION_STEPS = 100  # halves the interval past float64 resolution
 
 

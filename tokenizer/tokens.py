@@ -1,4 +1,4 @@
-"""What a tokenized set of clips is: codes, lengths, and which tokenizer can turn them back. Saved as safetensors."""
+"""The tokens of a set of clips: codes, lengths, and the sha256 of their tokenizer. Saved as safetensors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from torch import Tensor
 from tokenizer.assignment import Packing, pack
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
+from tokenizer.common.untrusted import check_fields, parse_json, whole
 
 _KIND = "evatok.tokens"
+_FACTS = ("num_frames", "size", "codebook_size")
+_WAY_OUT = "tokenize the video again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,20 +59,35 @@ class VideoTokens:
 
     def save(self, path: str | Path) -> None:
         """Write one .safetensors file (written aside, then renamed)."""
-        facts = {"num_frames": self.num_frames, "size": self.size, "codebook_size": self.codebook_size}
+        facts = {name: getattr(self, name) for name in _FACTS}
         meta = {"kind": _KIND, "facts": json.dumps(facts), "tokenizer_sha256": self.tokenizer_sha256}
         tensors = {"codes": self.code_L.cpu().to(torch.int32), "lengths": self.length_BN.cpu().to(torch.int32)}
         atomic_write(Path(path), save(tensors, metadata=meta))
 
     @staticmethod
     def load(path: str | Path) -> VideoTokens:
-        """Read what `save` wrote. Raises UserError for a missing, damaged or foreign file."""
+        """Read what `save` wrote. Raises UserError in one line for a missing, damaged or foreign file."""
         try:
             with safe_open(str(path), framework="pt") as file:
                 meta = file.metadata() or {}
                 if meta.get("kind") != _KIND:
                     raise UserError(f"{path}: not a file of video tokens (kind {meta.get('kind')!r})")
-                codes, lengths = file.get_tensor("codes").long(), file.get_tensor("lengths").long()
+                codes, lengths = file.get_tensor("codes"), file.get_tensor("lengths")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: cannot be read as video tokens: {error}") from error
-        return VideoTokens(codes, lengths, **json.loads(meta["facts"]), tokenizer_sha256=meta["tokenizer_sha256"])
+        if codes.dtype != torch.int32 or lengths.dtype != torch.int32 or codes.ndim != 1 or lengths.ndim != 2:
+            raise UserError(
+                f"{path}: is damaged: codes are {_form(codes)}, lengths {_form(lengths)}, not int32 [L], int32 [B, N]"
+            )
+        if lengths.numel() == 0 or int(lengths.min()) < 1:
+            raise UserError(f"{path}: is damaged: a block has fewer than 1 token")
+        facts = parse_json(meta.get("facts", ""), path, _WAY_OUT)
+        facts = check_fields(facts, dict.fromkeys(_FACTS, whole(1)), path, _WAY_OUT)
+        try:
+            return VideoTokens(codes.long(), lengths.long(), **facts, tokenizer_sha256=meta.get("tokenizer_sha256", ""))
+        except UserError as error:
+            raise UserError(f"{path}: is damaged: {error}") from error
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

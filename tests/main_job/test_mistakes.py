@@ -40,7 +40,7 @@ def test_mistakes_are_one_clear_line(job: Callable[..., Path], weights: dict[str
         ([], {"tok_config": other_config}, r"other.yaml.*tok.safetensors.*codebook_size: 128 / 64"),
         ([], {"router_config": None, "router_ckpt": foreign_path}, r"levels \[2, 4\].*levels \[2, 4, 8\]"),
         ([], {"router_ckpt": None}, "--router_config without --router_ckpt"),
-        ([], without_router(), "--budget router asks a router"),
+        ([], without_router(), "--budget router needs a router"),
         ([], {"budget": "tokens:7"}, "the minimum is 8 tokens"),
         ([], {"budget": "uniform:5"}, "its levels are 2, 4, 8"),
         ([], {"budget": "cheap"}, "is none of router"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from job_files import read, without_router
 
 from tokenizer.common.image_quality import psnr
@@ -141,6 +143,38 @@ def test_batches_and_workers_change_nothing(job: Callable[..., Path], tmp_path: 
         assert a.pop("ssim") == pytest.approx(b.pop("ssim"), abs=1e-4)
         assert a.pop("score_gap") == b.pop("score_gap")
         assert a == b
+
+
+def test_without_videos_the_figures_and_tokens_are_the_same(job: Callable[..., Path], tmp_path: Path) -> None:
+    full, bare = job(save_dir=tmp_path / "full"), job("--no-videos", save_dir=tmp_path / "bare")
+    assert read(full)["clips"] == read(bare)["clips"] and not list(bare.rglob("*.mp4"))
+    assert (full / "report.html").read_bytes() == (bare / "report.html").read_bytes()
+    for clip in read(full)["clips"]:
+        one, other = (VideoTokens.load(f / "clips" / clip["name"] / "tokens.safetensors") for f in (full, bare))
+        assert torch.equal(one.code_L, other.code_L)
+    job(save_dir=tmp_path / "bare")  # the videos are made after all
+    assert len(list(bare.rglob("*.mp4"))) == 15
+
+
+def test_special_files_are_skipped(job: Callable[..., Path], videos: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    shutil.copy(videos / "a.mp4", source)
+    os.mkfifo(source / "pipe.mp4")
+    (source / "zero.mp4").symlink_to("/dev/zero")
+    out = job(vid_path=source)
+    assert len(read(out)["clips"]) == 1 and len(read(out, "skipped.json")) in (0, 2)
+
+
+def test_padded_clips_are_counted(job: Callable[..., Path], capsys: Any) -> None:
+    """At 4 frames a second four of the five clips repeat frames: their figures are also given without them."""
+    out = job("--fps", "4")
+    metrics = read(out)
+    padding, whole = metrics["padding"], [clip for clip in metrics["clips"] if not clip["num_padded"]]
+    assert padding["num_clips"] == 5 - len(whole) == 4 and padding["num_frames"] == 8 + 8 + 8 + 13
+    assert padding["mean_without"]["psnr"] == pytest.approx(np.mean([clip["psnr"] for clip in whole]))
+    sentence = "4 of 5 clip(s) are padded: 37 of their 64 frames repeat the last frame of a short video. Without them:"
+    assert sentence in capsys.readouterr().out and sentence in (out / "report.html").read_text()
 
 
 def test_all_clips_and_fps_and_max_clips(job: Callable[..., Path], tmp_path: Path) -> None:

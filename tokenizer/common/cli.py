@@ -1,4 +1,4 @@
-"""Command lines of the entries that take flags: mistakes are one line, and numbers are checked while they are read."""
+"""Command lines of the entries that take flags: a wrong argument is one line. No torch here, so --help is quick."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from tokenizer.common.errors import UserError
+
+BUDGET_FORMS = "router | tokens:N | average:N | price:P | fixed:a,b,c,d | uniform:K"  # see tokenizer/budget.py
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,4 +1,4 @@
-"""What a user meets when something is wrong: one line, never a traceback."""
+"""User errors and how an entry point ends: one line and an exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+# Faults of a path or a mount, not of the code.
+_BAD_PATH = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EIO,
+    errno.ESTALE,
+)  # fmt: skip
 
 
 class UserError(Exception):
@@ -22,8 +27,8 @@ class UserError(Exception):
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and leave with its exit code.
 
-    A UserError or a full disk prints one line and leaves with 2, Ctrl-C and SIGTERM (KeyboardInterrupt) with 130.
-    Anything else is a defect of ours and keeps its traceback.
+    A UserError, a full disk and a path that cannot be used print one line and leave with 2; Ctrl-C and SIGTERM raise
+    KeyboardInterrupt in `main` and leave with 130. Anything else is a defect of ours and keeps its traceback.
     """
     try:
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
@@ -34,10 +39,17 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt as stop:
         code = _say(str(stop) or "interrupted; what was finished is kept", EXIT_INTERRUPTED)
     except OSError as error:
-        if error.errno not in _FULL_DISK:
+        if error.errno in _FULL_DISK:
+            where = f" while writing {error.filename}" if error.filename else ""
+            code = _say(f"error: the disk is full{where}; what was finished is kept, free some space", EXIT_USER_ERROR)
+        elif error.errno in _BAD_PATH and error.filename:
+            path = str(error.filename)
+            shown = path if len(path) <= 200 else f"{path[:100]}..{path[-80:]} ({len(path)} characters)"
+            code = _say(
+                f"error: {shown}: {error.strerror}; check the path, its permissions and its mount", EXIT_USER_ERROR
+            )
+        else:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        code = _say(f"error: the disk is full{where}; what was finished is kept, free some space", EXIT_USER_ERROR)
     sys.exit(code)
 
 

@@ -108,4 +108,15 @@ def lock(path: Path, flags: int = 0, shared: bool = False) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
+        except OSError as error:  # some network file systems are mounted without locks
+            raise UserError(f"{path}: this file system has no locks ({error.strerror}); use another folder") from error
         yield True
+
+
+@contextmanager
+def only_job_in(folder: Path, way_out: str) -> Iterator[None]:
+    """Hold `folder`/.lock: two jobs in one folder would remove each other's files, so UserError for the second."""
+    with lock(folder / ".lock", fcntl.LOCK_NB) as free:
+        if not free:
+            raise UserError(f"{folder}: another job is writing here; wait for it, or {way_out}")
+        yield

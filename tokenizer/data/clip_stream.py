@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Full, Queue
 from typing import Any
@@ -42,7 +43,7 @@ class VideoSource:
 
 @dataclass(frozen=True)
 class SourceClip:
-    """One clip of a source; `decoded` is None where the caller said that it has this clip already."""
+    """One clip of a source; `decoded` is None if the caller has this clip already."""
 
     source: VideoSource
     start: int
@@ -84,7 +85,7 @@ class ClipRule:
 
 
 def find_sources(vid_path: str | Path, is_ours: Callable[[Path], bool]) -> list[VideoSource]:
-    """The videos under a folder, or the one file. `is_ours` picks out what this job wrote itself, to be left out.
+    """The videos under a folder, or the one file. `is_ours` tells what this job wrote itself; such files are left out.
 
     Raises UserError for a wrong path and a folder without videos.
     """
@@ -100,10 +101,10 @@ def stream_clips(
 ) -> Generator[SourceClip | Skipped | Rest, None, None]:
     """The clips of all sources in order; a source that fails gives one `Skipped` in place of the rest of it.
 
-    Behind the last of all clips of a source comes the `Rest` that is left out, if there is one.
+    A source's `Rest`, if there is one, follows its last clip.
 
-    `is_done(name, fingerprint)`: a clip that the caller has already. Where it is all that its file is asked for, the
-    file is not decoded again. num_readers: decoding processes that work ahead of the caller; 0 decodes on demand.
+    `is_done(name, fingerprint)`: whether the caller has this clip already; a file with one clip is then not decoded.
+    num_readers: decoding processes that work ahead of the caller; 0 decodes on demand.
     """
     streams = (_clips_of(source, rule, is_done) for source in sources)
     yield from _read_ahead(streams, num_readers) if num_readers else itertools.chain.from_iterable(streams)
@@ -111,7 +112,7 @@ def stream_clips(
 
 @dataclass
 class ClipWalk:
-    """One pass over the clips of a job with a progress bar; what cannot be read is said aloud and kept in `skipped`.
+    """Passes over the clips of a job with a progress bar; files that cannot be read are printed and kept in `skipped`.
 
     `rests`: what was left out at the ends of the videos if all clips were asked for. `notes`: by file, what of it is
     not handled (tone mapping, pictures that the header promises and the file lacks); each is printed once.
@@ -124,6 +125,16 @@ class ClipWalk:
     skipped: list[Skipped] = field(default_factory=list)
     rests: list[Rest] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """Identifies the clips of this walk without decoding: rule, limit, and each source's name and fingerprint."""
+        inputs: list[Any] = [asdict(self.rule), self.max_clips]
+        for source in self.sources:
+            try:
+                inputs.append([source.file, source.fingerprint()])
+            except VideoError as error:
+                inputs.append([source.file, error.reason])
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
     def __call__(self, title: str, is_done: Callable[[str, str], bool] = lambda *_: False) -> Clips:
         """The clips in order, at most `max_clips`. With all_clips the bar guesses the total from the videos so far."""

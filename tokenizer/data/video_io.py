@@ -232,7 +232,9 @@ def exact_rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(_LARGEST_TERM)
 
 
-def write_video(path: str | os.PathLike[str], frames_THWC: np.ndarray, fps: float, lossless: bool = False) -> None:
+def write_video(
+    path: str | os.PathLike[str], frames_THWC: np.ndarray, fps: float, lossless: bool = False, preset: str = "fast"
+) -> None:
     """Write uint8 [T, H, W, 3] as H.264; the file appears complete or not at all.
 
     lossless=False: yuv420p, plays everywhere; an odd side is made even by repeating the last row or column.
@@ -244,7 +246,7 @@ def write_video(path: str | os.PathLike[str], frames_THWC: np.ndarray, fps: floa
         odd_H, odd_W = (side % 2 for side in frames_THWC.shape[1:3])
         frames_THWC = np.pad(frames_THWC, ((0, 0), (0, odd_H), (0, odd_W), (0, 0)), mode="edge")
     codec, pixels = ("libx264rgb", "rgb24") if lossless else ("libx264", "yuv420p")
-    options = {"qp": "0", "preset": "fast"} if lossless else {"crf": "18", "preset": "fast"}
+    options = {"qp": "0", "preset": preset} if lossless else {"crf": "18", "preset": preset}
     handle, aside = tempfile.mkstemp(suffix=target.suffix, prefix=".writing-", dir=target.parent)
     os.close(handle)
     try:

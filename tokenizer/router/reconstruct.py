@@ -1,7 +1,7 @@
 """One batch of the main job: assign, encode, decode, measure.
 
-Everything is measured on the arrays of the models, [0, 1] floats, never on a written video: an ordinary mp4 leaves even
-the original at some 33 dB of itself.
+All figures come from the models' arrays, floats in [0, 1], not from a written video: H.264 at its usual quality leaves
+even the original at about 33 dB.
 
 Letters: B clips, C T H W, N temporal blocks, A assignments (rows).
 """
@@ -25,13 +25,13 @@ from tokenizer.model import VideoTokenizer
 from tokenizer.router.predict import TrainedRouter
 from tokenizer.tokens import VideoTokens
 
-PERCEPTUAL_ORDER = ("lpips_vgg", "stlpips_alex")  # what `auto` looks for: the paper's, then the one that is a package
-PSNR_OF_EQUAL = 100.0  # an exact copy has infinite PSNR, for which JSON has no word
+PERCEPTUAL_ORDER = ("lpips_vgg", "stlpips_alex")  # of `auto`: the paper's network, then one that pip installs
+PSNR_OF_EQUAL = 100.0  # dB; an exact copy has infinite PSNR, which JSON cannot hold
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """One clip there and back: its frames (uint8), its tokens, and what goes into its record."""
+    """One reconstructed clip: its frames (uint8), its tokens, and the figures of its record."""
 
     frames_THWC: np.ndarray
     tokens: VideoTokens
@@ -40,7 +40,7 @@ class Reconstruction:
 
 @dataclass
 class Reconstructor:
-    """The models with what decides the lengths. A clip's result does not depend on the others of its batch."""
+    """The models and the budget. A clip's result does not depend on the other clips of its batch."""
 
     tokenizer: VideoTokenizer
     router: TrainedRouter | None
@@ -49,17 +49,21 @@ class Reconstructor:
     perceptual: PerceptualDistance | None
 
     @torch.inference_mode()
-    def __call__(self, clips: Sequence[DecodedClip]) -> list[Reconstruction]:
-        """Clips of the tokenizer's size, uint8 -> their reconstructions, in order."""
+    def __call__(self, clips: Sequence[DecodedClip], score_BA: Tensor | None = None) -> list[Reconstruction]:
+        """Clips of the tokenizer's size, uint8 -> their reconstructions, in order.
+
+        score_BA: the router's scores of these clips if they are known; else the router is run.
+        """
         if not clips:
             return []
         space = self.tokenizer.space
-        video_BCTHW = torch.stack([to_model_range(clip.frames_THWC) for clip in clips])
-        score_BA = self.router.scores(video_BCTHW) if self.router else None
-        row_B = choose_rows(self.budget, score_BA, space, self.price, num_clips=len(clips))
-        tokens = self.tokenizer.encode(video_BCTHW, space.lengths_of(row_B))
-        ours_BCTHW = self.tokenizer.decode(tokens)
-        measured = self._measure(ours_BCTHW, video_BCTHW.to(ours_BCTHW.device))
+        video_BCTHW = torch.stack([to_model_range(clip.frames_THWC) for clip in clips])  # float32 in [0, 1]
+        if score_BA is None and self.router:
+            score_BA = self.router.scores(video_BCTHW)  # [B, A], logits
+        row_B = choose_rows(self.budget, score_BA, space, self.price, num_clips=len(clips))  # [B]
+        tokens = self.tokenizer.encode(video_BCTHW, space.lengths_of(row_B))  # lengths [B, N] -> codes [L]
+        ours_BCTHW = self.tokenizer.decode(tokens)  # float32 in [0, 1]
+        measured = self._measure(ours_BCTHW, video_BCTHW.to(ours_BCTHW.device))  # key -> [B]
         results = []
         for b, clip in enumerate(clips):
             figures: dict[str, Any] = {
@@ -81,13 +85,13 @@ class Reconstructor:
         }
 
     def _router_figures(self, score_A: Tensor, row: int) -> dict[str, Any]:
-        """What the router alone would spend, and by how much it rates the choice over the best even split allowed.
+        """Tokens of the router's own choice, and by how many logits the choice beats the best uniform row allowed.
 
-        Both sides of that gap are what the budget compares: score minus price times tokens.
+        The gap compares what the budget compares: score minus price times tokens.
         """
         space = self.tokenizer.space
         price = self.budget.price if self.price is None else self.price
-        value_A = score_A.double() - price * space.tokens_A.double()
+        value_A = score_A.double() - price * space.tokens_A.double()  # [A], logits
         limit = self.budget.max_tokens or space.max_tokens
         uniform = {level: space.uniform_row(level) for level in space.levels if level * space.num_blocks <= limit}
         best_level = max(uniform, key=lambda level: float(value_A[uniform[level]]))
@@ -106,9 +110,9 @@ def motion_figures(frames_THWC: np.ndarray, num_blocks: int) -> dict[str, Any]:
 
 
 def pick_perceptual(name: str, device: torch.device) -> tuple[PerceptualDistance | None, str | None]:
-    """`auto` (the first of PERCEPTUAL_ORDER whose weights are at hand), `none`, or a name of `load_perceptual`.
+    """Load `auto` (the first of PERCEPTUAL_ORDER with weights on this machine), `none`, or a name of `load_perceptual`.
 
-    -> the distance, or None with the reason. Raises UserError where the weights of a named one are absent.
+    Returns the distance, or None and the reason. UserError if the weights of a named network are absent.
     """
     if name == "none":
         return None, "not asked for (--perceptual none)"

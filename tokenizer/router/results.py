@@ -1,118 +1,212 @@
 """The results folder of the main job: one finished clip after the other, so that a stopped run loses nothing.
 
-    settings.json      what decides a clip's result; a run with other settings is refused
-    clips.jsonl        one line for each finished clip, appended when its folder is complete
-    clips/<name>/      original.mp4  reconstruction.mp4  side_by_side.mp4  film.jpg  tokens.safetensors
+    settings.json       what affects a clip's result; a run with other settings is refused
+    clips.jsonl         one line per finished clip, appended once its folder is complete
+    clips/<name>/       original.mp4  reconstruction.mp4  side_by_side.mp4  film.jpg  tokens.safetensors
+    scores.safetensors  --budget average:N: the router's scores of all clips, and the price they lead to
     metrics.json  skipped.json  report.html      written at the end, also after Ctrl-C
 
-A folder under clips/ is written aside and renamed, so it is there entirely or not at all.
+A folder under clips/ is written aside and renamed, so it is complete or absent. One job at a time writes here.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import differences
 from tokenizer.common.errors import UserError
+from tokenizer.common.untrusted import (
+    check_fields,
+    child,
+    is_safe_name,
+    list_of,
+    number,
+    optional,
+    parse_json,
+    read_json,
+    remove_child,
+    text,
+    whole,
+)
+from tokenizer.common.work_units import only_job_in
 from tokenizer.data.clip_stream import Skipped, SourceClip
 from tokenizer.data.video_io import DecodedClip, write_video
-from tokenizer.router.reconstruct import Reconstruction
+from tokenizer.router.reconstruct import PSNR_OF_EQUAL, Reconstruction
 from tokenizer.viz.frames import error_map, filmstrip, side_by_side
 
 _TOKENS = "tokens.safetensors"
-_FILES = ("original.mp4", "reconstruction.mp4", "side_by_side.mp4", "film.jpg", _TOKENS)
+_VIDEOS = ("original.mp4", "reconstruction.mp4", "side_by_side.mp4")
+_FILES = (*_VIDEOS, "film.jpg", _TOKENS)
 _WRITING = ".writing-"
+_WAY_OUT = "give another --save_dir"
+_START_AGAIN = "start again with --overwrite"
+_SCORES = "evatok.router_scores"
+
+# Of a line in clips.jsonl. Grey levels are 0 to 255.
+_RECORD = {
+    "file": text,
+    "start": whole(),
+    "name": is_safe_name,
+    "assignment": list_of(whole(1), least=1),
+    "tokens": whole(1),
+    "psnr": number(high=PSNR_OF_EQUAL),
+    "ssim": number(-1, 1.0001),
+    "lpips": optional(number(-1e-3)),
+    "motion": number(0, 255),
+    "block_motion": list_of(number(0, 255), least=1),
+    "num_padded": whole(),
+    "fps": number(0),
+    "fingerprint": text,
+}
+_SOMETIMES = {"router_tokens": whole(1), "best_uniform": whole(1), "score_gap": number(), "notes": list_of(text)}
 
 
 class ResultsFolder:
-    """What is done so far, and the one place where files of the job are written."""
+    """The finished clips, and the one place that writes files of the job."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Look at a folder, new or of an earlier run; nothing is written before `start`."""
+    def __init__(self, folder: str | Path, videos: bool = True) -> None:
+        """Look at a folder, new or of an earlier run; nothing is written before `start`. videos: write mp4 files."""
         self.folder = Path(folder)
         self.clips = self.folder / "clips"
+        self.records: dict[str, dict[str, Any]] = {}
+        self._files = _FILES if videos else tuple(file for file in _FILES if file not in _VIDEOS)
         self._settings = self.folder / "settings.json"
         self._journal = self.folder / "clips.jsonl"
+        self._scores = self.folder / "scores.safetensors"
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder}: is a file; --save_dir must be a folder")
-        self.records = {record["name"]: record for record in self._read_journal()}
 
     def holds(self, path: Path) -> bool:
         """Whether `path` is a video that this job wrote here."""
         folder = path.resolve().parent
         return folder.parent == self.clips.resolve() and (folder / _TOKENS).is_file()
 
-    def start(self, settings: Mapping[str, Any], overwrite: bool) -> None:
-        """Make the folder ready. `overwrite` removes what an earlier run wrote, and only that; else see `agree`."""
+    @contextmanager
+    def start(self, settings: Mapping[str, Any], overwrite: bool) -> Iterator[None]:
+        """Make the folder ready and keep other jobs out of it. `overwrite` removes what an earlier run wrote, no more.
+
+        Raises UserError if earlier results have other settings.
+        """
         try:
             self.clips.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.clips}: cannot be made ({error.strerror}); give another --save_dir") from error
-        if overwrite:
-            self._clear()
-        if not self.records:
-            self._settings.unlink(missing_ok=True)
-        self.agree(settings)
-        for leftover in self.clips.glob(f"{_WRITING}*"):
-            shutil.rmtree(leftover)
-
-    def agree(self, settings: Mapping[str, Any]) -> None:
-        """Remember settings that decide the results. Raises UserError where earlier results here had others."""
-        known = json.loads(self._settings.read_text(encoding="utf-8")) if self._settings.is_file() else {}
-        shared = known.keys() & settings.keys()
-        if different := differences({key: known[key] for key in shared}, {key: settings[key] for key in shared}):
-            raise UserError(
-                f"{self.folder}: holds results made with other settings (there / now: {'; '.join(different)}); "
-                "give another --save_dir, or --overwrite"
-            )
-        atomic_write(self._settings, _json({**known, **settings}))
+            raise UserError(f"{self.clips}: cannot be made ({error.strerror}); {_WAY_OUT}") from error
+        with only_job_in(self.folder, _WAY_OUT):
+            for leftover in self.clips.glob(f"{_WRITING}*"):  # of a run that was killed
+                shutil.rmtree(leftover)
+            if overwrite:
+                self._clear()
+            self.records = {record["name"]: record for record in self._read_journal()}
+            if not self.records:
+                self._settings.unlink(missing_ok=True)
+            self._agree(settings)
+            yield
 
     def is_done(self, name: str, fingerprint: str) -> bool:
-        """Whether this clip of this very file is finished and still here."""
+        """Whether this clip of this very file is finished and its files are present."""
         record = self.records.get(name)
         if record is None or record["fingerprint"] != fingerprint:
             return False
-        return all((self.clips / name / file).is_file() for file in _FILES)
+        return all((self.clips / name / file).is_file() for file in self._files)
 
-    def add(self, clip: SourceClip, decoded: DecodedClip, result: Reconstruction, longest: int) -> None:
-        """Write one clip. `longest`: the largest level, a full bar in the pictures. Raises OSError on a full disk."""
-        aside, target = self.clips / f"{_WRITING}{clip.name}", self.clips / clip.name
-        aside.mkdir(exist_ok=True)
+    def write(self, clip: SourceClip, decoded: DecodedClip, result: Reconstruction, longest: int) -> dict[str, Any]:
+        """Write one clip's folder and return its record for `add`. Several threads may write at once.
+
+        longest: the largest level, a full bar in the pictures. Raises OSError on a full disk.
+        """
+        target = child(self.clips, clip.name, self.folder)
+        aside = self.clips / f"{_WRITING}{clip.name}-{os.getpid()}"
+        aside.mkdir()
         real, ours, lengths = decoded.frames_THWC, result.frames_THWC, result.figures["assignment"]
-        write_video(aside / "original.mp4", real, decoded.fps)
-        write_video(aside / "reconstruction.mp4", ours, decoded.fps)
-        write_video(aside / "side_by_side.mp4", side_by_side(real, ours, lengths, longest), decoded.fps)
+        if set(_VIDEOS) <= set(self._files):
+            write_video(aside / "original.mp4", real, decoded.fps)
+            write_video(aside / "reconstruction.mp4", ours, decoded.fps)
+            both = side_by_side(real, ours, lengths, longest)
+            write_video(aside / "side_by_side.mp4", both, decoded.fps, preset="veryfast")
         filmstrip(real, ours, error_map(real, ours)).save(aside / "film.jpg", quality=90, subsampling=0)
         result.tokens.save(aside / _TOKENS)
-        if target.exists():  # of a file that has since been replaced
-            shutil.rmtree(target)
+        remove_child(self.clips, clip.name)  # of a file that has since been replaced
         os.replace(aside, target)
         record = {"file": clip.source.file, "start": clip.start, "name": clip.name, **result.figures}
         record |= {"num_padded": decoded.num_padded, "fps": decoded.fps, "fingerprint": clip.fingerprint}
-        if decoded.notes:
-            record["notes"] = list(decoded.notes)  # what of the file is not handled
+        return record | ({"notes": list(decoded.notes)} if decoded.notes else {})  # what of the file is not handled
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Enter a clip that `write` has finished into the journal."""
         with open(self._journal, "ab") as journal:
-            journal.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self.records[clip.name] = record
+            journal.write(json.dumps({**record, "digest": _digest(record)}, allow_nan=False).encode() + b"\n")
+        self.records[record["name"]] = dict(record)
 
     def token_files(self, names: Iterable[str]) -> Iterable[Path]:
-        """Where the tokens of these clips are."""
-        return (self.clips / name / _TOKENS for name in names)
+        """The token files of these clips."""
+        return (child(self.clips, name, self._journal) / _TOKENS for name in names)
 
     def write_skipped(self, skipped: Iterable[Skipped]) -> None:
-        """skipped.json: what could not be read and why, an empty list where all could."""
+        """skipped.json: the files that could not be read and why; an empty list if all could."""
         rows = [{"file": each.source.file, "reason": each.reason} for each in skipped]
         atomic_write(self.folder / "skipped.json", _json(rows))
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """metrics.json: the records of this run's clips and what sums them up."""
+        """metrics.json: the records of this run's clips and their summary."""
         atomic_write(self.folder / "metrics.json", _json(metrics))
+
+    def save_scores(self, made_from: str, price: float, names: Sequence[str], score_SA: Tensor) -> None:
+        """Keep the router's scores of a whole set, and the price per token that `average:N` got from them."""
+        facts = {"made_from": made_from, "price": price, "names": list(names)}
+        atomic_write(self._scores, save({"score_SA": score_SA}, metadata={_SCORES: json.dumps(facts)}))
+
+    def load_scores(self, made_from: str) -> tuple[float, dict[str, Tensor]] | None:
+        """(price, clip name -> score_A) of an earlier pass over the same videos; None if there was none.
+
+        made_from: identifies videos, router and budget. UserError if finished clips got the price of other videos.
+        """
+        if not self._scores.is_file():
+            return None
+        try:
+            with safe_open(str(self._scores), framework="pt") as file:
+                facts = parse_json((file.metadata() or {}).get(_SCORES, ""), self._scores, _START_AGAIN)
+                score_SA = file.get_tensor("score_SA")
+        except SafetensorError as error:
+            raise UserError(f"{self._scores}: is damaged ({error}); {_START_AGAIN}") from error
+        fields = {"made_from": text, "price": number(), "names": list_of(is_safe_name, least=1)}
+        facts = check_fields(facts, fields, self._scores, _START_AGAIN)
+        if score_SA.ndim != 2 or len(score_SA) != len(facts["names"]) or not score_SA.isfinite().all():
+            raise UserError(
+                f"{self._scores}: is damaged: scores do not fit its {len(facts['names'])} clips; {_START_AGAIN}"
+            )
+        if facts["made_from"] == made_from:
+            return facts["price"], dict(zip(facts["names"], score_SA, strict=True))
+        if self.records:
+            raise UserError(
+                f"{self.folder}: --budget average:N sets one price for all videos, and the videos have changed since; "
+                f"{_WAY_OUT}, or --overwrite"
+            )
+        return None
+
+    def _agree(self, settings: Mapping[str, Any]) -> None:
+        """Remember the settings. UserError if earlier results here have others."""
+        known = read_json(self._settings, _START_AGAIN) if self._settings.is_file() else {}
+        if not isinstance(known, dict):
+            raise UserError(f"{self._settings}: is damaged: not an object; {_START_AGAIN}")
+        shared = known.keys() & settings.keys()
+        if different := differences({key: known[key] for key in shared}, {key: settings[key] for key in shared}):
+            raise UserError(
+                f"{self.folder}: holds results made with other settings (there / now: {'; '.join(different)}); "
+                f"{_WAY_OUT}, or --overwrite"
+            )
+        atomic_write(self._settings, _json({**known, **settings}))
 
     def _read_journal(self) -> list[dict[str, Any]]:
         """The finished clips; a last line that a kill cut short is dropped, from the file too."""
@@ -122,17 +216,33 @@ class ResultsFolder:
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
             atomic_write(self._journal, b"".join(lines))
-        try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise UserError(f"{self._journal}: is damaged ({error}); start again with --overwrite") from error
+        return [_read_record(line, f"{self._journal}, line {i}") for i, line in enumerate(lines, start=1)]
 
     def _clear(self) -> None:
-        for name in self.records:
-            shutil.rmtree(self.clips / name, ignore_errors=True)
-        for name in (self._settings.name, self._journal.name, "metrics.json", "skipped.json", "report.html"):
-            (self.folder / name).unlink(missing_ok=True)
-        self.records = {}
+        """Remove the folders of clips and the files of an earlier run; foreign names and folders stay."""
+        for path in self.clips.iterdir():
+            if is_safe_name(path.name) and not path.is_symlink() and (path / _TOKENS).is_file():
+                remove_child(self.clips, path.name)
+        written = (self._settings, self._journal, self._scores)
+        for file in (*written, *(self.folder / name for name in ("metrics.json", "skipped.json", "report.html"))):
+            file.unlink(missing_ok=True)
+
+
+def _read_record(line: bytes, origin: str) -> dict[str, Any]:
+    """A line of the journal whose fields are plausible and whose digest fits them."""
+    record = check_fields(
+        parse_json(line, origin, _START_AGAIN), {**_RECORD, "digest": text}, origin, _START_AGAIN, _SOMETIMES
+    )
+    digest = record.pop("digest")
+    if sum(record["assignment"]) != record["tokens"] or len(record["block_motion"]) != len(record["assignment"]):
+        raise UserError(f"{origin}: is damaged: its tokens do not add up; {_START_AGAIN}")
+    if digest != _digest(record):
+        raise UserError(f"{origin}: is damaged: it was changed after it was written; {_START_AGAIN}")
+    return record
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _json(data: Any) -> bytes:

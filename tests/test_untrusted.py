@@ -1,0 +1,87 @@
+"""Names, JSON and fields that come from files: what is accepted, and the one line for what is not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.untrusted import check_fields, child, list_of, number, optional, parse_json, remove_child, whole
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../a", "/etc", ".hid", "a\\b\n", "a\x00", "x" * 300, None, 7])
+def test_a_name_from_a_file_is_one_component(name: object, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a name that belongs into") as refused:
+        child(tmp_path, name, "list.json")
+    assert "\n" not in str(refused.value)
+
+
+def test_good_names_and_their_depth(tmp_path: Path) -> None:
+    assert child(tmp_path, "a_clip-0f.v2_000016", "list.json") == tmp_path / "a_clip-0f.v2_000016"
+    assert child(tmp_path, "shards/000000.safetensors", "list.json", depth=2) == tmp_path / "shards/000000.safetensors"
+    with pytest.raises(UserError):
+        child(tmp_path, "shards/../x", "list.json", depth=3)
+
+
+def test_only_a_direct_child_is_deleted_and_no_link_is_followed(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "clips", tmp_path / "elsewhere"
+    (folder / "own").mkdir(parents=True)
+    elsewhere.mkdir()
+    (folder / "link").symlink_to(elsewhere)
+    for name in ("own", "link", "absent"):
+        remove_child(folder, name)
+    assert list(folder.iterdir()) == [] and elsewhere.is_dir()
+    with pytest.raises(UserError):
+        remove_child(folder, "../elsewhere")
+    assert elsewhere.is_dir()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": NaN}', "-Infinity", "{", "", b"\xff"])
+def test_json_that_is_none_is_one_line(text: str | bytes) -> None:
+    with pytest.raises(UserError, match="list.json: is damaged.*; make it again") as refused:
+        parse_json(text, "list.json", "make it again")
+    assert "\n" not in str(refused.value)
+
+
+def test_fields_are_checked_and_the_first_wrong_one_is_named() -> None:
+    required = {"n": whole(1, 9), "q": optional(number(0, 1)), "l": list_of(whole(), least=1)}
+    allowed = {"more": whole()}
+    good = {"n": 3, "q": None, "l": [0, 1], "more": 2}
+    assert check_fields(good, required, "x.json", "make it again", allowed) == good
+    wrong = {"n": [0, 10, 3.0, True, "3"], "q": [-0.1, float("nan"), False, "0"], "l": [[], [1.0], [True], 3]}
+    for key, values in {**wrong, "odd": [1]}.items():
+        for value in values:
+            with pytest.raises(UserError, match=f"x.json: is damaged: '{key}' is .*; make it again"):
+                check_fields({**good, key: value}, required, "x.json", "make it again", allowed)
+    for missing in required:
+        with pytest.raises(UserError, match=f"'{missing}' is missing"):
+            check_fields({k: v for k, v in good.items() if k != missing}, required, "x.json", "", allowed)
+    with pytest.raises(UserError, match="is not an object"):
+        check_fields([], required, "x.json", "")
+
+
+def test_sigterm_ends_an_entry_like_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run_cli(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 130 and "what was finished is kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", [errno.EROFS, errno.EACCES, errno.ENAMETOOLONG])
+def test_a_path_that_cannot_be_used_is_one_line(fault: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise OSError(fault, os.strerror(fault), "/some/" + 400 * "x")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        run_cli(main)
+    signal.signal(signal.SIGTERM, before)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and len(said) < 400 and os.strerror(fault) in said

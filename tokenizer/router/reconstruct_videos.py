@@ -1,0 +1,267 @@
+"""The main job over a whole set of videos: decode ahead, reconstruct in batches, write beside, sum up.
+
+Letters: S clips of the whole set, B clips of a batch, A assignments (rows).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tokenizer.budget import Budget, find_price, parse_budget
+from tokenizer.common.device import pick_device
+from tokenizer.common.errors import UserError
+from tokenizer.data.clip_stream import ClipRule, ClipWalk, SourceClip, find_sources
+from tokenizer.data.safe_decode import map_ahead
+from tokenizer.data.video_io import display_name, to_model_range
+from tokenizer.model import VideoTokenizer
+from tokenizer.presets import load_tokenizer
+from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
+from tokenizer.router.reconstruct import Reconstruction, Reconstructor, pick_perceptual
+from tokenizer.router.results import ResultsFolder
+from tokenizer.router.summary import (
+    assignment_use,
+    codebook_use,
+    means,
+    padding,
+    rank_correlation,
+    tokenizer_facts,
+    tokens_by_motion,
+    versions,
+)
+from tokenizer.viz.report import padding_sentence, write_report
+
+_MOST_KEPT = 1 << 30  # bytes of decoded clips that the scoring pass of average:N may hand to the second pass
+
+
+def reconstruct_videos(args: argparse.Namespace) -> None:
+    """Run the job of the command line; KeyboardInterrupt with what to do next if it is stopped."""
+    device = pick_device(args.device)
+    folder = ResultsFolder(args.save_dir, videos=not args.no_videos)
+    sources = find_sources(args.vid_path, folder.holds)
+    tokenizer = load_tokenizer(args.vq_ckpt, device, args.tok_config)
+    router = load_fitting_router(args, tokenizer, device)
+    budget = parse_budget(args.budget, tokenizer.space)
+    perceptual, no_lpips = pick_perceptual(args.perceptual, device)
+    rule = ClipRule(tokenizer.config.num_frames, tokenizer.config.size, args.fps, args.all_clips, args.backend)
+    walk = ClipWalk(sources, rule, args.num_workers, args.max_clips)
+    settings = {
+        "tokenizer_sha256": tokenizer.sha256,
+        "router_sha256": router.sha256 if router else None,
+        "budget": args.budget,
+        "fps": args.fps,
+        "backend": args.backend,
+        "lpips_backbone": perceptual.name if perceptual else None,
+    }
+    with folder.start(settings, args.overwrite):
+        priced = price_of_the_set(walk, router, budget, folder)
+        reconstruct = Reconstructor(tokenizer, router, budget, priced.price, perceptual)
+        facts = {**protocol_facts(args, reconstruct), "lpips_reason": no_lpips}
+        done: list[str] = []
+        try:
+            for name in finished_clips(walk, folder, reconstruct, priced, args.batch_size, max(1, args.num_workers)):
+                done.append(name)
+        except KeyboardInterrupt:
+            finish(folder, done, walk, facts, complete=False)
+            raise KeyboardInterrupt(f"interrupted after {len(done)} clips; rerun the same command to resume") from None
+        finish(folder, done, walk, facts, complete=True)
+
+
+def load_fitting_router(
+    args: argparse.Namespace, tokenizer: VideoTokenizer, device: torch.device
+) -> TrainedRouter | None:
+    """The router of the command line, or None if there is none and none is needed."""
+    if args.router_ckpt is None:
+        if args.router_config is not None:
+            raise UserError("--router_config without --router_ckpt: give the weights too, or neither")
+        if parse_budget(args.budget, tokenizer.space).needs_router:
+            raise UserError(
+                f"--budget {args.budget} needs a router: give --router_config and --router_ckpt, "
+                f"or a budget without one, such as uniform:{tokenizer.config.levels[-1]}"
+            )
+        return None
+    router = load_router(args.router_ckpt, device, args.router_config)
+    check_router_fits(router, tokenizer.config)
+    return router
+
+
+@dataclass(frozen=True)
+class PricedSet:
+    """What a pass over the whole set found: the price, the scores by clip name, and the clips if they fit in memory."""
+
+    price: float | None = None
+    score_A: Mapping[str, Tensor] | None = None
+    clips: list[SourceClip] | None = None
+
+    def scores(self, clips: Sequence[SourceClip]) -> Tensor | None:
+        """score_BA of a batch; None unless all its clips were scored."""
+        known = self.score_A or {}
+        found = [known[clip.name] for clip in clips if clip.name in known]
+        return torch.stack(found) if found and len(found) == len(clips) else None
+
+
+def price_of_the_set(walk: ClipWalk, router: TrainedRouter | None, budget: Budget, folder: ResultsFolder) -> PricedSet:
+    """For `average:N` a first pass with the router alone: the price per token that keeps the whole set at N.
+
+    Scores and price are stored, so a resumed job neither decodes again nor depends on how another machine rounds.
+    Other budgets need no such price.
+    """
+    if router is None or budget.average_tokens is None:
+        return PricedSet()
+    inputs = json.dumps([walk.digest(), router.sha256, budget.text])
+    made_from = hashlib.sha256(inputs.encode()).hexdigest()
+    if stored := folder.load_scores(made_from):
+        return PricedSet(*stored)
+    kept: list[SourceClip] | None = []
+    names, scores, num_bytes = [], [], 0
+    for clip in walk("scoring"):
+        if clip.decoded is None:
+            continue
+        names.append(clip.name)
+        scores.append(router.scores(to_model_range(clip.decoded.frames_THWC)[None])[0])  # [A], 2.5 KB for 625 rows
+        num_bytes += clip.decoded.frames_THWC.nbytes
+        if num_bytes > _MOST_KEPT:
+            kept = None
+        if kept is not None:
+            kept.append(clip)
+    if not scores:
+        return PricedSet()
+    score_SA = torch.stack(scores)
+    price = find_price(score_SA, router.space, budget.average_tokens)
+    folder.save_scores(made_from, price, names, score_SA)
+    return PricedSet(price, dict(zip(names, score_SA, strict=True)), kept)
+
+
+def finished_clips(
+    walk: ClipWalk,
+    folder: ResultsFolder,
+    reconstruct: Reconstructor,
+    priced: PricedSet,
+    batch_size: int,
+    num_writers: int,
+) -> Iterator[str]:
+    """The name of each clip, in order, once its results are in the folder; finished ones are not done again.
+
+    The models run here while threads write the files of earlier clips.
+    """
+    longest = reconstruct.tokenizer.config.levels[-1]
+
+    def write(item: tuple[SourceClip, Reconstruction | None]) -> tuple[str, dict[str, Any] | None]:
+        clip, result = item
+        if result is None or clip.decoded is None:
+            return clip.name, None
+        return clip.name, folder.write(clip, clip.decoded, result, longest)
+
+    results = reconstructed(walk, folder, reconstruct, priced, batch_size)
+    with contextlib.closing(results):
+        for name, record in map_ahead(write, results, num_writers):
+            if record is not None:
+                folder.add(record)
+            yield name
+
+
+def reconstructed(
+    walk: ClipWalk, folder: ResultsFolder, reconstruct: Reconstructor, priced: PricedSet, batch_size: int
+) -> Generator[tuple[SourceClip, Reconstruction | None], None, None]:
+    """Each clip with its reconstruction, in order; None for a clip that is in the folder already."""
+    clips = walk("reconstructing", folder.is_done) if priced.clips is None else again(priced.clips, folder)
+    with contextlib.closing(clips):
+        while batch := list(itertools.islice(clips, batch_size)):
+            new = [clip for clip in batch if clip.decoded]
+            decoded = [clip.decoded for clip in new if clip.decoded]
+            made = dict(zip((clip.name for clip in new), reconstruct(decoded, priced.scores(new)), strict=True))
+            for clip in batch:
+                yield clip, made.get(clip.name)
+
+
+def again(clips: list[SourceClip], folder: ResultsFolder) -> Generator[SourceClip, None, None]:
+    """The clips of an earlier pass; `decoded` is None for those that are in the folder already."""
+    for clip in tqdm(clips, desc="reconstructing", unit="clip", dynamic_ncols=True, disable=None):
+        yield replace(clip, decoded=None) if folder.is_done(clip.name, clip.fingerprint) else clip
+
+
+def protocol_facts(args: argparse.Namespace, made_by: Reconstructor) -> dict[str, Any]:
+    """What the figures depend on: weights, budget, input, versions."""
+    tokenizer, router, perceptual = made_by.tokenizer, made_by.router, made_by.perceptual
+
+    def files(weights: str, config: str | None) -> dict[str, str | None]:
+        return {"weights": display_name(weights), "config": config and display_name(config)}
+
+    return {
+        "lpips_backbone": perceptual.name if perceptual else None,
+        "budget": args.budget,
+        "price": made_by.price,
+        "tokenizer": {**files(args.vq_ckpt, args.tok_config), **tokenizer_facts(tokenizer)},
+        "router": router and {**files(args.router_ckpt, args.router_config), "sha256": router.sha256},
+        "input": {
+            "vid_path": display_name(args.vid_path),
+            **{key: getattr(args, key) for key in ("fps", "all_clips", "max_clips", "backend")},
+        },
+        "device": str(tokenizer.device),
+        "versions": versions(),
+    }
+
+
+def finish(folder: ResultsFolder, names: list[str], walk: ClipWalk, facts: dict[str, Any], complete: bool) -> None:
+    """Write skipped.json, metrics.json and the report, and print the essence. UserError if no clip was done."""
+    folder.write_skipped(walk.skipped)
+    if not names:
+        if complete:
+            first = f"; {walk.skipped[0].source.file}: {walk.skipped[0].reason}" if walk.skipped else ""
+            listed = folder.folder / "skipped.json"
+            raise UserError(f"none of the {len(walk.sources)} videos could be read, see {listed}{first}")
+        return
+    records, tokenizer = [folder.records[name] for name in names], facts["tokenizer"]
+    metrics = {
+        "clips": records,
+        "mean": means(records),
+        "padding": padding(records),
+        "assignments": assignment_use(records, len(tokenizer["levels"]) ** tokenizer["num_blocks"]),
+        "tokens_by_motion": tokens_by_motion(records),
+        "motion_tokens_rank_correlation": rank_correlation(
+            *([r[key] for r in records] for key in ("motion", "tokens"))
+        ),
+        "codebook": codebook_use(folder.token_files(names), tokenizer["codebook_size"]),
+        "num_videos": len(walk.sources),
+        "num_skipped": len(walk.skipped),
+        "frames_left_out": sum(rest.num_frames for rest in walk.rests),  # at the ends of videos, too few for a clip
+        "complete": complete,
+        **facts,
+    }
+    folder.write_metrics(metrics)
+    print(closing_lines(metrics, write_report(folder.folder)))
+
+
+def closing_lines(metrics: Mapping[str, Any], report: Path) -> str:
+    """The result in a few lines: assignments, motion beside tokens, padding, and last the mean figures."""
+    mean, use, correlation = metrics["mean"], metrics["assignments"], metrics["motion_tokens_rank_correlation"]
+    commonest = " ".join(map(str, use["commonest"]))
+    lines = [
+        f"{use['num_distinct']} distinct assignments of {use['num_possible']}; the commonest ({commonest}) has "
+        f"{use['commonest_share']:.0%} of the clips"
+    ]
+    thirds = metrics["tokens_by_motion"]
+    if len(thirds) > 1:
+        each = "; ".join(f"{t['motion']:.1f} grey levels: {t['tokens']:.1f} tokens" for t in thirds)
+        rank = "" if correlation is None else f"; rank correlation {correlation:+.2f}"
+        lines.append(f"motion and tokens, clips in {len(thirds)} groups from still to lively: {each}{rank}")
+    if padded := padding_sentence(metrics):
+        lines.append(padded)
+    left_out = f", {metrics['frames_left_out']} frame(s) at their ends left out" if metrics["frames_left_out"] else ""
+    lpips = "" if mean["lpips"] is None else f", {metrics['lpips_backbone']} {mean['lpips']:.4f}"
+    lines.append(
+        f"{len(metrics['clips'])} clip(s), {mean['tokens']:.1f} tokens each, PSNR {mean['psnr']:.2f} dB, "
+        f"SSIM {mean['ssim']:.4f}{lpips}; {metrics['num_skipped']} video(s) skipped{left_out}; report: {report}"
+    )
+    return "\n".join(lines)
