@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenizer.assignment import Packing, pack
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
-from tokenizer.common.untrusted import check_fields, parse_json, whole
+from tokenizer.common.schema import check_fields, parse_json
 
 _KIND = "evatok.tokens"
 _FACTS = ("num_frames", "size", "codebook_size")
@@ -81,8 +81,9 @@ class VideoTokens:
             )
         if lengths.numel() == 0 or int(lengths.min()) < 1:
             raise UserError(f"{path}: is damaged: a block has fewer than 1 token")
-        facts = parse_json(meta.get("facts", ""), path, _WAY_OUT)
-        facts = check_fields(facts, dict.fromkeys(_FACTS, whole(1)), path, _WAY_OUT)
+        facts = parse_json(meta.get("facts", ""), str(path), _WAY_OUT)
+        facts = check_fields(facts, dict.fromkeys(_FACTS, int), str(path), _WAY_OUT)
+        facts = {name: facts[name] for name in _FACTS}
         try:
             return VideoTokens(codes.long(), lengths.long(), **facts, tokenizer_sha256=meta.get("tokenizer_sha256", ""))
         except UserError as error:

@@ -82,7 +82,7 @@ def test_a_changed_journal_is_refused_in_one_line(job: Callable[..., Path], tmp_
     for line in lines:
         assert line != first
         journal.write_text(f"{second}\n{line}\n")
-        with pytest.raises(UserError, match=r"clips.jsonl, line 2: is damaged.*--overwrite") as refused:
+        with pytest.raises(UserError, match=r"clips.jsonl, line 2: .*--overwrite") as refused:
             job("--max-clips", "2")
         assert "\n" not in str(refused.value)
     journal.write_text(json.dumps(record | {"name": "../../victim"}) + "\n")

@@ -1,10 +1,14 @@
-"""Check what a JSON file of ours holds before it is used: a damaged or edited file is one clear line, never a guess."""
+"""What a file contains is data: JSON, its fields, and names that become paths are checked before they are used.
+
+A damaged or edited file is one clear line, never a guess.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import shutil
 import types
 import typing
 from collections.abc import Mapping
@@ -14,6 +18,7 @@ from typing import Any
 from tokenizer.common.errors import UserError
 
 _MOST_BYTES = 1 << 30
+_OWN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # not "..", hidden, absolute, nor two components
 _COMPONENT = re.compile(r"[^/\\\x00-\x1f]+")
 
 
@@ -24,11 +29,15 @@ def read_json(path: Path, fields: Mapping[str, Any], way_out: str) -> dict[str, 
     """
     if not path.is_file() or path.stat().st_size > _MOST_BYTES:
         raise UserError(f"{path}: not a regular file of at most {_MOST_BYTES >> 30} GiB; {way_out}")
+    return check_fields(parse_json(path.read_bytes(), str(path), way_out), fields, str(path), way_out)
+
+
+def parse_json(text: str | bytes, origin: str, way_out: str) -> Any:
+    """What JSON text holds. UserError, which ends with `way_out`, for anything else and for what is nested too deeply."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged: cannot be read as JSON ({type(error).__name__}); {way_out}") from error
-    return check_fields(data, fields, str(path), way_out)
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: damaged: cannot be read as JSON ({type(error).__name__}); {way_out}") from error
 
 
 def check_fields(data: Any, fields: Mapping[str, Any], origin: str, way_out: str) -> dict[str, Any]:
@@ -53,6 +62,22 @@ def check_inside(name: str, origin: str, way_out: str) -> PurePosixPath:
     if not all(_COMPONENT.fullmatch(part) and part not in (".", "..") for part in parts):
         raise UserError(f"{origin}: {name!r} is not a path inside the folder; {way_out}")
     return PurePosixPath(name)
+
+
+def child(folder: Path, name: str, origin: str, way_out: str) -> Path:
+    """folder/name for a name of our own programs: one component of ASCII letters, digits, `_`, `.` and `-`."""
+    if not _OWN_NAME.fullmatch(name):
+        raise UserError(f"{origin}: damaged: {_short(name)} is not a name inside {folder}; {way_out}")
+    return folder / name
+
+
+def remove_child(folder: Path, name: str) -> None:
+    """Delete `name`, a direct child of `folder`, if it is there; a link is removed, never followed."""
+    path = child(folder, name, str(folder), "delete it by hand")
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -27,23 +27,11 @@ from torch import Tensor
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import differences
 from tokenizer.common.errors import UserError
-from tokenizer.common.untrusted import (
-    check_fields,
-    child,
-    is_safe_name,
-    list_of,
-    number,
-    optional,
-    parse_json,
-    read_json,
-    remove_child,
-    text,
-    whole,
-)
+from tokenizer.common.schema import check_fields, child, parse_json, read_json, remove_child
 from tokenizer.common.work_units import only_job_in
 from tokenizer.data.clip_stream import Skipped, SourceClip
 from tokenizer.data.video_io import DecodedClip, write_video
-from tokenizer.router.reconstruct import PSNR_OF_EQUAL, Reconstruction
+from tokenizer.router.reconstruct import Reconstruction
 from tokenizer.viz.frames import error_map, filmstrip, side_by_side
 
 _TOKENS = "tokens.safetensors"
@@ -54,23 +42,22 @@ _WAY_OUT = "give another --save_dir"
 _START_AGAIN = "start again with --overwrite"
 _SCORES = "evatok.router_scores"
 
-# Of a line in clips.jsonl. Grey levels are 0 to 255.
-_RECORD = {
-    "file": text,
-    "start": whole(),
-    "name": is_safe_name,
-    "assignment": list_of(whole(1), least=1),
-    "tokens": whole(1),
-    "psnr": number(high=PSNR_OF_EQUAL),
-    "ssim": number(-1, 1.0001),
-    "lpips": optional(number(-1e-3)),
-    "motion": number(0, 255),
-    "block_motion": list_of(number(0, 255), least=1),
-    "num_padded": whole(),
-    "fps": number(0),
-    "fingerprint": text,
+_RECORD = {  # a line of clips.jsonl
+    "file": str,
+    "start": int,
+    "name": str,
+    "assignment": list[int],
+    "tokens": int,
+    "psnr": float,
+    "ssim": float,
+    "lpips": float | None,
+    "motion": float,
+    "block_motion": list[float],
+    "num_padded": int,
+    "fps": float,
+    "fingerprint": str,
+    "digest": str,  # of all other fields
 }
-_SOMETIMES = {"router_tokens": whole(1), "best_uniform": whole(1), "score_gap": number(), "notes": list_of(text)}
 
 
 class ResultsFolder:
@@ -126,7 +113,7 @@ class ResultsFolder:
 
         longest: the largest level, a full bar in the pictures. Raises OSError on a full disk.
         """
-        target = child(self.clips, clip.name, self.folder)
+        target = child(self.clips, clip.name, str(self.folder), _START_AGAIN)
         aside = self.clips / f"{_WRITING}{clip.name}-{os.getpid()}"
         aside.mkdir()
         real, ours, lengths = decoded.frames_THWC, result.frames_THWC, result.figures["assignment"]
@@ -151,7 +138,7 @@ class ResultsFolder:
 
     def token_files(self, names: Iterable[str]) -> Iterable[Path]:
         """The token files of these clips."""
-        return (child(self.clips, name, self._journal) / _TOKENS for name in names)
+        return (child(self.clips, name, str(self._journal), _START_AGAIN) / _TOKENS for name in names)
 
     def write_skipped(self, skipped: Iterable[Skipped]) -> None:
         """skipped.json: the files that could not be read and why; an empty list if all could."""
@@ -176,12 +163,12 @@ class ResultsFolder:
             return None
         try:
             with safe_open(str(self._scores), framework="pt") as file:
-                facts = parse_json((file.metadata() or {}).get(_SCORES, ""), self._scores, _START_AGAIN)
+                facts = parse_json((file.metadata() or {}).get(_SCORES, ""), str(self._scores), _START_AGAIN)
                 score_SA = file.get_tensor("score_SA")
         except SafetensorError as error:
             raise UserError(f"{self._scores}: is damaged ({error}); {_START_AGAIN}") from error
-        fields = {"made_from": text, "price": number(), "names": list_of(is_safe_name, least=1)}
-        facts = check_fields(facts, fields, self._scores, _START_AGAIN)
+        fields = {"made_from": str, "price": float, "names": list[str]}
+        check_fields(facts, fields, str(self._scores), _START_AGAIN)
         if score_SA.ndim != 2 or len(score_SA) != len(facts["names"]) or not score_SA.isfinite().all():
             raise UserError(
                 f"{self._scores}: is damaged: scores do not fit its {len(facts['names'])} clips; {_START_AGAIN}"
@@ -197,9 +184,7 @@ class ResultsFolder:
 
     def _agree(self, settings: Mapping[str, Any]) -> None:
         """Remember the settings. UserError if earlier results here have others."""
-        known = read_json(self._settings, _START_AGAIN) if self._settings.is_file() else {}
-        if not isinstance(known, dict):
-            raise UserError(f"{self._settings}: is damaged: not an object; {_START_AGAIN}")
+        known = read_json(self._settings, {}, _START_AGAIN) if self._settings.is_file() else {}
         shared = known.keys() & settings.keys()
         if different := differences({key: known[key] for key in shared}, {key: settings[key] for key in shared}):
             raise UserError(
@@ -221,7 +206,7 @@ class ResultsFolder:
     def _clear(self) -> None:
         """Remove the folders of clips and the files of an earlier run; foreign names and folders stay."""
         for path in self.clips.iterdir():
-            if is_safe_name(path.name) and not path.is_symlink() and (path / _TOKENS).is_file():
+            if not path.is_symlink() and (path / _TOKENS).is_file():
                 remove_child(self.clips, path.name)
         written = (self._settings, self._journal, self._scores)
         for file in (*written, *(self.folder / name for name in ("metrics.json", "skipped.json", "report.html"))):
@@ -229,15 +214,11 @@ class ResultsFolder:
 
 
 def _read_record(line: bytes, origin: str) -> dict[str, Any]:
-    """A line of the journal whose fields are plausible and whose digest fits them."""
-    record = check_fields(
-        parse_json(line, origin, _START_AGAIN), {**_RECORD, "digest": text}, origin, _START_AGAIN, _SOMETIMES
-    )
-    digest = record.pop("digest")
-    if sum(record["assignment"]) != record["tokens"] or len(record["block_motion"]) != len(record["assignment"]):
-        raise UserError(f"{origin}: is damaged: its tokens do not add up; {_START_AGAIN}")
-    if digest != _digest(record):
-        raise UserError(f"{origin}: is damaged: it was changed after it was written; {_START_AGAIN}")
+    """A line of the journal as `add` wrote it."""
+    record = check_fields(parse_json(line, origin, _START_AGAIN), _RECORD, origin, _START_AGAIN)
+    if record.pop("digest") != _digest(record):
+        raise UserError(f"{origin}: damaged: changed after it was written; {_START_AGAIN}")
+    child(Path("clips"), record["name"], origin, _START_AGAIN)
     return record
 
 

@@ -10,21 +10,23 @@ from pathlib import Path
 import pytest
 
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.untrusted import check_fields, child, list_of, number, optional, parse_json, remove_child, whole
+from tokenizer.common.schema import check_fields, check_inside, child, parse_json, remove_child
 
 
-@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../a", "/etc", ".hid", "a\\b\n", "a\x00", "x" * 300, None, 7])
-def test_a_name_from_a_file_is_one_component(name: object, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a name that belongs into") as refused:
-        child(tmp_path, name, "list.json")
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../a", "/etc", ".hidden", "a\\b\n", "a\x00", "x" * 300])
+def test_a_name_from_a_file_is_one_component(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a name inside") as refused:
+        child(tmp_path, name, "list.json", "make it again")
     assert "\n" not in str(refused.value)
 
 
-def test_good_names_and_their_depth(tmp_path: Path) -> None:
-    assert child(tmp_path, "a_clip-0f.v2_000016", "list.json") == tmp_path / "a_clip-0f.v2_000016"
-    assert child(tmp_path, "shards/000000.safetensors", "list.json", depth=2) == tmp_path / "shards/000000.safetensors"
-    with pytest.raises(UserError):
-        child(tmp_path, "shards/../x", "list.json", depth=3)
+def test_good_names(tmp_path: Path) -> None:
+    name = "a_clip-0f.v2_000016"
+    assert child(tmp_path, name, "list.json", "make it again") == tmp_path / name
+    assert str(check_inside("shards/000000.safetensors", "list.json", "")) == "shards/000000.safetensors"
+    for path in ("shards/../../x", "/etc/passwd", "a//b", ""):
+        with pytest.raises(UserError, match="is not a path inside the folder"):
+            check_inside(path, "list.json", "make it again")
 
 
 def test_only_a_direct_child_is_deleted_and_no_link_is_followed(tmp_path: Path) -> None:
@@ -40,28 +42,26 @@ def test_only_a_direct_child_is_deleted_and_no_link_is_followed(tmp_path: Path) 
     assert elsewhere.is_dir()
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": NaN}', "-Infinity", "{", "", b"\xff"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "", b"\xff"])
 def test_json_that_is_none_is_one_line(text: str | bytes) -> None:
-    with pytest.raises(UserError, match="list.json: is damaged.*; make it again") as refused:
+    with pytest.raises(UserError, match="list.json: damaged.*; make it again") as refused:
         parse_json(text, "list.json", "make it again")
     assert "\n" not in str(refused.value)
 
 
 def test_fields_are_checked_and_the_first_wrong_one_is_named() -> None:
-    required = {"n": whole(1, 9), "q": optional(number(0, 1)), "l": list_of(whole(), least=1)}
-    allowed = {"more": whole()}
-    good = {"n": 3, "q": None, "l": [0, 1], "more": 2}
-    assert check_fields(good, required, "x.json", "make it again", allowed) == good
-    wrong = {"n": [0, 10, 3.0, True, "3"], "q": [-0.1, float("nan"), False, "0"], "l": [[], [1.0], [True], 3]}
-    for key, values in {**wrong, "odd": [1]}.items():
+    fields = {"n": int, "q": float | None, "l": list[int]}
+    for good in ({"n": 3, "q": None, "l": [0, 1]}, {"n": -1, "q": 2, "l": []}, {"n": 0, "q": 0.5, "l": [1], "more": 2}):
+        assert check_fields(good, fields, "x.json", "make it again") == good
+    wrong = {"n": [3.0, True, "3", None], "q": [float("nan"), False, "0"], "l": [[1.0], [True], 3, None]}
+    for key, values in wrong.items():
         for value in values:
-            with pytest.raises(UserError, match=f"x.json: is damaged: '{key}' is .*; make it again"):
-                check_fields({**good, key: value}, required, "x.json", "make it again", allowed)
-    for missing in required:
-        with pytest.raises(UserError, match=f"'{missing}' is missing"):
-            check_fields({k: v for k, v in good.items() if k != missing}, required, "x.json", "", allowed)
-    with pytest.raises(UserError, match="is not an object"):
-        check_fields([], required, "x.json", "")
+            with pytest.raises(UserError, match=f"x.json: {key} = .*; make it again"):
+                check_fields({"n": 3, "q": None, "l": [0], key: value}, fields, "x.json", "make it again")
+    with pytest.raises(UserError, match="lacks 'q'"):
+        check_fields({"n": 3, "l": [0]}, fields, "x.json", "make it again")
+    with pytest.raises(UserError, match="expected an object"):
+        check_fields([], fields, "x.json", "make it again")
 
 
 def test_sigterm_ends_an_entry_like_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
