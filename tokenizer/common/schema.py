@@ -33,7 +33,7 @@ def read_json(path: Path, fields: Mapping[str, Any], way_out: str) -> dict[str, 
 
 
 def parse_json(text: str | bytes, origin: str, way_out: str) -> Any:
-    """What JSON text holds. UserError, which ends with `way_out`, for anything else and for what is nested too deeply."""
+    """The value of a JSON text. UserError, which ends with `way_out`, for no JSON and for too deep nesting."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
