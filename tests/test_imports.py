@@ -32,7 +32,7 @@ LAYERS = (
     {"training"},
     {"losses"},
     {"router"},
-    {"train", "tokenize", "detokenize"},
+    {"train", "tokenize", "detokenize", "convert"},
 )
 LAYER_OF = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 
@@ -44,7 +44,7 @@ GPT_LAYERS = (
     {"model", "batches", "sample_folder"},
     {"presets", "sampler"},
     {"sample_grid"},
-    {"sample_job", "extract_codes", "train"},
+    {"sample_job", "extract_codes", "train", "convert"},
     {"sample_c2v", "sample_frame_prediction"},
 )
 GPT_LAYER_OF = {room: height for height, rooms in enumerate(GPT_LAYERS) for room in rooms}

@@ -1,0 +1,72 @@
+"""Bring a GPT that other code saved into our format, or list what is in its file; as tokenizer.convert does.
+
+    python -m autoregressive.convert FILE.pt --to OUT.safetensors --gpt-model GPT-LP [--map MAP.yaml]
+
+Reads LlamaGen's spelling and ours. Prepared for the published weights, never tried on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from autoregressive.model import GPT, GPTConfig
+from autoregressive.presets import PRESETS
+from tokenizer.common.checkpoint import file_sha256, save_model
+from tokenizer.common.cli import Parser
+from tokenizer.common.config import load_section, to_dict
+from tokenizer.common.errors import run_cli
+from tokenizer.common.foreign import Rule, Split, match, read_foreign, read_map, report
+
+GPT_RULES: tuple[Rule, ...] = (
+    (r"^(?:\w+\.)*?(?:layers|blocks)\.(\d+)\.", r"blocks.\1."),
+    (r"\.attention\.", "."),
+    (r"\.ffn_norm\.", ".feed_norm."),
+    (r"\.feed_forward\.w1\.", ".gate."),
+    (r"\.feed_forward\.w3\.", ".gated."),
+    (r"\.feed_forward\.w2\.", ".from_hidden."),
+    (r"^tok_embeddings\.weight$", "embedding.ids"),
+    (r"^cls_embedding\.embedding_table\.weight$", "embedding.conditions"),
+    (r"^(output|lm_head)\.", "head."),
+    (r"^(pos_embed|pos_embedding|pos_embedding\.weight|wpe\.weight)$", "positions"),
+)
+
+
+def splits_of(config: GPTConfig) -> dict[str, Split]:
+    """Our fused tensors: gate and value of a SwiGLU; ids and conditions in one table."""
+    return {
+        r"(.*)\.to_hidden\.weight": Split((r"\1.gate.weight", r"\1.gated.weight")),
+        r"embedding\.weight": Split(("embedding.ids", "embedding.conditions"), rows=config.layout.num_ids),
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("Convert a GPT of other code to our .safetensors.")
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE", help=".pt, .pth or .safetensors")
+    add("--to", type=Path, metavar="OUT", help="the .safetensors to write; without it, list names and matches")
+    add("--gpt-model", choices=tuple(PRESETS), default="GPT-B", help="its size")
+    add("--config", type=Path, metavar="YAML", help="a config of ours, instead of --gpt-model")
+    add("--map", type=Path, metavar="YAML", help="lines `theirs: ours` or `theirs: drop`, where the rules do not do")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    file = read_foreign(args.file)
+    config = load_section(GPTConfig, args.config, "model") if args.config else PRESETS[args.gpt_model]
+    model = GPT(config)
+    given = read_map(args.map)
+    found = match(file.tensors, model.state_dict(), GPT_RULES, splits_of(config), given)
+    report(file, found, everything=args.to is None)
+    if args.to is None:
+        return
+    found.check(str(args.file))
+    model.load_state_dict(found.filled)
+    card = {"kind": "gpt", "converted_from": args.file.name, "source_sha256": file_sha256(args.file)}
+    save_model(args.to, model.state_dict(), {"model": to_dict(config)}, card | {"state": "mapped, not evaluated"})
+    print(f"{args.to}: mapped, not evaluated")
+
+
+if __name__ == "__main__":
+    run_cli(main)
