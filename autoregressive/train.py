@@ -36,7 +36,8 @@ from tokenizer.model import VideoTokenizer, parameters_by_part
 from tokenizer.presets import load_tokenizer
 from tokenizer.training.cli import parse_training_arguments, rehearse
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.trainer import RunConfig, Summed, TrainState, fit, portion, start_run
+from tokenizer.training.train_step import Values
+from tokenizer.training.trainer import RunConfig, Summed, TrainState, fit, portion, start_run, train_step
 
 _CLASS_DROPOUT = 0.1
 
@@ -104,6 +105,10 @@ class GPTTraining:
         )
         return token_batches(self.archive, self.layout, c.model.width, rule, start_step)
 
+    def train_step(self, batch: TokenBatch) -> Values:
+        """One step, see `tokenizer.training.train_step`."""
+        return train_step(self.config.run, self.config.optim, self.state, batch, self.loss)
+
     def loss(self, batch: TokenBatch, step: int) -> tuple[Summed, dict[str, Tensor | float]]:
         """See `gpt_loss`."""
         return gpt_loss(self.model, batch)
@@ -132,12 +137,12 @@ class GPTTraining:
             config["processes"] = distributed.num_ranks()
         if self.source_sha256:
             config["init_from_sha256"] = self.source_sha256
-        fit(c.run, c.optim, config, self.state, self.batches, self.loss, self.validate)
+        fit(c.run, config, self.state, self.batches, self.train_step, self.validate)
 
     def rehearse(self) -> None:
         """`--dry-run`: a few steps, nothing written."""
         config, parts = self.config, parameters_by_part(self.model)
-        rehearse(config.run, config.optim, self.state, self.batches, self.loss, parts)
+        rehearse(config.run, self.state, self.batches, self.train_step, parts)
 
     def token_facts(self) -> dict[str, Any]:
         """What the weights file says of the tokens: which tokenizer reads them, what the class numbers mean."""

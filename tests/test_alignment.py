@@ -1,4 +1,4 @@
-"""Alignment to V-JEPA 2, the semantic discriminator and the two players' steps, by hand. All encoders are random."""
+"""Alignment to V-JEPA 2, the semantic discriminator and the terms of the GAN step. All encoders are random."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokenizer.losses.discriminators import (
     SemanticDiscriminator,
     SemanticDiscriminatorConfig,
 )
-from tokenizer.losses.gan import Adversary, AdversaryConfig
+from tokenizer.losses.gan import DiscriminatorConfig, Gan, frozen, generator_loss
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import PRESETS
 
@@ -158,15 +158,13 @@ def test_spectral_norm_holds_every_convolution_to_1() -> None:
 
 
 def test_it_judges_every_place_at_every_tap_and_saves_its_heads_alone() -> None:
-    adversary = Adversary(
-        AdversaryConfig("videomae", videomae=SemanticDiscriminatorConfig(encoder=RANDOM)), 16, 32, 0, CPU
-    )
+    gan = Gan(DiscriminatorConfig("videomae", videomae=SemanticDiscriminatorConfig(encoder=RANDOM)), 16, 32, 0, CPU)
     video_BCTHW = clips().requires_grad_()
-    logits_BK = adversary.discriminator(video_BCTHW)
+    logits_BK = gan.discriminator(video_BCTHW)
     assert logits_BK.shape == (2, 5 * 8 * 4 * 4)
     logits_BK.square().sum().backward()
     assert video_BCTHW.grad is not None and video_BCTHW.grad.abs().amin(dim=(1, 3, 4)).all()
-    assert {name.split(".")[1] for name in adversary.module.state_dict() if "discriminator" in name} == {"heads"}
+    assert {name.split(".")[1] for name in gan.module.state_dict() if "discriminator" in name} == {"heads"}
 
 
 def test_the_semantic_discriminator_has_the_papers_size() -> None:
@@ -182,17 +180,25 @@ def test_impossible_heads_are_refused(wrong: dict) -> None:
         SemanticDiscriminatorConfig(**wrong)
 
 
-# --- the two players ------------------------------------------------------------------------------------------------
+# --- the discriminator's side of the GAN loss -----------------------------------------------------------------------
 
-GAMES = {
+NETS = {
     "patch": {"patch": PatchDiscriminatorConfig(layers=1, width=16, heads=2)},
     "videomae": {"videomae": SemanticDiscriminatorConfig(taps=[0, 3], encoder=RANDOM), "augment": True},
 }
 
 
-def game(net: str, **settings: object) -> Adversary:
+def gan_of(net: str, **settings: object) -> Gan:
     torch.manual_seed(0)
-    return Adversary(AdversaryConfig(net, **{"every": 1} | GAMES[net] | settings), 16, 32, 0, CPU)
+    return Gan(DiscriminatorConfig(net, **{"every": 1} | NETS[net] | settings), 16, 32, 0, CPU)
+
+
+def terms(gan: Gan, real: Tensor, fake: Tensor, step: int, places: Places | None = None) -> tuple[Tensor, Tensor, dict]:
+    """The generator's term, and the discriminator's loss with its figures."""
+    with frozen(gan.module):
+        term = generator_loss(gan.config.loss, gan.judge(fake, "generator", step, places))
+    real_BK, fake_BK = gan.judge(real, "real", step, places), gan.judge(fake.detach(), "fake", step, places)
+    return term, *gan.loss(real_BK, fake_BK, step, places)
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
@@ -204,101 +210,62 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("net", ["patch", "videomae"])
-def test_neither_step_touches_the_other_players_weights(net: str) -> None:
-    model, adversary = tokenizer(), game(net)
-    steps = {
-        "tokenizer": torch.optim.AdamW(model.parameters(), lr=1e-2),
-        "adversary": torch.optim.AdamW(adversary.module.parameters(), lr=1e-2),
-    }
-    before = state_of(model), state_of(adversary.module)
-
-    term = adversary.term(clips(), model(clips(), LENGTHS).video_BCTHW, 0)
-    assert term is not None
-    term.backward()
-    assert all(p.grad is None for p in adversary.module.parameters())
-    steps["tokenizer"].step()
-    assert not same(before[0], model.state_dict()) and same(before[1], adversary.module.state_dict())
-
-    model.zero_grad(set_to_none=True)
-    before = state_of(model), state_of(adversary.module)
-    found = adversary.loss(None, 0)
-    assert found is not None
-    found[0].backward()
-    assert all(p.grad is None for p in model.parameters())
-    assert [n for n, p in adversary.module.named_parameters() if p.grad is None or not p.grad.any()] == []
-    steps["adversary"].step()
-    assert same(before[0], model.state_dict()) and not same(before[1], adversary.module.state_dict())
+def test_the_generators_term_leaves_the_discriminator_as_it_is(net: str) -> None:
+    model, gan = tokenizer(), gan_of(net)
+    before = state_of(gan.module)
+    fake = model(clips(), LENGTHS).video_BCTHW
+    with frozen(gan.module):
+        generator_loss("non_saturating", gan.judge(fake, "generator", 0)).backward()
+    assert all(p.grad is None and p.requires_grad for p in gan.discriminator.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+    assert gan.module.training and same(before, gan.module.state_dict())  # not even spectral norm has moved
 
 
-def test_the_game_begins_and_rests_by_the_step() -> None:
-    adversary, video_BCTHW = game("patch", start_step=3, every=2), clips()
-    played = []
-    for step in range(8):
-        term = adversary.term(video_BCTHW, video_BCTHW * 0.5, step)
-        played.append((term is not None, adversary.loss(None, step) is not None))
-    assert played == [(step >= 3, step in (3, 5, 7)) for step in range(8)]
-
-
-def test_parts_of_a_batch_are_judged_in_order_and_a_skipped_step_is_forgotten() -> None:
-    """As run.accumulate asks for: the tokenizer sees all parts, then the discriminator each of them."""
-    adversary, parts = game("patch", lecam=0.0), [clips(seed=seed) for seed in range(3)]
-    alone = []
-    for part in parts:
-        adversary.term(part, part * 0.5, 1)
-        alone.append(adversary.loss(None, 1))
-    adversary.term(parts[2], parts[2], 0)  # this step ended without an update: a loss was not finite
-    for part in parts:
-        adversary.term(part, part * 0.5, 1)
-    together = [adversary.loss(None, 1) for _ in parts]
-    for one, other in zip(alone, together, strict=True):
-        assert one is not None and other is not None and torch.equal(one[0], other[0])
+def test_gan_training_starts_and_rests_by_the_step() -> None:
+    gan = gan_of("patch", start_step=3, every=2)
+    assert [(gan.started(step), gan.learns(step)) for step in range(8)] == [
+        (step >= 3, step in (3, 5, 7)) for step in range(8)
+    ]
 
 
 def test_the_steps_terms_by_hand() -> None:
-    """A head that says 2 everywhere: softplus(-2) for the tokenizer; the discriminator is right about half of it."""
-    adversary, video_BCTHW = game("patch", label_noise=0.0, lecam=0.5), clips()
-    adversary.discriminator.head.weight.data.zero_()
-    adversary.discriminator.head.bias.data.fill_(2.0)
+    """A head with logit 2 everywhere: softplus(-2) for the tokenizer; the discriminator is right about half of it."""
+    gan, video_BCTHW = gan_of("patch", label_noise=0.0, lecam=0.5), clips()
+    gan.discriminator.head.weight.data.zero_()
+    gan.discriminator.head.bias.data.fill_(2.0)
     softplus = torch.nn.functional.softplus(torch.tensor([2.0, -2.0]))
-    term = adversary.term(video_BCTHW, video_BCTHW, 0)
-    assert term is not None and term.item() == pytest.approx(float(softplus[1]))
-    found = adversary.loss(None, 0)
-    assert found is not None
-    total, terms = found
-    assert float(terms["adversary/gan"]) == pytest.approx(float(softplus.mean()))
-    assert float(terms["adversary/accuracy"]) == 0.5 and float(terms["adversary/logit_gap"]) == 0.0
+    term, total, figures = terms(gan, video_BCTHW, video_BCTHW, 0)
+    assert term.item() == pytest.approx(float(softplus[1]))
+    assert float(figures["gan"]) == pytest.approx(float(softplus.mean()))
+    assert float(figures["accuracy"]) == 0.5 and float(figures["logit_gap"]) == 0.0
     # the means have moved to 0.9 * 2: relu(2 - 1.8) and relu(1.8 - 2)
-    assert float(terms["adversary/lecam"]) == pytest.approx(0.2**2, rel=1e-4)
+    assert float(figures["lecam"]) == pytest.approx(0.2**2, rel=1e-4)
     assert total.item() == pytest.approx(float(softplus.mean()) + 0.5 * 0.2**2)  # its weight counts once
 
 
-def test_what_it_draws_depends_on_seed_and_step_alone() -> None:
-    def says(step: int) -> list[float]:
-        adversary = game("videomae")
+def test_draws_depend_on_seed_and_step_alone() -> None:
+    def losses(step: int) -> list[float]:
+        gan = gan_of("videomae")
         torch.manual_seed(step + 100)
-        term, found = adversary.term(clips(), clips(seed=1), step), adversary.loss(None, step)
-        assert term is not None and found is not None
-        return [float(term.detach()), float(found[0].detach())]
+        return [each.item() for each in terms(gan, clips(), clips(seed=1), step)[:2]]
 
-    assert says(4) == says(4) != says(5)
+    assert losses(4) == losses(4) != losses(5)
 
 
 @pytest.mark.parametrize("net", ["patch", "videomae"])
-def test_what_is_drawn_for_a_clip_is_the_same_on_two_processes_as_on_one(net: str) -> None:
-    """Labels and augmentation belong to the place in the global batch: two halves mean what the whole means."""
+def test_draws_for_a_clip_are_the_same_on_two_processes_as_on_one(net: str) -> None:
+    """Labels and augmentation belong to the place in the global batch: two halves have the mean of the whole."""
     one, fake = clips(4), clips(4, seed=1)
 
-    def says(places: Places) -> list[float]:
-        adversary = game(net, lecam=0.0)
-        for module in adversary.module.modules():
+    def losses(places: Places) -> list[float]:
+        gan = gan_of(net, lecam=0.0)
+        for module in gan.module.modules():
             if isinstance(module, LocalBatchNorm):
                 module.forward = lambda x_BES: x_BES  # type: ignore[method-assign]  # it looks at a whole group
-        term, found = adversary.term(one[places.own], fake[places.own], 0, places), adversary.loss(None, 0)
-        assert term is not None and found is not None
-        return [term.item(), found[0].item()]
+        return [each.item() for each in terms(gan, one[places.own], fake[places.own], 0, places)[:2]]
 
-    halves = [says(Places(own, 4)) for own in ([0, 3], [1, 2])]
-    wanted = says(Places([0, 1, 2, 3], 4))
+    halves = [losses(Places(own, 4)) for own in ([0, 3], [1, 2])]
+    wanted = losses(Places([0, 1, 2, 3], 4))
     assert [(a + b) / 2 for a, b in zip(*halves, strict=True)] == pytest.approx(wanted, rel=1e-5)
 
 
@@ -312,11 +279,11 @@ def test_what_is_drawn_for_a_clip_is_the_same_on_two_processes_as_on_one(net: st
         ({"net": "patch", "videomae": SemanticDiscriminatorConfig(kernel=3)}, "does not read it"),
     ],
 )
-def test_impossible_games_are_refused(wrong: dict, words: str) -> None:
+def test_impossible_discriminator_settings_are_refused(wrong: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        AdversaryConfig(**wrong)
+        DiscriminatorConfig(**wrong)
 
 
 def test_a_semantic_discriminator_needs_sixteen_frames() -> None:
     with pytest.raises(UserError, match="16 frames, not of 8"):
-        SemanticDiscriminator(SemanticDiscriminatorConfig(), game("videomae").encoder, 8)
+        SemanticDiscriminator(SemanticDiscriminatorConfig(), gan_of("videomae").encoder, 8)

@@ -1,4 +1,4 @@
-"""Several processes train what one would: shares of the batch, unequal token counts, two players, a NaN on one."""
+"""Several processes train what one would: shares of the batch, unequal token counts, two networks, a NaN on one."""
 
 import json
 import math
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.loader import batches
 from tokenizer.train import TokenizerTrainConfig, TokenizerTraining
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.trainer import RunConfig, Summed, TrainState, fit
+from tokenizer.training.trainer import RunConfig, Summed, TrainState, fit, train_step
 
 DEBUG = Path(__file__).parents[1] / "configs" / "debug"
 LENGTHS = (5, 1, 2, 8)  # tokens of the four clips of a step: 6 on one rank, 10 on the other
@@ -60,31 +61,14 @@ def on_ranks(target: Callable[[], object], number: int = 2) -> None:
     assert [child.exitcode for child in children] == [0] * number
 
 
-class Judge:
-    """A discriminator that learns at every second step."""
-
-    def __init__(self, generator: nn.Module) -> None:
-        self.generator, self.module = generator, nn.Linear(3, 1)
-        self.optim, self.period = OptimConfig(lr=0.01, warmup_steps=0), 2
-
-    def loss(self, batch: list[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]] | None:
-        if step % 2:
-            return None
-        fake = torch.stack([self.module(self.generator(clip)).mean() for clip in batch])
-        real = torch.stack([self.module(clip).mean() for clip in batch])
-        return (fake.sigmoid() - real.sigmoid()).mean(), {"judge/gap": (real - fake).mean().detach()}
-
-
 def train(folder: Path, nan_at: tuple[int, int] | None = None, **changes) -> nn.Module:
-    """A toy game on clips of unequal numbers of tokens; `nan_at` = (step, rank) breaks a loss there."""
+    """A toy run on clips of unequal numbers of tokens; `nan_at` = (step, rank) breaks a loss there."""
     run = RunConfig(dir=str(folder), steps=6, log_every=1, checkpoint_every=2, batch_size=4, device="cpu", **changes)
     optim = OptimConfig(lr=0.05, warmup_steps=2, clip_norm=0.5)
-    torch.manual_seed(3 + distributed.rank())  # the ranks begin apart: rank 0's weights must be everybody's
     distributed.join(on_cpu=True)
-    torch.manual_seed(3 + distributed.rank())
+    torch.manual_seed(3 + distributed.rank())  # the ranks begin apart: rank 0's weights must be everybody's
     model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 3))
-    judge = Judge(model)
-    state = TrainState.start(model, run, optim, "toy", adversary=judge, companion=nn.Linear(3, 2))
+    state = TrainState.start(model, run, optim, "toy", head=nn.Linear(3, 2))
 
     def own_batches(start: int) -> Iterator[list[Tensor]]:
         for step in range(start, run.steps):
@@ -92,16 +76,15 @@ def train(folder: Path, nan_at: tuple[int, int] | None = None, **changes) -> nn.
             yield [clips[place] for place in shares(4, distributed.num_ranks())[distributed.rank()]]
 
     def loss_fn(batch: list[Tensor], step: int) -> tuple[Summed, dict[str, Tensor]]:
+        assert state.head is not None
         token_LC = torch.cat(batch)
         out_LC = state.model(token_LC)
-        error_L = (out_LC - token_LC.flip(1)).square().mean(1) - 0.1 * judge.module(out_LC).squeeze(1)
-        if step > 2:  # a part of the model that takes no part at first
-            assert state.companion is not None
-            error_L = error_L + state.companion(out_LC).square().mean(1)
+        error_L = (out_LC - token_LC.flip(1)).square().mean(1) + state.head(out_LC).square().mean(1)
         total = error_L.sum() * (math.nan if nan_at == (step, distributed.rank()) else 1)
         return Summed(total, len(error_L)), {"error": error_L.mean().detach(), "lengths": torch.tensor([len(error_L)])}
 
-    fit(run, optim, {"run": {"dir": str(folder)}}, state, own_batches, loss_fn, lambda step: {"out": 1.0})
+    step_fn = partial(train_step, run, optim, state, loss_fn=loss_fn)
+    fit(run, {"run": {"dir": str(folder)}}, state, own_batches, step_fn, lambda step: {"out": 1.0})
     return model
 
 
@@ -131,9 +114,8 @@ def test_two_processes_are_one_also_with_unequal_counts(tmp_path: Path) -> None:
     assert_close(tmp_path / "one", tmp_path / "two", atol=1e-6)
     one, two = (CheckpointStore(tmp_path / name / "checkpoints").load_latest() for name in ("one", "two"))
     assert one is not None and two is not None
-    for group in ("adversary", "companion"):
-        for key, tensor in one.groups[group].items():
-            torch.testing.assert_close(two.groups[group][key], tensor, rtol=0, atol=1e-6)
+    for key, tensor in one.groups["head"].items():
+        torch.testing.assert_close(two.groups["head"][key], tensor, rtol=0, atol=1e-6)
 
 
 def test_a_nan_on_one_process_skips_the_step_on_all(tmp_path: Path) -> None:
@@ -222,9 +204,9 @@ def checkpoint_of(folder: Path) -> dict[str, dict[str, Tensor]]:
     return {name: dict(group) for name, group in newest.groups.items()}
 
 
-def test_two_processes_play_the_game_that_one_does(tmp_path: Path) -> None:
+def test_two_processes_make_the_gan_steps_that_one_does(tmp_path: Path) -> None:
     """Patch discriminator with LeCam and noisy labels, alignment, unequal token counts: weights, averages and the
-    optimisers' moments of both players."""
+    optimisers' moments of both networks."""
     pytest.importorskip("transformers")
 
     def run(name: str) -> None:
@@ -235,7 +217,7 @@ def test_two_processes_play_the_game_that_one_does(tmp_path: Path) -> None:
     run("one")
     on_ranks(lambda: run("two"))
     one, two = (checkpoint_of(tmp_path / name) for name in ("one", "two"))
-    assert {"model", "companion", "adversary", "optimizer", "adversary_optimizer"} <= one.keys() == two.keys()
+    assert {"model", "head", "discriminator", "optimizer", "discriminator_optimizer"} <= one.keys() == two.keys()
     for group, tensors in one.items():
         flat, other = (torch.cat([p[key].flatten().double() for key in tensors]) for p in (tensors, two[group]))
         gap = flat - other
@@ -251,22 +233,22 @@ def test_two_processes_play_the_game_that_one_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_two_processes_in_half_precision(tmp_path: Path, precision: str) -> None:
-    """The whole game: finite, close to fp32 in one process, and with equal weights on both."""
+    """The whole GAN training: finite, close to fp32 in one process, and with equal weights on both."""
     pytest.importorskip("transformers")
-    game = ["run.batch_size=4", "run.steps=3", "run.validate_every=9"]
+    settings = ["run.batch_size=4", "run.steps=3", "run.validate_every=9"]
 
     def run() -> None:
-        training = train_tokenizer("full/proxy.yaml", tmp_path / "two", *game, f"run.precision={precision}")
-        weights = [*training.model.parameters(), *training.state.opponent.module.parameters()]
+        training = train_tokenizer("full/proxy.yaml", tmp_path / "two", *settings, f"run.precision={precision}")
+        weights = [*training.model.parameters(), *training.gan.module.parameters()]
         torch.save([weight.detach() for weight in weights], tmp_path / f"{distributed.rank()}.pt")
 
     on_ranks(run)
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert all(torch.equal(left, right) and left.isfinite().all() for left, right in zip(*both, strict=True))
-    train_tokenizer("full/proxy.yaml", tmp_path / "one", *game)
+    train_tokenizer("full/proxy.yaml", tmp_path / "one", *settings)
     steps = 1 if precision == "fp16" else 3  # its scaler begins too high and leaves out the first update
     for left, right in list(zip(logged(tmp_path / "one"), logged(tmp_path / "two"), strict=True))[:steps]:
-        for name in left.keys() & {"loss", "l1", "perceptual", "align", "gan", "adversary/total"}:
+        for name in left.keys() & {"loss", "l1", "perceptual", "align", "gan", "discriminator/loss"}:
             assert right[name] == pytest.approx(left[name], rel=0.03, abs=0.01), name
 
 

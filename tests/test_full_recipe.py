@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from tokenizer import train
 from tokenizer.common.checkpoint import CheckpointStore, read_model, save_model
@@ -23,7 +23,7 @@ from tokenizer.data.loader import ClipBatch
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.model import Router, RouterConfig
 from tokenizer.train import TokenizerTrainConfig, TokenizerTraining
-from tokenizer.training.train_step import train_step
+from tokenizer.training.train_step import Values
 
 pytest.importorskip("transformers")
 
@@ -72,26 +72,26 @@ def test_three_true_steps_of_the_final_recipe_at_full_size(tmp_path: Path, monke
         'policy.router_config=""',
         "loss.perceptual_net=stlpips_vgg",
         "loss.perceptual_frames=1",
-        "adversary.videomae.encoder.random_for_tests=full",
-        f"adversary.videomae.encoder.precision={precision}",
+        "discriminator.videomae.encoder.random_for_tests=full",
+        f"discriminator.videomae.encoder.precision={precision}",
         "alignment.encoder.random_for_tests=full",
         f"alignment.encoder.precision={precision}",
         "optim.warmup_steps=0",
     )
     assert run.random_encoders == ["V-JEPA 2", "VideoMAE"]
-    assert run.adversary is not None and run.alignment is not None
+    assert run.gan is not None and run.alignment is not None
     run.state.train_mode(True)
     source = run.batches(0)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     for step in range(3):
-        values = train_step(run.config.run, run.config.optim, run.state, next(source), run.loss)
+        values = run.train_step(next(source))
         assert all(torch.tensor(value).isfinite().all() for value in values.values()), values
         terms = {"l1", "perceptual", "gan", "align", "codebook", "commitment", "entropy"}
         assert terms <= values.keys() and values["random_frozen_encoders"] == 2.0
-        assert ("adversary/total" in values) == (step == 0)  # the discriminator learns at every fifth step
+        assert ("discriminator/loss" in values) == (step == 0)  # the discriminator learns at every fifth step
         if step == 0:  # branches that add nothing yet get a gradient in their last map alone
             # in bf16 the real and the fake side of a last bias may cancel to 0
-            assert all(name.endswith("to_logit.bias") for name in without_gradient(run.adversary.module))
+            assert all(name.endswith("to_logit.bias") for name in without_gradient(run.gan.module))
         else:
             assert without_gradient(run.model) == [] and without_gradient(run.alignment.head) == []
     assert all(not torch.equal(before[name], p) for name, p in run.model.named_parameters())
@@ -105,15 +105,15 @@ class StopsAt(TokenizerTraining):
 
     moment = 5
 
-    def loss(self, batch: ClipBatch, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
-        if step == self.moment:
+    def train_step(self, batch: ClipBatch) -> Values:
+        if self.state.step == self.moment:
             raise UserError("stopped here")
-        return super().loss(batch, step)
+        return super().train_step(batch)
 
 
 @pytest.mark.parametrize("config", [PROXY, FINAL], ids=["patch", "videomae"])
 def test_a_run_with_the_full_recipe(config: Path, tmp_path: Path) -> None:
-    """Both players in the log and in the checkpoint, marked as random; the shipped weights are the tokenizer's alone;
+    """Both networks in the log and in the checkpoint, marked as random; the shipped weights are the tokenizer's alone;
     a stopped run ends with the same bits."""
     overrides = NO_ROUTER if config == FINAL else ()
     whole = training(config, tmp_path / "whole", *overrides)
@@ -122,10 +122,14 @@ def test_a_run_with_the_full_recipe(config: Path, tmp_path: Path) -> None:
     mark = float(len(whole.random_encoders))
     assert all(mark in (line.get("random_frozen_encoders"), line.get("val/random_frozen_encoders")) for line in log)
     steps = {line["step"]: line for line in log if "loss" in line}
-    start, every = whole.config.adversary.start_step, whole.config.adversary.every
+    start, every = whole.config.discriminator.start_step, whole.config.discriminator.every
     for number, line in steps.items():
         assert ("gan" in line) == (number > start) and -1 <= line["align"] <= 1
-        judged = "adversary/total" in line and 0 <= line["adversary/accuracy"] <= 1 and "adversary/logit_gap" in line
+        judged = (
+            "discriminator/loss" in line
+            and 0 <= line["discriminator/accuracy"] <= 1
+            and "discriminator/logit_gap" in line
+        )
         assert judged == (number > start and (number - 1 - start) % every == 0)
         terms = ("l1", "perceptual", "codebook", "commitment", "entropy", "gan", "align")
         weighted = sum(getattr(whole.config.loss, name) * line[name] for name in terms if name in line)
@@ -135,7 +139,7 @@ def test_a_run_with_the_full_recipe(config: Path, tmp_path: Path) -> None:
     assert "RANDOM" in file.card["kind"] and load_tokenizer(tmp_path / "whole").sha256
     newest = CheckpointStore(tmp_path / "whole" / "checkpoints").load_latest()
     assert newest is not None and "RANDOM" in newest.state["card"]["kind"]
-    assert {"companion", "adversary", "adversary_optimizer"} <= newest.groups.keys()
+    assert {"head", "discriminator", "discriminator_optimizer"} <= newest.groups.keys()
 
     stopped = StopsAt(
         load_config(TokenizerTrainConfig, config, [f"run.dir={tmp_path}/torn", "run.device=cpu", *overrides])
@@ -143,7 +147,7 @@ def test_a_run_with_the_full_recipe(config: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stopped here"):
         stopped.fit()
     training(config, tmp_path / "torn", *overrides).fit()
-    for part in ("model", "ema", "companion", "adversary", "adversary_optimizer"):
+    for part in ("model", "ema", "head", "discriminator", "discriminator_optimizer"):
         one, other = (
             load_file(tmp_path / run / f"checkpoints/00000006/{part}.safetensors") for run in ("whole", "torn")
         )
@@ -158,7 +162,7 @@ def test_images_are_clips_of_one_block(tmp_path: Path) -> None:
     (tmp_path / "images.csv").write_text("path\n0.png\n1.png\n2.png\n")
     one = [f"{section}.num_frames=1" for section in ("model", "data", "val_data")]
     sources = [f"{section}.sources=[{tmp_path}/images.csv]" for section in ("data", "val_data")]
-    shape = ("model.patch_frames=1", "adversary.patch.patch_frames=1")
+    shape = ("model.patch_frames=1", "discriminator.patch.patch_frames=1")
     run = training(PROXY, tmp_path / "run", *one, *sources, *shape, "run.steps=2")
     run.fit()
     model = load_tokenizer(tmp_path / "run")
@@ -181,7 +185,7 @@ def test_a_rehearsal_counts_what_trains_beside_the_tokenizer(
     [
         (("loss.gan=0",), "loss.gan = 0"),
         (("loss.align=0",), "loss.align = 0 does not read it"),
-        (("adversary.net=videomae",), "adversary.patch is set"),
+        (("discriminator.net=videomae",), "discriminator.patch is set"),
         (("alignment.layer=9",), "the decoder has 2 layers"),
         (('alignment.encoder.random_for_tests=""',), "python -m tokenizer.frozen.download vjepa2"),
     ],

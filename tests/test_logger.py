@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,17 +16,17 @@ from tokenizer.common.errors import UserError
 from tokenizer.train import TokenizerTrainConfig
 from tokenizer.training import logger
 from tokenizer.training.cli import missing, parse_training_arguments
-from tokenizer.training.logger import GameWatch, game_warning
+from tokenizer.training.logger import DiscriminatorHealth, discriminator_warning
 from tokenizer.training.optim import OptimConfig
 from tokenizer.training.profiling import FlopCount, Speed
-from tokenizer.training.trainer import RunConfig, TrainState, fit
+from tokenizer.training.trainer import RunConfig, TrainState, fit, train_step
 from tokenizer.viz import plots
 
 ROOT = Path(__file__).parents[1]
 
 
 def train(folder: Path, steps: int = 12, **changes) -> Path:
-    """A linear model learns to turn its input round; some terms look like those of a game."""
+    """A linear model learns to turn its input round; some terms look like those of a discriminator."""
     run = RunConfig(dir=str(folder), steps=steps, log_every=1, device="cpu", **changes)
     optim, torch_state = OptimConfig(lr=0.05, warmup_steps=0), torch.manual_seed(0)
     assert torch_state is not None
@@ -37,9 +38,10 @@ def train(folder: Path, steps: int = 12, **changes) -> Path:
 
     def loss_fn(batch: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         loss = (model(batch) - batch.flip(1)).square().mean()
-        return loss, {"adversary/accuracy": 0.99, "adversary/logit_gap": 7.0, "levels": torch.tensor([3, 1])}
+        return loss, {"discriminator/accuracy": 0.99, "discriminator/logit_gap": 7.0, "levels": torch.tensor([3, 1])}
 
-    fit(run, optim, {"run": {"dir": str(folder)}}, TrainState.start(model, run, optim), numbers, loss_fn)
+    state = TrainState.start(model, run, optim)
+    fit(run, {"run": {"dir": str(folder)}}, state, numbers, partial(train_step, run, optim, state, loss_fn=loss_fn))
     return folder / "metrics.jsonl"
 
 
@@ -57,25 +59,27 @@ def lines(path: Path) -> list[dict]:
         (math.nan, 0.0, "not finite"),
     ],
 )
-def test_the_state_of_the_game_in_words(accuracy: float, gap: float, words: str | None) -> None:
-    found = game_warning(accuracy, gap)
+def test_the_health_of_a_discriminator_in_words(accuracy: float, gap: float, words: str | None) -> None:
+    found = discriminator_warning(accuracy, gap)
     assert found is None if words is None else words in str(found)
 
 
-def test_a_warning_is_said_once_until_the_game_is_healthy_again() -> None:
-    watch = GameWatch()
-    won, even = ({"adversary/accuracy": a, "adversary/logit_gap": 2.0} for a in (1.0, 0.6))
+def test_a_warning_comes_once_until_the_discriminator_is_healthy_again() -> None:
+    watch = DiscriminatorHealth()
+    won, even = ({"discriminator/accuracy": a, "discriminator/logit_gap": 2.0} for a in (1.0, 0.6))
     said = [watch.look(values) is not None for values in [won] * 12 + [even] * 30 + [won] * 60 + [{}]]
     assert said[9] and not any(said[:9]) and sum(said) == 2
 
 
-def test_a_single_batch_is_no_verdict() -> None:
+def test_a_single_batch_gives_no_warning() -> None:
     """Neither at the start of a run nor later; only a figure that is not finite is told at once."""
-    won, dead, even = ({"adversary/accuracy": a, "adversary/logit_gap": g} for a, g in ((1.0, 9), (0.5, 0), (0.7, 1)))
+    won, dead, even = (
+        {"discriminator/accuracy": a, "discriminator/logit_gap": g} for a, g in ((1.0, 9), (0.5, 0), (0.7, 1))
+    )
     for odd in (won, dead):
-        watch = GameWatch()
+        watch = DiscriminatorHealth()
         assert [watch.look(values) for values in [odd, *[even] * 15, odd, *[even] * 15]] == [None] * 32
-    broken = GameWatch().look({"adversary/accuracy": math.nan, "adversary/logit_gap": 0.0})
+    broken = DiscriminatorHealth().look({"discriminator/accuracy": math.nan, "discriminator/logit_gap": 0.0})
     assert broken is not None and "not finite" in broken
 
 
@@ -127,7 +131,7 @@ def test_tensorboard_is_fed_and_an_absent_package_is_one_sentence(
 ) -> None:
     train(tmp_path / "run", steps=2, trackers=["tensorboard"])
     events = list((tmp_path / "run" / "tracking").rglob("events.out.tfevents.*"))
-    assert any(b"adversary/accuracy" in file.read_bytes() for file in events)
+    assert any(b"discriminator/accuracy" in file.read_bytes() for file in events)
     monkeypatch.setattr(logger.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"wandb is not installed; pip install"):
         train(tmp_path / "other", steps=1, trackers=["wandb"])

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from tokenizer.common.config import load_config
 from tokenizer.data.loader import ClipBatch, epoch_order
 from tokenizer.data.video_io import write_video
 from tokenizer.train import TokenizerTrainConfig, TokenizerTraining
+from tokenizer.training.train_step import Values
 from tokenizer.training.trainer import note_unreadable
 
 PROXY = Path(__file__).parents[1] / "configs" / "debug" / "proxy.yaml"
@@ -21,9 +21,9 @@ DAMAGED = {"videos/1.mp4": "videos/2.mp4", "videos/4.mp4": "videos/5.mp4"}  # an
 class Watched(TokenizerTraining):
     """Remembers the clips of every step."""
 
-    def loss(self, batch: ClipBatch, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
-        self.seen = {**getattr(self, "seen", {}), step: batch.names}
-        return super().loss(batch, step)
+    def train_step(self, batch: ClipBatch) -> Values:
+        self.seen = {**getattr(self, "seen", {}), self.state.step: batch.names}
+        return super().train_step(batch)
 
 
 def train(videos: Path, folder: Path, steps: int) -> dict[int, list[str]]:

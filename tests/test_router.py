@@ -142,7 +142,8 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pyte
     real_loss = stopped.loss
 
     def breaks_at_3(batch: ClipBatch, step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        return (torch.tensor(torch.nan), {}) if step == 3 else real_loss(batch, step)
+        loss, terms = real_loss(batch, step)
+        return loss * (torch.nan if step == 3 else 1), terms
 
     monkeypatch.setattr(stopped, "loss", breaks_at_3)
     with pytest.raises(UserError, match="step 3"):

@@ -18,7 +18,7 @@ from tokenizer.common.config import load_config, load_section
 from tokenizer.frozen.encoders import FrozenVideoMAE, FrozenVJEPA2
 from tokenizer.frozen.weights import FrozenConfig
 from tokenizer.losses.alignment import Alignment
-from tokenizer.losses.gan import Adversary
+from tokenizer.losses.gan import Gan
 from tokenizer.losses.objective import LossConfig
 from tokenizer.model import TokenizerConfig, VideoTokenizer
 from tokenizer.router.curate import CurateConfig
@@ -86,13 +86,15 @@ def test_tokenizer_configs_build(name: str) -> None:
         if name.startswith("configs/vq/"):
             assert millions(model) == pytest.approx(144 if config.model.num_frames == 16 else 141, abs=1.0)
         if config.loss.gan > 0:
-            chosen = config.adversary
+            chosen = config.discriminator
             if chosen.net == "videomae":
                 seen = replace(chosen.videomae, encoder=unpublished(chosen.videomae.encoder))
                 chosen = replace(chosen, videomae=seen)
-            adversary = Adversary(chosen, config.model.num_frames, config.model.size, 0, META)
+            discriminator = Gan(chosen, config.model.num_frames, config.model.size, 0, META)
             if name.startswith("configs/vq/"):
-                assert millions(adversary.module) == pytest.approx(29.6 if chosen.net == "videomae" else 38.2, abs=0.7)
+                assert millions(discriminator.module) == pytest.approx(
+                    29.6 if chosen.net == "videomae" else 38.2, abs=0.7
+                )
         if config.loss.align > 0:
             chosen_alignment = replace(config.alignment, encoder=unpublished(config.alignment.encoder))
             Alignment(chosen_alignment, config.model, META)
@@ -128,7 +130,7 @@ def test_the_full_recipe_is_rehearsed_on_the_same_models(size: str) -> None:
         assert config.model == load_section(TokenizerConfig, plain / f"{name}.yaml", "model")
         assert (config.loss.gan, config.loss.align) == (0.3, 0.7)
         assert config.alignment.encoder.random_for_tests == "tiny"
-    assert [full[name].adversary.net for name in ("proxy", "final")] == ["patch", "videomae"]
+    assert [full[name].discriminator.net for name in ("proxy", "final")] == ["patch", "videomae"]
     router = load_section(RouterConfig, plain / "full" / "router.yaml", "model")
     assert router.stem == "vjepa2"
     assert replace(router, stem="raw", vjepa2=VJEPA2StemConfig()) == load_section(
@@ -141,9 +143,13 @@ def test_the_papers_recipe_is_what_the_final_configs_say() -> None:
     for name in ("", "_3fps_webvid"):
         config = load_config(TokenizerTrainConfig, ROOT / f"configs/vq/VQ_SB_final_with_router_w_lpips_1.2{name}.yaml")
         assert config.loss == LossConfig(gan=0.3, align=0.7)
-        assert (config.adversary.net, config.adversary.every, config.adversary.augment) == ("videomae", 5, True)
-        optim = config.adversary.optim
+        assert (config.discriminator.net, config.discriminator.every, config.discriminator.augment) == (
+            "videomae",
+            5,
+            True,
+        )
+        optim = config.discriminator.optim
         assert (optim.lr, optim.betas, optim.weight_decay) == (2e-5, [0.5, 0.9], 0.0)
         assert (config.alignment.layer, config.run.batch_size, config.optim.lr) == (3, 128, 1e-4)
     base = load_config(TokenizerTrainConfig, ROOT / "configs/vq/VQ_SB_proxy_3fps.yaml")
-    assert (base.adversary.net, base.adversary.optim.lr, base.adversary.lecam) == ("patch", 3e-5, 0.001)
+    assert (base.discriminator.net, base.discriminator.optim.lr, base.discriminator.lecam) == ("patch", 3e-5, 0.001)

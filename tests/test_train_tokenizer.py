@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from torch import Tensor
 
 from tokenizer import train
 from tokenizer.common.checkpoint import read_model, save_model
@@ -21,6 +20,7 @@ from tokenizer.losses.objective import LossConfig
 from tokenizer.presets import PRESETS, load_tokenizer
 from tokenizer.router.model import Router, RouterConfig
 from tokenizer.train import PolicyConfig, TokenizerTrainConfig, TokenizerTraining, build_policy
+from tokenizer.training.train_step import Values
 
 DEBUG = Path(__file__).parents[1] / "configs" / "debug"
 CPU = torch.device("cpu")
@@ -102,10 +102,10 @@ class KilledAt(TokenizerTraining):
 
     moment = 0
 
-    def loss(self, batch: ClipBatch, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
-        if step == self.moment:
+    def train_step(self, batch: ClipBatch) -> Values:
+        if self.state.step == self.moment:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().loss(batch, step)
+        return super().train_step(batch)
 
 
 def test_a_killed_run_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_it_learns(tmp_path: Path) -> None:
 
 def test_the_codebook_starts_from_latents_of_training_clips(tmp_path: Path) -> None:
     fresh = training(tmp_path)
-    figures = fresh.loss(next(fresh.batches(0)), 0)[1]
+    figures = fresh.train_step(next(fresh.batches(0)))
     assert figures["codebook"] < 0.01  # the latents of the first batch lie on or near codes
 
 

@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -23,7 +24,7 @@ from tokenizer.common.device import generator_for, slow_precision
 from tokenizer.common.errors import UserError
 from tokenizer.training.logger import MetricsLog
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.trainer import RunConfig, TrainState, claim, fit
+from tokenizer.training.trainer import RunConfig, TrainState, claim, fit, train_step
 
 STEPS = 12
 
@@ -63,7 +64,8 @@ def train(folder: Path, at_batch: Callable[[int], None] = lambda step: None, lr:
         torch.rand(3)  # a validation that draws must not change the training
         return {"out": float(state.model(torch.ones(2, 5)).mean())}
 
-    fit(run, optim, {"run": {"dir": str(folder), **changes}, "optim": {"lr": lr}}, state, batches, loss_fn, validate)
+    config = {"run": {"dir": str(folder), **changes}, "optim": {"lr": lr}}
+    fit(run, config, state, batches, partial(train_step, run, optim, state, loss_fn=loss_fn), validate)
     return state
 
 
@@ -265,7 +267,8 @@ def test_nan_loss_names_step_and_term(tmp_path: Path) -> None:
         return entropy, {"fine": torch.ones(()), "entropy": entropy.detach()}
 
     with pytest.raises(UserError, match="step 2: entropy is nan"):
-        fit(run, optim, {}, state, lambda start: iter([torch.ones(2, 5)] * 9), loss_fn)
+        step_fn = partial(train_step, run, optim, state, loss_fn=loss_fn)
+        fit(run, {}, state, lambda start: iter([torch.ones(2, 5)] * 9), step_fn)
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["00000001", "00000002"]
     assert all(p.isfinite().all() for p in state.model.parameters())
 
@@ -278,7 +281,8 @@ def test_nan_gradient_names_step_and_parameter(tmp_path: Path) -> None:
         return (state.model(batch) * 0).sqrt().sum(), {}  # the slope of sqrt at 0 is infinite
 
     with pytest.raises(UserError, match="step 0: the gradient of weight is nan"):
-        fit(run, optim, {}, state, lambda start: iter([torch.ones(1, 2)] * 3), loss_fn)
+        step_fn = partial(train_step, run, optim, state, loss_fn=loss_fn)
+        fit(run, {}, state, lambda start: iter([torch.ones(1, 2)] * 3), step_fn)
 
 
 def test_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:

@@ -33,14 +33,15 @@ from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.loader import ClipBatch, batches
 from tokenizer.frozen.weights import marked
 from tokenizer.losses.alignment import Alignment, AlignmentConfig
-from tokenizer.losses.gan import Adversary, AdversaryConfig
+from tokenizer.losses.gan import DiscriminatorConfig, Gan, frozen, generator_loss
 from tokenizer.losses.objective import LossConfig, tokenizer_loss
 from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
-from tokenizer.model import TokenizerConfig, TokenizerOutput, VideoTokenizer, parameters_by_part
+from tokenizer.model import TokenizerConfig, VideoTokenizer, parameters_by_part
 from tokenizer.router.predict import check_router_fits, load_router
 from tokenizer.training.cli import parse_training_arguments, rehearse
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.train_step import Tally, Terms
+from tokenizer.training.train_state import Trainable
+from tokenizer.training.train_step import Tally, Terms, Update, Values, commit, split
 from tokenizer.training.trainer import RunConfig, TrainState, fit, portion, start_run
 from tokenizer.viz.frames import save_comparison
 
@@ -122,7 +123,9 @@ class TokenizerTrainConfig:
     val_data: DataConfig = field(default_factory=lambda: DataConfig(sources=["bundled:heldout"], augment=False))
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)  # with loss.gan
+    discriminator: DiscriminatorConfig = field(  # with loss.gan
+        default_factory=DiscriminatorConfig, metadata={"renamed_from": "adversary"}
+    )
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)  # with loss.align
     optim: OptimConfig = field(default_factory=OptimConfig)
     val_clips: int = 64  # held-out clips that a validation looks at, spread evenly over val_data
@@ -134,13 +137,13 @@ class TokenizerTrainConfig:
                 raise UserError(
                     f"{section}.{name} = {found} but model.{name} = {wanted}: set {section}.{name}={wanted}"
                 )
-        if (self.loss.gan > 0) != (self.adversary.net != "none"):
+        if (self.loss.gan > 0) != (self.discriminator.net != "none"):
             raise UserError(
-                f"loss.gan = {self.loss.gan} and adversary.net = {self.adversary.net!r} clash: a weight above 0 needs "
-                "patch or videomae, and loss.gan=0 goes with none"
+                f"loss.gan = {self.loss.gan} and discriminator.net = {self.discriminator.net!r} clash: a weight above "
+                "0 needs patch or videomae, and loss.gan=0 goes with none"
             )
-        if self.adversary.net == "none" and self.adversary != AdversaryConfig():
-            raise UserError("the section adversary is set, but adversary.net = 'none' does not read it: choose a net")
+        if self.discriminator.net == "none" and self.discriminator != DiscriminatorConfig():
+            raise UserError("the section discriminator is set, but discriminator.net = 'none' does not read it")
         if self.loss.align == 0 and self.alignment != AlignmentConfig():
             raise UserError("the section alignment is set, but loss.align = 0 does not read it: set loss.align=0.7")
 
@@ -158,12 +161,16 @@ class TokenizerTraining:
         self.model = VideoTokenizer(config.model).to(self.device)
         self.model.quantizer.has_entropy = config.loss.entropy != 0
         shape = (config.model.num_frames, config.model.size)
-        self.adversary = Adversary(config.adversary, *shape, run.seed, self.device) if config.loss.gan > 0 else None
+        self.gan = Gan(config.discriminator, *shape, run.seed, self.device) if config.loss.gan > 0 else None
         self.alignment = Alignment(config.alignment, config.model, self.device) if config.loss.align > 0 else None
         self.start_codebook()
         head = self.alignment.head if self.alignment else None
+        discriminator = None
+        if self.gan is not None:
+            optim, every = config.discriminator.optim, config.discriminator.every
+            discriminator = Trainable("discriminator", self.gan.module, optim, run, self.device, every)
         kind = marked("tokenizer", self.random_encoders)
-        self.state = TrainState.start(self.model, run, config.optim, kind, adversary=self.adversary, companion=head)
+        self.state = TrainState.start(self.model, run, config.optim, kind, head, discriminator)
 
     def batches(self, start_step: int) -> Iterator[ClipBatch]:
         run, costs = self.config.run, self.costs if self.config.policy.kind == "random" else None
@@ -184,14 +191,53 @@ class TokenizerTraining:
         drawn = self.policy(torch.empty(run.batch_size), generator_for(run.seed, "loss", step))
         return drawn.sum(dim=1).tolist()
 
-    def loss(self, batch: ClipBatch, step: int) -> tuple[Tensor, Terms]:
-        """One batch -> the loss, and everything worth a log line."""
+    def train_step(self, batch: ClipBatch) -> Values:
+        """One step (arXiv 2603.12267, section 3): the tokenizer against its discriminator, which learns less often.
+
+        Gradients of both networks are computed first; `commit` then makes both updates, or none if any number is not
+        finite. With run.accumulate the batch comes in parts.
+        """
+        run, gan, step = self.config.run, self.gan, self.state.step
+        parts = split(batch, run.accumulate)
+        generator = Update(self.state.main, run, self.config.optim, step)
+        updates, fakes = [generator], []
+
+        # generator: reconstruction, quantiser, alignment, and high logits for the reconstructions
+        for number, part in enumerate(parts):
+            with generator.forward(number, len(parts)):
+                fake_BCTHW, loss, terms = self.reconstruct(part, step)
+                if gan is not None and gan.started(step):
+                    with frozen(gan.module):
+                        logits_BK = gan.judge(fake_BCTHW, "generator", step, part.places)
+                    gan_loss = generator_loss(gan.config.loss, logits_BK)
+                    loss = loss + self.config.loss.gan * gan_loss
+                    terms = {**terms, "gan": gan_loss.detach()}
+            generator.backward(loss, terms)
+            fakes.append(fake_BCTHW.detach())
+
+        # discriminator, every few steps: the clips of this step against their reconstructions
+        if gan is not None and self.state.discriminator is not None and gan.learns(step):
+            discriminator = Update(self.state.discriminator, run, gan.config.optim, step)
+            for number, (part, fake_BCTHW) in enumerate(zip(parts, fakes, strict=True)):
+                with discriminator.forward(number, len(parts)):
+                    real_BK = gan.judge(part.video_BCTHW.to(self.device), "real", step, part.places)
+                    fake_BK = gan.judge(fake_BCTHW, "fake", step, part.places)
+                    loss, terms = gan.loss(real_BK, fake_BK, step, part.places)
+                discriminator.backward(loss, terms)
+            updates.append(discriminator)
+
+        return commit(run, self.state, updates)
+
+    def reconstruct(self, batch: ClipBatch, step: int) -> tuple[Tensor, Tensor, Terms]:
+        """Clips -> their reconstructions [B, C, T, H, W], the loss without its GAN term, and what to log."""
         generator = generator_for(self.config.run.seed, "loss", step)
         video_BCTHW = batch.video_BCTHW.to(self.device, non_blocking=True)
         length_BN = self.policy(video_BCTHW, generator, batch.places)
         output = self.model(video_BCTHW, length_BN, self.alignment.layer if self.alignment else 0)
-        others = self.terms_of_others(output, video_BCTHW, step, batch.places)
-        loss, terms = tokenizer_loss(self.config.loss, output, video_BCTHW, self.perceptual, generator, others)
+        align = None
+        if self.alignment is not None and output.feature_BMD is not None:
+            align = self.alignment.term(output.feature_BMD, video_BCTHW)
+        loss, terms = tokenizer_loss(self.config.loss, output, video_BCTHW, self.perceptual, generator, align)
         code_L, num_codes = output.quantized.code_L, self.config.model.codebook_size
         level_K = torch.tensor(self.config.model.levels)
         figures: Terms = {
@@ -201,26 +247,14 @@ class TokenizerTraining:
             # how many blocks got each level
             "tokens_histogram": (length_BN.flatten()[:, None] == level_K).sum(dim=0),
         }
-        return loss, {**figures, **self.mark}
-
-    def terms_of_others(
-        self, output: TokenizerOutput, video_BCTHW: Tensor, step: int, places: Places
-    ) -> dict[str, Tensor]:
-        """What the networks beside the tokenizer say of a reconstruction at this step: gan, align."""
-        terms: dict[str, Tensor] = {}
-        if self.adversary is not None:
-            gan = self.adversary.term(video_BCTHW, output.video_BCTHW, step, places)
-            terms |= {"gan": gan} if gan is not None else {}
-        if self.alignment is not None and output.feature_BMD is not None:
-            terms["align"] = self.alignment.term(output.feature_BMD, video_BCTHW)
-        return terms
+        return output.video_BCTHW, loss, {**figures, **self.mark}
 
     @property
     def random_encoders(self) -> list[str]:
         """Frozen encoders that have random weights, because the config says random_for_tests."""
         encoders = {
             "V-JEPA 2": self.alignment.encoder if self.alignment else None,
-            "VideoMAE": self.adversary.encoder if self.adversary else None,
+            "VideoMAE": self.gan.encoder if self.gan else None,
         }
         return [name for name, encoder in encoders.items() if encoder is not None and encoder.is_random]
 
@@ -270,17 +304,17 @@ class TokenizerTraining:
     def fit(self) -> None:
         """Train to the end of `run.steps`, from wherever `run.dir` stands."""
         config = self.config
-        fit(config.run, config.optim, to_dict(config), self.state, self.batches, self.loss, self.validate)
+        fit(config.run, to_dict(config), self.state, self.batches, self.train_step, self.validate)
 
     def rehearse(self) -> None:
         """`--dry-run`: a few steps, nothing written."""
         config, parts = self.config, parameters_by_part(self.model)
         beside = {
             "alignment head": self.alignment.head if self.alignment else None,
-            "discriminator": self.adversary.module if self.adversary else None,
+            "discriminator": self.gan.module if self.gan else None,
         }
         parts |= {name: sum(p.numel() for p in part.parameters()) for name, part in beside.items() if part is not None}
-        rehearse(config.run, config.optim, self.state, self.batches, self.loss, parts)
+        rehearse(config.run, self.state, self.batches, self.train_step, parts)
 
     def _validation_clips(self) -> list[int]:
         """Indices spread evenly over the held-out set, in an order that mixes the first picture's clips."""

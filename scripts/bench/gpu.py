@@ -137,7 +137,7 @@ def train_tokenizer(device: torch.device, peak: float) -> dict[str, Any]:
     config = LossConfig(perceptual=0.0, perceptual_net="none")
 
     def loss(video: Tensor, step: int) -> Any:
-        return tokenizer_loss(config, model(video, length_BN), video, None, torch.Generator(), {})
+        return tokenizer_loss(config, model(video, length_BN), video, None, torch.Generator())
 
     figures, flops = time_steps(device, model, video_BCTHW, loss, CLIPS_TOKENIZER)
     return figures | rates(flops, figures["seconds"], peak) | {"tokens": int(length_BN.sum())}

@@ -180,7 +180,8 @@ def _check_keys(schema: type, data: Any, origin: str, prefix: str = "") -> None:
     fields = {field.name: hints[field.name] for field in dataclasses.fields(schema)}
     for key, value in data.items():
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
+            near = [f.name for f in dataclasses.fields(schema) if f.metadata.get("renamed_from") == key]
+            near = near or difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {prefix + near[0]!r}?" if near else f"known here: {', '.join(fields)}"
             raise ConfigError(f"{origin}: unknown key {prefix + str(key)!r}; {hint}")
         section = _dataclass_in(fields[key])

@@ -1,34 +1,19 @@
-"""The second player: a discriminator with its own optimiser, steps and random draws (paper.md section 3).
+"""The GAN loss of the tokenizer (arXiv 2603.12267, section 3): both losses, LeCam, augmentation, the discriminator.
 
-    generator's step       term(fake, step): the discriminator judges, its own weights stand still
-    discriminator's step   loss(batch, step): it learns from the clips and reconstructions of that very step, detached
+    discriminator   high logits ("real") for training clips, low ones ("fake") for reconstructions
+    generator       the tokenizer: its reconstructions should get high logits
 
-Neither step touches the other's weights. Letters: B clips, C T H W, K places judged in a clip.
+The training step itself is `TokenizerTraining.train_step` in tokenizer/train.py. A discriminator gives a logit for
+each of many places of a clip, and all places count alike. The losses run in float32.
 
-What the two sides of the adversarial game minimise, on plain logits (paper.md section 3).
-
-    discriminator   says "real" (a high logit) of training clips and "fake" of reconstructions
-    generator       the tokenizer: its reconstructions should be called real
-
-A discriminator judges many places of a clip; every place counts alike. All of it runs in float32.
-
-Letters: B clips, K places that a discriminator judges in a clip.
-
-Differentiable augmentation in front of a discriminator: it sees altered clips only, real and reconstructed.
-
-A discriminator on top of a frozen network would otherwise learn the few training clips by heart. Colour, shift and a
-hole, drawn once for a clip and the same in all its frames, so that its motion stays true (paper.md section 3).
-
-Letters: B clips, C T H W.
+Letters: B clips, C T H W, K places of a clip that get a logit.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,12 +43,12 @@ def discriminator_loss(
     generator: torch.Generator,
     places: Places | None = None,
 ) -> Tensor:
-    """What the discriminator minimises: the mean of its losses on both sides, a scalar.
+    """The discriminator's loss, a scalar: the mean of its losses on real clips and on reconstructions.
 
-    non_saturating: binary cross-entropy against noisy labels, drawn anew for every place from [1 - label_noise, 1] for
-    real clips and from [0, label_noise] for reconstructions: each moves to its own side only, never across.
-    hinge: relu(1 - real) and relu(1 + fake); it knows no labels and draws nothing.
-    places: where the clips stand in the global batch, if they are not all of it.
+    non_saturating: binary cross-entropy against noisy labels, drawn for every place from [1 - label_noise, 1] for
+    real clips and from [0, label_noise] for reconstructions.
+    hinge: relu(1 - real) and relu(1 + fake), without labels; draws nothing.
+    places: positions of the clips in the global batch, if they are not all of it.
     """
     real_BK, fake_BK = real_BK.float(), fake_BK.float()
     if kind == "hinge":
@@ -78,16 +63,15 @@ def discriminator_loss(
 
 
 def generator_loss(kind: str, fake_BK: Tensor) -> Tensor:
-    """What the tokenizer minimises, a scalar: -log sigmoid(fake), or with hinge -fake. Its labels are never noisy."""
+    """The tokenizer's GAN loss, a scalar: -log sigmoid(fake), or with hinge -fake. Its labels are never noisy."""
     fake_BK = fake_BK.float()
     return -fake_BK.mean() if kind == "hinge" else F.softplus(-fake_BK).mean()
 
 
 class LeCam(nn.Module):
-    """Keeps a discriminator from running away: its logits stay near slow means of what it said of the *other* side.
+    """LeCam regularisation: keeps the logits of each side near a moving average of the *other* side's.
 
-    The means have decay 0.999, ramping up from 0.1 as (1 + n) / (10 + n), so that the first clips do not count against
-    zeros.
+    The averages have decay 0.999, ramping up from 0.1 as (1 + n) / (10 + n), because they start from zero.
     """
 
     real_mean: Tensor
@@ -101,7 +85,7 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def update(self, real_BK: Tensor, fake_BK: Tensor) -> None:
-        """Take one batch, of all processes together, into the means."""
+        """Add one batch, of all processes together, to the means. A skipped step restores them, see `Update`."""
         new = 1 - torch.clamp((1 + self.num_updates) / (10 + self.num_updates), max=_LECAM_DECAY)
         self.real_mean.lerp_(mean_over_ranks(real_BK.float().mean()), new)
         self.fake_mean.lerp_(mean_over_ranks(fake_BK.float().mean()), new)
@@ -122,8 +106,8 @@ _BRIGHTNESS = 0.25  # of the pixel range, the most that is added or taken
 def augment_clips(video_BCTHW: Tensor, generator: torch.Generator, places: Places | None = None) -> Tensor:
     """Pixels around [0, 1] -> the same clips altered, each by its own draw; gradients flow to the pixels.
 
-    What a shift or a hole leaves empty is grey (0.5). Draws come from `generator`, on the CPU, seven for each clip of
-    the global batch. places: where these clips stand in it, if they are not all of it.
+    Pixels that a shift or a hole leaves empty are grey (0.5). Draws come from `generator`, on the CPU, seven for each
+    clip of the global batch. places: positions of these clips in it, if they are not all of it.
     """
     places = places or Places(list(range(len(video_BCTHW))), len(video_BCTHW))
     draw_B7 = places.pick(torch.rand(places.total, 7, generator=generator))
@@ -170,16 +154,16 @@ NETS = ("none", "patch", "videomae")
 
 
 @dataclass
-class AdversaryConfig:
-    """Read where loss.gan is above 0. Defaults are those of the patch discriminator."""
+class DiscriminatorConfig:
+    """Used if loss.gan is above 0. Defaults are those of the patch discriminator."""
 
-    net: str = "none"  # none | patch (on pixels) | videomae (on what VideoMAE sees)
+    net: str = "none"  # none | patch (on pixels) | videomae (on features of a frozen VideoMAE)
     loss: str = "non_saturating"  # or "hinge"
-    start_step: int = 0  # before it neither player knows of the other
-    every: int = 5  # the discriminator learns at every so many-th step
+    start_step: int = 0  # step at which GAN training starts, for both networks
+    every: int = 5  # steps from one update of the discriminator to the next
     label_noise: float = 0.3  # non_saturating: labels are drawn from [1 - noise, 1] and [0, noise]
     lecam: float = 0.001  # weight of LeCam in the discriminator's loss
-    augment: bool = False  # differentiable augmentation of all that it sees
+    augment: bool = False  # differentiable augmentation of everything it sees
     patch: PatchDiscriminatorConfig = field(default_factory=PatchDiscriminatorConfig)
     videomae: SemanticDiscriminatorConfig = field(default_factory=SemanticDiscriminatorConfig)
     optim: OptimConfig = field(
@@ -189,83 +173,71 @@ class AdversaryConfig:
     def __post_init__(self) -> None:
         if self.net not in NETS or self.loss not in LOSSES:
             raise UserError(
-                f"adversary.net = {self.net!r} is one of {NETS}, adversary.loss = {self.loss!r} of {LOSSES}"
+                f"discriminator.net = {self.net!r} is one of {NETS}, discriminator.loss = {self.loss!r} of {LOSSES}"
             )
         if self.start_step < 0 or self.every < 1 or self.lecam < 0:
-            raise UserError("adversary.start_step and adversary.lecam must be >= 0, adversary.every at least 1")
+            raise UserError(
+                f"discriminator.start_step = {self.start_step} and discriminator.lecam = {self.lecam} must be >= 0, "
+                f"discriminator.every = {self.every} at least 1"
+            )
         if not 0 <= self.label_noise < 0.5:
-            raise UserError(f"adversary.label_noise = {self.label_noise}: must lie in [0, 0.5)")
+            raise UserError(f"discriminator.label_noise = {self.label_noise}: must lie in [0, 0.5)")
         for net, section in (("patch", self.patch), ("videomae", self.videomae)):
             if self.net != net and section != type(section)():
-                raise UserError(f"adversary.{net} is set, but adversary.net = {self.net!r} does not read it")
+                raise UserError(f"discriminator.{net} is set, but discriminator.net = {self.net!r} does not read it")
         if self.loss == "hinge" and self.label_noise:
-            raise UserError("adversary.loss = 'hinge' knows no labels: set adversary.label_noise=0")
+            raise UserError("discriminator.loss = 'hinge' has no labels: set discriminator.label_noise=0")
 
 
-class _Seen(NamedTuple):
-    """What the discriminator judges in its step."""
+class Gan:
+    """The discriminator with its LeCam averages, and the steps at which it is used and updated."""
 
-    real_BCTHW: Tensor
-    fake_BCTHW: Tensor
-    places: Places | None
-
-
-class Adversary:
-    """What `TrainState` and the loss of a tokenizer need of the discriminator."""
-
-    def __init__(self, config: AdversaryConfig, num_frames: int, size: int, seed: int, device: torch.device) -> None:
-        """Raises UserError where weights are absent or the clips do not fit."""
-        self.config, self.seed, self.optim, self.period = config, seed, config.optim, config.every
+    def __init__(
+        self, config: DiscriminatorConfig, num_frames: int, size: int, seed: int, device: torch.device
+    ) -> None:
+        """Raises UserError if weights are missing or the clips do not fit."""
+        self.config, self.seed = config, seed
         self.encoder = FrozenVideoMAE(config.videomae.encoder).to(device) if config.net == "videomae" else None
         self.discriminator, self.lecam = self._build(num_frames, size), LeCam()
+        # everything that its optimiser trains and that a checkpoint holds
         self.module: nn.Module = nn.ModuleDict({"discriminator": self.discriminator, "lecam": self.lecam}).to(device)
-        self._seen: deque[_Seen] = deque()  # of each part of this step's batch
-        self._seen_step = -1
 
-    def term(self, real_BCTHW: Tensor, fake_BCTHW: Tensor, step: int, places: Places | None = None) -> Tensor | None:
-        """What the tokenizer minimises at this step, a scalar; None before the game begins.
+    def started(self, step: int) -> bool:
+        """Whether the tokenizer's loss has the GAN term at this step."""
+        return step >= self.config.start_step
 
-        Both sides are kept, detached, for the discriminator's step. places: where the clips stand in the global batch,
-        if they are not all of it; what is drawn for a clip does not depend on the number of processes.
+    def learns(self, step: int) -> bool:
+        """Whether the discriminator is updated at this step."""
+        return self.started(step) and (step - self.config.start_step) % self.config.every == 0
+
+    def judge(self, video_BCTHW: Tensor, side: str, step: int, places: Places | None = None) -> Tensor:
+        """Pixels around [0, 1] -> logits_BK, high for real clips. Augments first if config.augment.
+
+        side: "generator", "real" or "fake"; each draws on its own. places: positions of the clips in the global
+        batch, if they are not all of it; draws do not depend on the number of processes.
         """
-        if step < self.config.start_step:
-            return None
-        if step != self._seen_step:
-            self._seen.clear()
-            self._seen_step = step
-        if self._learns_at(step):
-            self._seen.append(_Seen(real_BCTHW, fake_BCTHW.detach(), places))
-        with _standing_still(self.module):
-            return generator_loss(self.config.loss, self._judge(fake_BCTHW, "generator", step, places))
+        if self.config.augment:
+            video_BCTHW = augment_clips(video_BCTHW, generator_for(self.seed, "augment", side, step), places)
+        return self.discriminator(video_BCTHW)
 
-    def loss(self, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """What the discriminator minimises, and what to log; None where it rests at this step."""
-        config = self.config
-        if not self._learns_at(step):
-            return None
-        if not self._seen or step != self._seen_step:
-            raise RuntimeError("the discriminator's step comes after the tokenizer's, which keeps what it judges")
-        seen = self._seen.popleft()
-        real_BK = self._judge(seen.real_BCTHW, "real", step, seen.places)
-        fake_BK = self._judge(seen.fake_BCTHW, "fake", step, seen.places)
-        labels = generator_for(self.seed, "labels", step)
-        total = discriminator_loss(config.loss, real_BK, fake_BK, config.label_noise, labels, seen.places)
-        terms = {"adversary/gan": total.detach()}
+    def loss(
+        self, real_BK: Tensor, fake_BK: Tensor, step: int, places: Places | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss with LeCam, and what to log.
+
+        accuracy: share of places judged rightly (0.5 = guessing); logit_gap: mean real minus mean fake.
+        """
+        config, labels = self.config, generator_for(self.seed, "labels", step)
+        total = discriminator_loss(config.loss, real_BK, fake_BK, config.label_noise, labels, places)
+        terms = {"gan": total.detach()}
         if config.lecam > 0:
             self.lecam.update(real_BK, fake_BK)
             penalty = self.lecam(real_BK, fake_BK)
             total = total + config.lecam * penalty
-            terms["adversary/lecam"] = penalty.detach()
-        return total, terms | _health(real_BK.detach().float(), fake_BK.detach().float())
-
-    def _learns_at(self, step: int) -> bool:
-        since = step - self.config.start_step
-        return since >= 0 and since % self.config.every == 0
-
-    def _judge(self, video_BCTHW: Tensor, side: str, step: int, places: Places | None) -> Tensor:
-        if self.config.augment:
-            video_BCTHW = augment_clips(video_BCTHW, generator_for(self.seed, "augment", side, step), places)
-        return self.discriminator(video_BCTHW)
+            terms["lecam"] = penalty.detach()
+        real_BK, fake_BK = real_BK.detach().float(), fake_BK.detach().float()
+        right = ((real_BK > 0).float().mean() + (fake_BK < 0).float().mean()) / 2
+        return total, terms | {"accuracy": right, "logit_gap": real_BK.mean() - fake_BK.mean()}
 
     def _build(self, num_frames: int, size: int) -> nn.Module:
         if self.encoder is not None:
@@ -273,20 +245,14 @@ class Adversary:
         return PatchDiscriminator(self.config.patch, num_frames, size)
 
 
-def _health(real_BK: Tensor, fake_BK: Tensor) -> dict[str, Tensor]:
-    """accuracy: share of places judged rightly (0.5 = guessing); logit_gap: mean real minus mean fake."""
-    right = ((real_BK > 0).float().mean() + (fake_BK < 0).float().mean()) / 2
-    return {"adversary/accuracy": right, "adversary/logit_gap": real_BK.mean() - fake_BK.mean()}
-
-
 @contextmanager
-def _standing_still(module: nn.Module) -> Iterator[None]:
-    """Inside, a forward builds no path to the module's weights, and its buffers (spectral norm) do not move."""
-    thawed, was_training = [p for p in module.parameters() if p.requires_grad], module.training
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside the `with`, weights get no gradients and buffers do not move: eval mode keeps spectral norm as it is."""
+    trainable, was_training = [p for p in module.parameters() if p.requires_grad], module.training
     module.requires_grad_(False).eval()
     try:
         yield
     finally:
         module.train(was_training)
-        for parameter in thawed:
+        for parameter in trainable:
             parameter.requires_grad_(True)

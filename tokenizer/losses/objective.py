@@ -1,12 +1,11 @@
-"""What the tokenizer minimises (paper.md section 3):
+"""The tokenizer's loss without its GAN term (arXiv 2603.12267, section 3):
 
-l1 + perceptual + codebook + commitment + entropy      from the clip and its reconstruction alone
-+ gan + align                                          from networks beside the tokenizer: adversary.py, semantic.py
+l1 + perceptual + codebook + commitment + entropy      from the clip and its reconstruction
++ align                                                from frozen V-JEPA 2 features, see alignment.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 
@@ -28,8 +27,8 @@ class LossConfig:
     codebook: float = 1.0
     commitment: float = 0.25
     entropy: float = 0.02
-    gan: float = 0.0  # 0.3 in the paper's recipe; what judges is in the section `adversary`
-    align: float = 0.0  # 0.7 in the paper's recipe; what is aligned to what is in the section `alignment`
+    gan: float = 0.0  # 0.3 in the paper's recipe; see the section `discriminator`
+    align: float = 0.0  # 0.7 in the paper's recipe; see the section `alignment`
 
     def __post_init__(self) -> None:
         if (self.perceptual > 0) != (self.perceptual_net != "none"):
@@ -45,13 +44,15 @@ def tokenizer_loss(
     target_BCTHW: Tensor,
     perceptual: PerceptualDistance | None,
     generator: torch.Generator,
-    others: Mapping[str, Tensor],
+    align: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-> the weighted sum, and every term before weighting (scalars, detached), by name.
 
-    `others`: those of "gan" and "align" that count at this step.
+    target_BCTHW: pixels in [0, 1]. align: the alignment loss, a scalar, if the recipe has one.
     """
-    terms = {"l1": F.l1_loss(output.video_BCTHW, target_BCTHW), **output.quantized.terms, **others}
+    terms = {"l1": F.l1_loss(output.video_BCTHW, target_BCTHW), **output.quantized.terms}
+    if align is not None:
+        terms["align"] = align
     if perceptual is not None:
         frame_T = _drawn_frames(target_BCTHW.shape[2], config.perceptual_frames, generator)
         ours, real = output.video_BCTHW[:, :, frame_T], target_BCTHW[:, :, frame_T]

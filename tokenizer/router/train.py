@@ -49,7 +49,8 @@ from tokenizer.router.reward import (
 from tokenizer.router.stem import build_stem
 from tokenizer.training.cli import parse_training_arguments, rehearse
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.trainer import RunConfig, TrainState, fit, portion, start_run
+from tokenizer.training.train_step import Values
+from tokenizer.training.trainer import RunConfig, TrainState, fit, portion, start_run, train_step
 
 
 def zoom_and_turn(
@@ -204,6 +205,10 @@ class RouterTraining:
         run = self.config.run
         return batches(self.clips, run.batch_size, run.seed, step, run.num_workers, accumulate=run.accumulate)
 
+    def train_step(self, batch: ClipBatch) -> Values:
+        """One step, see `tokenizer.training.train_step`."""
+        return train_step(self.config.run, self.config.optim, self.state, batch, self.loss)
+
     def loss(self, batch: ClipBatch, step: int) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of the scores against the labels, soft or hard; of qualities the mean squared error."""
         config, data, device = self.config, self.config.data, self.state.device
@@ -246,12 +251,12 @@ class RouterTraining:
     def fit(self) -> None:
         """Train to the end of `run.steps`, from wherever `run.dir` stands."""
         config = self.config
-        fit(config.run, config.optim, to_dict(config), self.state, self.batches, self.loss, self.validate)
+        fit(config.run, to_dict(config), self.state, self.batches, self.train_step, self.validate)
 
     def rehearse(self) -> None:
         """`--dry-run`: a few steps, nothing written."""
         config, parts = self.config, parameters_by_part(self.state.model)
-        rehearse(config.run, config.optim, self.state, self.batches, self.loss, parts)
+        rehearse(config.run, self.state, self.batches, self.train_step, parts)
 
     @property
     def mark(self) -> dict[str, float]:

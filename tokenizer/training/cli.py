@@ -15,10 +15,9 @@ from tokenizer.common import distributed
 from tokenizer.common.config import load_config
 from tokenizer.common.device import pick_dtype, slow_precision
 from tokenizer.common.errors import UserError
-from tokenizer.training.optim import OptimConfig
 from tokenizer.training.profiling import Speed, peak_memory
-from tokenizer.training.train_step import Values
-from tokenizer.training.trainer import LossFn, RunConfig, TrainState, num_clips, train_step
+from tokenizer.training.train_step import StepFn, Values
+from tokenizer.training.trainer import RunConfig, TrainState, num_clips
 
 T = TypeVar("T")
 
@@ -70,10 +69,9 @@ def _parser(description: str, dry_run: str) -> argparse.ArgumentParser:
 
 def rehearse(
     run: RunConfig,
-    optim: OptimConfig,
     state: TrainState,
     batches: Callable[[int], Iterator[Any]],
-    loss_fn: LossFn,
+    step_fn: StepFn,
     parts: dict[str, int],
 ) -> None:
     """Some steps without a results folder; prints parameters by part, the loss terms, hours at this speed, and lacks.
@@ -84,19 +82,19 @@ def rehearse(
     state.train_mode(True)
     for batch in itertools.islice(source, state.period):
         with speed.counting(num_clips(batch, run)):
-            train_step(run, optim, state, batch, loss_fn)
+            step_fn(batch)
     for batch in itertools.islice(source, 2 if run.compile else 0):  # the first that are not counted are for compiling
-        train_step(run, optim, state, batch, loss_fn)
+        step_fn(batch)
     values: Values = {}
     start = time.perf_counter()
     for batch in itertools.islice(source, state.period):
-        values |= train_step(run, optim, state, batch, loss_fn)
+        values |= step_fn(batch)
     seconds = (time.perf_counter() - start) / state.period
     if not distributed.is_main():
         return
     total = sum(parts.values())
     by_part = ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in parts.items())
-    beside = {"companion": state.companion, "adversary": state.opponent.module if state.opponent else None}
+    beside = {"head": state.head, "discriminator": state.discriminator.module if state.discriminator else None}
     others = {name: sum(p.numel() for p in m.parameters()) for name, m in beside.items() if m is not None}
     weights = (total * 5 + sum(others.values()) * 4) * 4 / 2**30
     print(f"parameters  {total / 1e6:.2f}M: {by_part}")

@@ -1,8 +1,6 @@
-"""What rank 0 says of a run: metrics.jsonl, the progress line, trackers, warnings. Other ranks are silent.
+"""Logging of a run on rank 0: `metrics.jsonl` for machines, one progress line for people, trackers, warnings.
 
-What a run says while it runs: `metrics.jsonl` for machines, one progress line for people.
-
-What deserves a warning while a run goes on: a game that is lost, a curve that leaves its reference.
+Warnings tell of a discriminator that wins, dies or is fooled, and of a loss that leaves its reference curve.
 """
 
 from __future__ import annotations
@@ -134,35 +132,35 @@ _DRIFT = 0.25  # of the reference's value, in the mean over the last lines
 _DRIFT_LINES = 5
 
 
-def game_warning(accuracy: float, logit_gap: float) -> str | None:
+def discriminator_warning(accuracy: float, logit_gap: float) -> str | None:
     """What is wrong with a discriminator of this accuracy (0.5 = guessing) and logit gap (real minus fake), or None.
 
     Healthy is an accuracy of about 0.55 to 0.9 with a gap above 0.
     """
     if not math.isfinite(accuracy + logit_gap):
-        return "the discriminator's figures are not finite: lower adversary.optim.lr"
+        return "the discriminator's figures are not finite: lower discriminator.optim.lr"
     if accuracy > 0.97:
         return (
             f"the discriminator wins (accuracy {accuracy:.2f}, logit gap {logit_gap:.1f}): its gradient teaches little "
-            "now. Lower adversary.optim.lr, raise adversary.every or adversary.lecam, or lower loss.gan"
+            "now. Lower discriminator.optim.lr, raise discriminator.every or discriminator.lecam, or lower loss.gan"
         )
     if accuracy < 0.52 and abs(logit_gap) < 0.05:
         return (
             f"the discriminator is dead (accuracy {accuracy:.2f}, logit gap {logit_gap:.2f}): it cannot tell real from "
-            "fake. Raise adversary.optim.lr or lower adversary.every"
+            "fake. Raise discriminator.optim.lr or lower discriminator.every"
         )
     if accuracy < 0.4:
         return (
             f"the discriminator is fooled (accuracy {accuracy:.2f}): reconstructions look more real to it than clips. "
-            "Lower loss.gan or raise adversary.optim.lr"
+            "Lower loss.gan or raise discriminator.optim.lr"
         )
     return None
 
 
-class GameWatch:
-    """Judges the mean of the discriminator's last figures, and says a warning once, until it has been healthy again.
+class DiscriminatorHealth:
+    """Checks the mean of the discriminator's last figures; warns once, and again only after it was healthy.
 
-    No verdict before the window is full, so none from a single batch; a figure that is not finite is told at once.
+    Waits until the window is full, because one batch is noisy; a figure that is not finite is reported at once.
     """
 
     def __init__(self) -> None:
@@ -171,13 +169,13 @@ class GameWatch:
 
     def look(self, values: Mapping[str, Any]) -> str | None:
         """A new warning, or None."""
-        if "adversary/accuracy" not in values or "adversary/logit_gap" not in values:
+        if "discriminator/accuracy" not in values or "discriminator/logit_gap" not in values:
             return None
-        self._last.append((float(values["adversary/accuracy"]), float(values["adversary/logit_gap"])))
+        self._last.append((float(values["discriminator/accuracy"]), float(values["discriminator/logit_gap"])))
         accuracy, gap = (sum(figures) / len(figures) for figures in zip(*self._last, strict=True))
         if len(self._last) < _WINDOW and math.isfinite(accuracy + gap):
             return None
-        warning = game_warning(accuracy, gap)
+        warning = discriminator_warning(accuracy, gap)
         kind = warning.partition("(")[0] if warning else None
         new, self._said = kind != self._said, kind
         return warning if new else None
@@ -226,7 +224,7 @@ class Reporter:
         self.clock = Clock()
         self.log = MetricsLog(Path(run.dir) / "metrics.jsonl")
         self.progress = Progress(run.steps, start_step, shown=self.speaks)
-        self.game = GameWatch()
+        self.discriminator = DiscriminatorHealth()
         self.reference = ReferenceCurve(run.reference) if run.reference else None
         self.trackers = start_trackers(run, config) if run.trackers else None
         self.speed = Speed(device, pick_dtype(run.precision), period)
@@ -234,23 +232,23 @@ class Reporter:
         if self.speaks:
             self.log.rewind(start_step)
 
-    def step(self, step: int, values: Mapping[str, Any], untold: dict[str, Any]) -> None:
+    def step(self, step: int, values: Mapping[str, Any], unlogged: dict[str, Any]) -> None:
         """After every step; `values` are written at the steps that the config names, and at the last.
 
-        `untold`: the last figures of a player that rests at most steps; the next line holds them and empties it.
+        `unlogged`: the discriminator's figures since the last line; it learns at few steps. This line takes them.
         """
         self.progress.advance()
         if not self.speaks:
             return
-        self._warn(step, self.game.look(values))
+        self._warn(step, self.discriminator.look(values))
         if step % self.run.log_every and step != self.run.steps:
             return
         seconds, data_wait = self.clock.lap()
         perf = self.speed.figures(self.clock.seconds_per_step)
         perf["perf/eta_seconds"] = self.clock.seconds_per_step * (self.run.steps - step)
         perf["perf/checkpoint_stall"], self._stalled = self._stalled / max(seconds, 1e-9), 0.0
-        self._write(step, {**untold, **values, "seconds": seconds, "data_wait": data_wait, **perf})
-        untold.clear()
+        self._write(step, {**unlogged, **values, "seconds": seconds, "data_wait": data_wait, **perf})
+        unlogged.clear()
         self.progress.report(values["loss"], self.clock.seconds_per_step, data_wait)
         self._warn(step, self.reference.look(step, values["loss"]) if self.reference else None)
 

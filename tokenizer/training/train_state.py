@@ -1,24 +1,19 @@
-"""All that a run must remember: the players with their optimisers, the averaged weights, the step, the skipped steps.
+"""Settings of a run, and everything it must remember: networks, optimisers, averaged weights, step, skipped updates.
 
-A player is what one optimiser trains. The first is the learner: the model and, where a loss needs one, a companion
-beside it (say the head of an alignment loss). The second, where the loss is a game, is the adversary.
-
-The settings of every run: how long, where, how often it speaks, on how many processes it may be cut.
+A `Trainable` is what one optimiser trains: the model with the head of its alignment loss, or the discriminator.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tokenizer.common import distributed
 from tokenizer.common.checkpoint import CheckpointStore, load_strict
@@ -37,11 +32,12 @@ FREE_TO_CHANGE = {
 } | {"val_clips", "samples"}
 NEVER_TO_CHANGE = ("model", "tokens")  # sections: the weights, and the ids that they have learned
 TRACKERS = ("tensorboard", "wandb")
+SKIP_WINDOW = 100  # updates of a network, see max_skipped
 
 
 @dataclass
 class RunConfig:
-    """How long a run lasts, where it lives and how often it speaks."""
+    """How long a run lasts, where it is stored, how often it logs."""
 
     dir: str = ""  # the results folder; the entry points fill in results/<stage>/<config name>
     steps: int = 1000
@@ -59,7 +55,7 @@ class RunConfig:
     num_workers: int = 0  # processes that load data, for each training process
     num_threads: int | None = None  # threads of torch; None leaves torch's own choice
     ema_decay: float = 0.9999
-    max_skipped: int = 0  # updates in a row that may be skipped because a number is not finite; 0 stops at the first
+    max_skipped: int = 0  # of the last 100 updates of a network, how many may be skipped as not finite; 0 stops at once
     allow_changes: bool = False  # go on in a run folder with other settings than those it was begun with
     overfit_one_batch: bool = False  # train on the first batch again and again: can the model learn at all?
     trackers: list[str] = field(default_factory=list)  # tensorboard | wandb, beside metrics.jsonl; none by default
@@ -82,23 +78,8 @@ class RunConfig:
         pick_dtype(self.precision)
 
 
-class Adversary(Protocol):
-    """The second player of an adversarial loss: what it trains, how, and what it minimises."""
-
-    module: nn.Module
-    optim: OptimConfig
-    period: int  # its turns come again after so many steps
-
-    def loss(self, batch: Any, step: int) -> tuple[Any, Mapping[str, Tensor | float]] | None:
-        """As a stage's own loss function; None: it rests this step, which depends on `step` alone.
-
-        It is called for each part of the batch right after the learner's loss of that part and its gradients, so what
-        the learner made of the part may be kept (detached) from there. Both players update at the end of the step.
-        """
-
-
 class Saver(Protocol):
-    """Where a state can be put: the store itself, or a writer in the background."""
+    """Where a state can be saved: the store itself, or a writer in the background."""
 
     def save(
         self,
@@ -110,10 +91,10 @@ class Saver(Protocol):
 
 
 class _Gate(nn.Module):
-    """Holds a player's weights for DistributedDataParallel and lets a finished loss through.
+    """Holds the weights for DistributedDataParallel and returns a finished loss unchanged.
 
-    DDP hooks the weights, not the forward: a loss that was computed with the bare modules, in as many calls as it
-    likes, has its gradients averaged over the processes as long as it passes the gate before `backward`.
+    DDP hooks the weights, not the forward: gradients of a loss that was computed with the bare modules, in any number
+    of calls, are averaged over the processes if the loss passes the gate before `backward`.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -124,66 +105,62 @@ class _Gate(nn.Module):
         return loss
 
 
-class Player:
-    """One side: its module, its optimiser, its loss scaler, and its gate to the other processes."""
+class Trainable:
+    """A module with its optimiser, its gradient scaler (fp16) and its DDP wrapper."""
 
     def __init__(
-        self, module: nn.Module, optim: OptimConfig, run: RunConfig, device: torch.device, idle_parts: bool = False
+        self, name: str, module: nn.Module, optim: OptimConfig, run: RunConfig, device: torch.device, every: int = 1
     ) -> None:
-        """idle_parts: some weights may take no part in some steps (before a loss term starts, say)."""
-        self.module = module
+        """name: "model" or "discriminator". every: steps from one update to the next."""
+        self.name, self.module, self.every = name, module.to(device), every
+        if run.compile:
+            compile_layers(module, device, "run.compile=true", "train without it")
         self.optimizer = build_optimizer(module, optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
+        self.skipped = 0  # updates that were not made because a number was not finite
+        self.skipped_at: list[int] = []  # the steps of those among the last SKIP_WINDOW updates
+        self.overflows = 0  # updates that the gradient scaler left out (fp16)
+        saved = module.state_dict().keys()  # without constants, e.g. tables of positions
+        self.buffers = [buffer for name, buffer in module.named_buffers() if name in saved]
         self._gate: nn.Module = _Gate(module)
-        self._accelerator: Accelerator | None = None
-        if distributed.num_ranks() > 1:
-            # buffers are handed out at the end of a step: a broadcast here would change what `backward` still needs
-            ddp = DistributedDataParallelKwargs(find_unused_parameters=idle_parts, broadcast_buffers=False)
-            self._accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
-            with warnings.catch_warnings():  # accelerate has no word yet for torch's new name of broadcast_buffers
-                warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-                self._gate = self._accelerator.prepare_model(self._gate, device_placement=False)
+        if distributed.num_ranks() > 1:  # this also makes all weights those of rank 0
+            # each process names its own GPU: SLURM may show it one alone, or all of the machine
+            ids = [device.index] if device.type == "cuda" else None
+            # buffers are copied after the update: a broadcast in forward would change what `backward` still needs
+            self._gate = DistributedDataParallel(self._gate, device_ids=ids, broadcast_buffers=False)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of `loss`; only with the `last` part of a batch are they averaged over the processes."""
-        alone = nullcontext() if last or self._accelerator is None else self._accelerator.no_sync(self._gate)
-        with alone:
-            self.scaler.scale(self._gate(loss)).backward()
+        """Add the gradients of `loss`; they are averaged over the processes with the `last` part of a batch."""
+        gate = self._gate
+        with gate.no_sync() if isinstance(gate, DistributedDataParallel) and not last else nullcontext():
+            self.scaler.scale(gate(loss)).backward()
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Inside the `with`, no gradient reaches this player's weights."""
-        thawed = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        for parameter in thawed:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in thawed:
-                parameter.requires_grad_(True)
+    def counts(self) -> dict[str, Any]:
+        """The scaler's numbers and the skipped updates, for a checkpoint."""
+        skips = {"skipped": self.skipped, "skipped_at": self.skipped_at, "overflows": self.overflows}
+        return {"scaler": self.scaler.state_dict(), **skips}
 
-    def load(self, tensors: Mapping[str, Tensor], scaler: Mapping[str, Any], origin: str) -> None:
-        """Take up the optimiser's tensors and the scaler's numbers."""
-        load_optimizer_tensors(self.optimizer, self.module, tensors, origin)
-        if scaler:
-            self.scaler.load_state_dict(dict(scaler))
+    def load(self, moments: Mapping[str, Tensor], counts: Mapping[str, Any], origin: str) -> None:
+        """Take up the optimiser's tensors and `counts`."""
+        load_optimizer_tensors(self.optimizer, self.module, moments, origin)
+        if counts.get("scaler"):
+            self.scaler.load_state_dict(dict(counts["scaler"]))
+        self.skipped, self.skipped_at = counts.get("skipped", 0), list(counts.get("skipped_at", []))
+        self.overflows = counts.get("overflows", 0)
 
 
 @dataclass
 class TrainState:
-    """All that a run must remember. `step` counts finished steps, the skipped ones among them."""
+    """All that a run must remember. `step` counts finished steps, including those whose updates were skipped."""
 
     model: nn.Module
     ema: Ema
-    learner: Player  # trains the model, and the companion where there is one
+    main: Trainable  # the model, and the head if there is one
     step: int = 0
     kind: str = "model"  # what the weights are (tokenizer, router, ..), for the cards of the files
-    companion: nn.Module | None = None
-    adversary: Adversary | None = None
-    opponent: Player | None = None  # trains adversary.module
-    skipped: int = 0  # steps without an update because a number was not finite
-    skipped_in_a_row: int = 0
-    untold: dict[str, Any] = field(default_factory=dict)  # the adversary's last figures, until a log line holds them
+    head: nn.Module | None = None
+    discriminator: Trainable | None = None
+    unlogged: dict[str, Any] = field(default_factory=dict)  # the discriminator's last figures, until a line has them
 
     @classmethod
     def start(
@@ -192,85 +169,78 @@ class TrainState:
         run: RunConfig,
         optim: OptimConfig,
         kind: str = "model",
-        adversary: Adversary | None = None,
-        companion: nn.Module | None = None,
+        head: nn.Module | None = None,
+        discriminator: Trainable | None = None,
     ) -> TrainState:
-        """The state before the first update, with everything moved to the run's device and equal on all processes.
+        """The state before the first update, with everything on the run's device and equal on all processes.
 
-        companion: modules that the learner's optimiser trains beside the model; they live in the checkpoints' group
-        `companion`, not in `final/`. adversary: see `Adversary`; groups `adversary` and `adversary_optimizer`.
+        head: modules that the model's optimiser trains too, but that are not part of `final/`.
         """
         device = pick_device(run.device)
-        model = model.to(device)
-        if run.compile:
-            for module in [model] if adversary is None else [model, adversary.module]:
-                compile_layers(module, device, "run.compile=true", "train without it")
-        trained = model if companion is None else nn.ModuleDict({"model": model, "companion": companion.to(device)})
-        # with several processes this makes all weights those of rank 0
-        learner = Player(trained, optim, run, device, idle_parts=companion is not None)
-        opponent = None if adversary is None else Player(adversary.module.to(device), adversary.optim, run, device)
-        ema = Ema(model, run.ema_decay)
-        return cls(model, ema, learner, 0, kind, companion, adversary, opponent)
+        trained = model if head is None else nn.ModuleDict({"model": model, "head": head})
+        main = Trainable("model", trained, optim, run, device)
+        return cls(model, Ema(model, run.ema_decay), main, 0, kind, head, discriminator)
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives; loss functions put their batches there."""
+        """Where the model is; loss functions put their batches there."""
         return next(self.model.parameters()).device
 
     @property
     def period(self) -> int:
-        """After how many steps the same kinds of step come again."""
-        return 1 if self.adversary is None else self.adversary.period
+        """Steps after which the same kinds of step come again."""
+        return 1 if self.discriminator is None else self.discriminator.every
+
+    @property
+    def trainables(self) -> list[Trainable]:
+        """The model's, then the discriminator's if there is one."""
+        return [self.main] if self.discriminator is None else [self.main, self.discriminator]
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The learner's."""
-        return self.learner.optimizer
+        """The model's."""
+        return self.main.optimizer
 
     def train_mode(self, on: bool) -> None:
-        """Training mode for both players, or evaluation mode."""
-        self.learner.module.train(on)
-        if self.opponent is not None:
-            self.opponent.module.train(on)
+        """Training mode for everything, or evaluation mode."""
+        for trainable in self.trainables:
+            trainable.module.train(on)
 
     def save(self, store: Saver, config: Mapping[str, Any]) -> None:
         """Write everything, atomically."""
         groups = {
             "model": self.model.state_dict(),
             "ema": self.ema.tensors(),
-            "optimizer": optimizer_tensors(self.learner.optimizer, self.learner.module),
+            "optimizer": optimizer_tensors(self.main.optimizer, self.main.module),
         }
-        state: dict[str, Any] = {"scaler": self.learner.scaler.state_dict(), "card": {"kind": self.kind}}
-        state |= {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "untold": dict(self.untold)}
-        if self.companion is not None:
-            groups["companion"] = self.companion.state_dict()
-        if self.opponent is not None:
-            groups["adversary"] = self.opponent.module.state_dict()
-            groups["adversary_optimizer"] = optimizer_tensors(self.opponent.optimizer, self.opponent.module)
-            state["adversary_scaler"] = self.opponent.scaler.state_dict()
+        if self.head is not None:
+            groups["head"] = self.head.state_dict()
+        if self.discriminator is not None:
+            groups["discriminator"] = self.discriminator.module.state_dict()
+            moments = optimizer_tensors(self.discriminator.optimizer, self.discriminator.module)
+            groups["discriminator_optimizer"] = moments
+        state: dict[str, Any] = {"card": {"kind": self.kind}, "unlogged": dict(self.unlogged)}
+        state |= {trainable.name: trainable.counts() for trainable in self.trainables}
         store.save(self.step, groups, state, config)
 
     def load(self, store: CheckpointStore) -> bool:
-        """Take up the newest good checkpoint, on all processes the one that rank 0 finds; False when there is none."""
+        """Take up the newest good checkpoint, on all processes the one that rank 0 finds; False if there is none."""
         folder: Path | None = distributed.from_main(store.newest_good() if distributed.is_main() else None)
         if folder is None:
             return False
         saved = store.read(folder)
-        beside = {"companion": self.companion, "adversary": self.adversary}
+        beside = {"head": self.head, "discriminator": self.discriminator}
         for name in ("model", "ema", "optimizer", *(name for name, there in beside.items() if there is not None)):
             if name not in saved.groups:
                 raise UserError(f"{folder}: holds no {name}; use the config it came with, or choose run.dir=OTHER")
         load_strict(self.model, saved.groups["model"], f"{store.folder} (model)")
         self.ema.load(saved.groups["ema"], f"{store.folder} (ema)")
-        if self.companion is not None:
-            load_strict(self.companion, saved.groups["companion"], f"{store.folder} (companion)")
-        self.learner.load(saved.groups["optimizer"], saved.state["scaler"], f"{store.folder} (optimizer)")
-        if self.opponent is not None:
-            load_strict(self.opponent.module, saved.groups["adversary"], f"{store.folder} (adversary)")
-            moments, scaler = saved.groups.get("adversary_optimizer", {}), saved.state.get("adversary_scaler", {})
-            self.opponent.load(moments, scaler, f"{store.folder} (adversary_optimizer)")
-        self.step = saved.step
-        self.skipped = saved.state.get("skipped", 0)  # checkpoints from before steps could be skipped have none
-        self.skipped_in_a_row = saved.state.get("skipped_in_a_row", 0)
-        self.untold = saved.state.get("untold", {})
+        if self.head is not None:
+            load_strict(self.head, saved.groups["head"], f"{store.folder} (head)")
+        if self.discriminator is not None:
+            load_strict(self.discriminator.module, saved.groups["discriminator"], f"{store.folder} (discriminator)")
+        for trainable, name in zip(self.trainables, ("optimizer", "discriminator_optimizer"), strict=False):
+            counts = saved.state.get(trainable.name, {})
+            trainable.load(saved.groups.get(name, {}), counts, f"{store.folder} ({name})")
+        self.step, self.unlogged = saved.step, saved.state.get("unlogged", {})
         return True

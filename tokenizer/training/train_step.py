@@ -1,16 +1,20 @@
-"""One update: the loss of all parts of a batch over all processes, gradients, clipping, and the other player's turn.
+"""One update: gradients of all parts of a batch over all processes, clipping, and the commit of all networks or none.
 
-What is minimised is (sum of the losses of all parts on all processes) / (sum of their weights). A loss function that
-returns a plain mean weighs each part alike, which is exact as long as the parts hold equally many clips. One whose
-parts hold unequal numbers of tokens returns `Summed(total, weight)` and is then divided by the global count: never a
-mean of means.
+The loss that is minimised is (sum of the losses of all parts on all processes) / (sum of their weights). A loss
+function that returns a plain mean gives each part the same weight, which is exact if the parts hold equally many
+clips. If they hold unequal numbers of tokens it returns `Summed(total, weight)`, divided by the global count.
+
+A step first computes everything and changes nothing that lasts. Then `commit` checks that every number is finite on
+every process; only then optimisers, scalers, buffers (spectral norm, LeCam) and the averaged weights move. Otherwise
+the step is skipped, for all networks.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,18 +24,20 @@ from tokenizer.common import distributed
 from tokenizer.common.device import autocast, derive_seed
 from tokenizer.common.errors import UserError
 from tokenizer.training.optim import OptimConfig, learning_rate
-from tokenizer.training.train_state import Player, RunConfig, TrainState
+from tokenizer.training.train_state import SKIP_WINDOW, RunConfig, Trainable, TrainState
+
+log = logging.getLogger(__name__)
 
 
 class Summed(NamedTuple):
-    """A loss that is a sum over `weight` things (tokens, say), with gradients."""
+    """A loss that is a sum over `weight` things (e.g. tokens), with gradients."""
 
     total: Tensor
     weight: float | Tensor
 
 
 class Tally(NamedTuple):
-    """Counts of which only some figures are wanted, those of the sum over all parts and processes."""
+    """Counts that are added up over parts and processes; `read` turns the sum into the figures to log."""
 
     count_K: Tensor
     read: Callable[[Tensor], Mapping[str, float]]
@@ -40,59 +46,35 @@ class Tally(NamedTuple):
 Terms = Mapping[str, Tensor | float | Tally]
 LossFn = Callable[[Any, int], tuple[Tensor | Summed, Terms]]
 """(batch, step) -> the loss and its terms: detached scalars, averaged over parts and processes by weight, and vectors
-of counts, which are added up, a Tally to be read then."""
+of counts, which are added up."""
 
 Values = dict[str, Any]  # what a step logs: floats, and lists of counts
-
-_ADVERSARYS = {"loss": "adversary/total", "lr": "adversary/lr", "grad_norm": "adversary/grad_norm"}
+StepFn = Callable[[Any], Values]
+"""batch -> what to log, after one whole step of a TrainState."""
 
 
 class NotFinite(Exception):
-    """A loss or a gradient is inf or NaN: the update must not be made."""
+    """A loss, a term or a gradient is inf or NaN: the update must not be made."""
 
-    def __init__(self, name: str, value: float) -> None:
+    def __init__(self, network: Trainable, name: str, value: float) -> None:
+        name = name if network.name == "model" else f"{network.name}/{name}"
         super().__init__(f"{name} is {value}")
-        self.name, self.value = name, value
+        self.network = network
 
 
 class TooManySkipped(UserError):
-    """The steps in a row that run.max_skipped allows are used up; the weights are those of the last good update."""
+    """More updates were skipped than run.max_skipped allows; the weights are those of the last good update."""
 
 
 def train_step(run: RunConfig, optim: OptimConfig, state: TrainState, batch: Any, loss_fn: LossFn) -> Values:
-    """One step of `state`: the gradients of the learner, those of the adversary unless it rests, then both updates.
-
-    Returns the loss, its terms, the learning rate and the gradient's norm before clipping; the adversary's under
-    `adversary/total`, `adversary/lr`, `adversary/grad_norm`. A number that is not finite on any process stops the run
-    (UserError) or, where run.max_skipped allows it, makes this a step without update on all of them.
-    """
-    learner, opponent, adversary = state.learner, state.opponent, state.adversary
-    turns = [_Turn(run, optim, learner, loss_fn, state.step, "step")]
-    if adversary is not None and opponent is not None:
-        turns.append(_Turn(run, adversary.optim, opponent, adversary.loss, state.step, "adversary"))
+    """One step of the model alone; returns its loss and terms, learning rate and gradient norm before clipping."""
+    update = Update(state.main, run, optim, state.step)
     parts = split(batch, run.accumulate)
-    try:
-        for number, part in enumerate(parts):
-            for turn in turns:
-                with ExitStack() as still:
-                    for other in (opponent, learner):
-                        if other is not None and other is not turn.player:
-                            still.enter_context(other.frozen())
-                    turn.play(part, number, len(parts))
-        found = [turn.clip() for turn in turns]
-        for turn in turns:
-            turn.update()
-        state.ema.update(state.model, state.step)
-        state.skipped_in_a_row = 0
-        values = found[0]
-        theirs = {_ADVERSARYS.get(name, name): value for turn in found[1:] for name, value in turn.items()}
-        state.untold = theirs or state.untold
-        values |= theirs
-    except NotFinite as problem:
-        values = {"loss": math.nan}
-        _skip(run, state, problem)
-    state.step += 1
-    return values | ({"skipped": state.skipped} if run.max_skipped else {})
+    for number, part in enumerate(parts):
+        with update.forward(number, len(parts)):
+            loss, terms = loss_fn(part, state.step)
+        update.backward(loss, terms)
+    return commit(run, state, [update])
 
 
 def split(batch: Any, num_parts: int) -> Sequence[Any]:
@@ -104,67 +86,111 @@ def split(batch: Any, num_parts: int) -> Sequence[Any]:
     return batch.split(num_parts)
 
 
-class _Turn:
-    """One player's part in a step. A player that rests does none of it."""
+def commit(run: RunConfig, state: TrainState, updates: Sequence[Update]) -> Values:
+    """Make all updates of a step if every number is finite on every process, else none; the step is counted.
 
-    def __init__(
-        self,
-        run: RunConfig,
-        optim: OptimConfig,
-        player: Player,
-        loss_fn: Callable[[Any, int], Any],
-        step: int,
-        name: str,
-    ) -> None:
-        self.run, self.optim, self.player, self.loss_fn, self.step, self.name = run, optim, player, loss_fn, step, name
+    Returns what to log. Raises UserError for numbers that are not finite if run.max_skipped is 0, TooManySkipped if
+    more than so many of a network's last 100 updates were skipped. With fp16 an overflow of the gradients is no
+    failure: the update is left out and the scale is lowered, as GradScaler does, unless the scale fell below 1.
+    """
+    try:
+        for update in updates:
+            update.finish()
+    except NotFinite as problem:
+        for update in updates:
+            update.drop()
+        return _skip(run, state, problem)
+    values = {name: value for update in updates for name, value in update.values().items()}
+    if any(update.overflowed for update in updates):
+        for update in updates:
+            update.drop()
+    else:
+        for update in updates:
+            update.apply()
+        state.ema.update(state.model, state.step)
+        if theirs := {name: value for name, value in values.items() if name.startswith("discriminator/")}:
+            state.unlogged = theirs
+    return _end(run, state, values)
+
+
+class Update:
+    """The gradients of one network in one step, until they are applied or dropped."""
+
+    def __init__(self, network: Trainable, run: RunConfig, optim: OptimConfig, step: int) -> None:
+        self.network, self.run, self.optim, self.step = network, run, optim, step
         self.figures = _Figures()
+        self.overflowed = False
+        self._part, self._num_parts = 0, 1
         self._assumed = 0.0  # the weight that the gradients were divided by
-        player.optimizer.zero_grad(set_to_none=True)
+        self._unscaled = False
+        self._norm = self._rate = 0.0
+        # spectral norm, LeCam and batch norm move in forward
+        self._buffers = [buffer.clone() for buffer in network.buffers]
+        network.optimizer.zero_grad(set_to_none=True)
 
-    def play(self, part: Any, number: int, num_parts: int) -> None:
-        """Add the gradients of one part of the batch. Raises NotFinite, on every process, before they are touched."""
+    @contextmanager
+    def forward(self, number: int, num_parts: int) -> Iterator[None]:
+        """Around the loss of part `number`: its seed, which depends on step, part and process, and the precision."""
+        self._part, self._num_parts = number, num_parts
         place = distributed.rank() * num_parts + number
-        torch.manual_seed(derive_seed(self.run.seed, self.name, self.step, *([place] if place else [])))
-        device = next(self.player.module.parameters()).device
-        with autocast(device, self.run.precision):
-            answer = self.loss_fn(part, self.step)
-        if answer is None:
-            return
-        loss, terms = answer
-        total, weight = loss if isinstance(loss, Summed) else Summed(loss, 1.0)
-        weight_of_all = self.figures.add(total, float(weight), terms)
-        _check(self.figures.values())
-        if number == 0:  # the later parts are assumed to weigh as much; `clip` makes good for the difference
-            self._assumed = weight_of_all * num_parts
-        # the gate averages over the processes, but the sum is wanted
-        self.player.backward(total * (distributed.num_ranks() / self._assumed), last=number == num_parts - 1)
+        torch.manual_seed(derive_seed(self.run.seed, "step", self.step, *([place] if place else [])))
+        with autocast(self.network.optimizer.param_groups[0]["params"][0].device, self.run.precision):
+            yield
 
-    def clip(self) -> Values:
-        """Make the gradients ready. The turn's figures, none after a rest; NotFinite for a gradient that is not."""
-        if not self._assumed:
-            return {}
-        player, module = self.player, self.player.module
+    def backward(self, loss: Tensor | Summed, terms: Terms) -> None:
+        """Add the gradients of one part of the batch."""
+        total, weight = loss if isinstance(loss, Summed) else Summed(loss, 1.0)
+        self.figures.add(total, float(weight), terms)
+        if self._part == 0:  # the later parts are assumed to weigh as much; `finish` corrects the difference
+            self._assumed = self.figures.weight * self._num_parts
+        # DDP averages over the processes, but the sum is wanted
+        self.network.backward(total * (distributed.num_ranks() / self._assumed), self._part == self._num_parts - 1)
+
+    def finish(self) -> None:
+        """Scale and clip the gradients. Raises NotFinite, on all processes alike."""
+        network, named = self.network, self.network.module.named_parameters()
+        for name, value in self.figures.blamed():
+            if not math.isfinite(value):
+                raise NotFinite(network, name, value)
         if self.figures.weight != self._assumed:
-            for parameter in module.parameters():
+            for parameter in network.module.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self._assumed / self.figures.weight)
-        rate = learning_rate(self.step, self.run.steps, self.optim)
-        for group in player.optimizer.param_groups:
-            group["lr"] = rate
-        player.scaler.unscale_(player.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(module.parameters(), self.optim.clip_norm))
-        # with fp16 the scaler skips an overflowing step and lowers its scale; only a scale that ran out is a failure
-        if not math.isfinite(norm) and (not player.scaler.is_enabled() or player.scaler.get_scale() < 1):
-            broken = (n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
-            raise NotFinite(f"the gradient of {next(broken, 'all parameters together')}", norm)
-        return self.figures.values() | {"lr": rate, "grad_norm": norm}
+        network.scaler.unscale_(network.optimizer)
+        self._unscaled = True
+        self._rate = learning_rate(self.step, self.run.steps, self.optim)
+        self._norm = float(nn.utils.clip_grad_norm_(network.module.parameters(), self.optim.clip_norm))
+        if math.isfinite(self._norm):
+            return
+        if network.scaler.is_enabled() and network.scaler.get_scale() >= 1:
+            self.overflowed = True
+            return
+        broken = (name for name, p in named if p.grad is not None and not p.grad.isfinite().all())
+        raise NotFinite(network, f"the gradient of {next(broken, 'all parameters together')}", self._norm)
 
-    def update(self) -> None:
+    def apply(self) -> None:
         """Step the optimiser, and give every process the buffers of rank 0."""
-        if self._assumed:
-            self.player.scaler.step(self.player.optimizer)
-            self.player.scaler.update()
-            distributed.copy_from_main(self.player.module.buffers())
+        for group in self.network.optimizer.param_groups:
+            group["lr"] = self._rate
+        self.network.scaler.step(self.network.optimizer)
+        self.network.scaler.update()
+        distributed.copy_from_main(self.network.buffers)
+
+    def drop(self) -> None:
+        """Leave everything as it was before the step, but for a scale that an overflow lowers."""
+        network = self.network
+        for buffer, before in zip(network.buffers, self._buffers, strict=True):
+            buffer.copy_(before)
+        if self._unscaled:  # also frees the scaler for its next `unscale_`
+            network.overflows += self.overflowed
+            network.scaler.update(None if self.overflowed else network.scaler.get_scale())
+        network.optimizer.zero_grad(set_to_none=True)
+
+    def values(self) -> Values:
+        """Loss, terms, learning rate and gradient norm; a discriminator's under `discriminator/`."""
+        values = self.figures.values() | {"lr": self._rate, "grad_norm": self._norm}
+        prefix = "" if self.network.name == "model" else f"{self.network.name}/"
+        return {prefix + name: value for name, value in values.items()}
 
 
 class _Figures:
@@ -176,20 +202,28 @@ class _Figures:
         self._counts: dict[str, Tensor] = {}
         self._readers: dict[str, Callable[[Tensor], Mapping[str, float]]] = {}
 
-    def add(self, total: Tensor, weight: float, terms: Terms) -> float:
-        """Take in one part of every process; returns the weight of these parts together."""
+    def add(self, total: Tensor, weight: float, terms: Terms) -> None:
+        """Take in one part of every process; the only exchange of a part, and its only wait for the device."""
         self._readers = {name: term.read for name, term in terms.items() if isinstance(term, Tally)}
         plain = {name: term.count_K if isinstance(term, Tally) else term for name, term in terms.items()}
-        counts = {name: x.detach().cpu().double() for name, x in plain.items() if isinstance(x, Tensor) and x.ndim == 1}
-        means = {name: float(value) for name, value in plain.items() if name not in counts}
-        row = [weight, float(total.detach()), *(weight * value for value in means.values())]
-        flat = distributed.sum_over_ranks(torch.cat([torch.tensor(row, dtype=torch.float64), *counts.values()]))
-        scalars = dict(zip(("loss", *means), flat[1 : len(row)].tolist(), strict=True))
+        counts = {name: x.detach().double() for name, x in plain.items() if isinstance(x, Tensor) and x.ndim == 1}
+        means = {"loss": total} | {name: value for name, value in plain.items() if name not in counts}
+        # a Summed loss is a sum already; terms are means
+        weights = [1.0] + [weight] * (len(means) - 1)
+        one = torch.ones((), dtype=torch.float64, device=total.device)
+        scalars = torch.stack([value * one for value in means.values()]).detach() * one.new_tensor(weights)
+        row = torch.cat([one.new_tensor([weight]), scalars, *(x.to(one.device) for x in counts.values())])
+        flat = distributed.sum_over_ranks(row).cpu()
         self.weight += float(flat[0])
-        self._scalars = {name: self._scalars.get(name, 0.0) + value for name, value in scalars.items()}
-        for name, piece in zip(counts, flat[len(row) :].split([len(c) for c in counts.values()]), strict=True):
+        for name, value in zip(means, flat[1 : 1 + len(means)].tolist(), strict=True):
+            self._scalars[name] = self._scalars.get(name, 0.0) + value
+        pieces = flat[1 + len(means) :].split([len(x) for x in counts.values()])
+        for name, piece in zip(counts, pieces, strict=True):
             self._counts[name] = self._counts[name] + piece if name in self._counts else piece
-        return float(flat[0])
+
+    def blamed(self) -> list[tuple[str, float]]:
+        """(name, mean) of every scalar, the loss last: a term that broke the sum says more."""
+        return sorted(((name, x / self.weight) for name, x in self._scalars.items()), key=lambda x: x[0] == "loss")
 
     def values(self) -> Values:
         """Means by weight, counts, and what is read off them."""
@@ -199,31 +233,37 @@ class _Figures:
         return values
 
 
-def _check(values: Values) -> None:
-    """NotFinite for a term that is not; the sum is the last to be blamed: a term that broke it says more."""
-    broken = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
-    if broken:
-        name = next((name for name in broken if name != "loss"), "loss")
-        raise NotFinite(name, values[name])
-
-
-def _skip(run: RunConfig, state: TrainState, problem: NotFinite) -> None:
-    """Count a step without update; UserError where that is one too many in a row."""
-    for player in (state.learner, state.opponent):
-        if player is not None:
-            player.optimizer.zero_grad(set_to_none=True)
+def _skip(run: RunConfig, state: TrainState, problem: NotFinite) -> Values:
+    """Count a skipped update for the network whose number was not finite. UserError if it is one too many."""
+    network, step = problem.network, state.step
     if run.max_skipped == 0:
         raise UserError(
-            f"step {state.step}: {problem}; the run stopped before this update. Started again it resumes from the last "
-            "checkpoint: with run.max_skipped=3 it steps over bad batches, with run.allow_changes=true optim.lr=LOWER "
-            "it goes on with another rate"
+            f"step {step}: {problem}; the run stopped before this update. Rerun the same command to resume from the "
+            "last checkpoint; run.max_skipped=3 skips bad batches, run.allow_changes=true optim.lr=LOWER goes on with "
+            "another learning rate"
         ) from problem
-    state.skipped += 1
-    state.skipped_in_a_row += 1
-    if state.skipped_in_a_row > run.max_skipped:
-        state.step += 1
+    network.skipped += 1
+    oldest = step - SKIP_WINDOW * network.every
+    network.skipped_at = [*(at for at in network.skipped_at if at > oldest), step]
+    number = len(network.skipped_at)
+    log.warning(
+        "step %d: %s; update skipped (%d of the %s's last %d)", step, problem, number, network.name, SKIP_WINDOW
+    )
+    values = _end(run, state, {"loss": math.nan})
+    if number > run.max_skipped:
         raise TooManySkipped(
-            f"step {state.step - 1}: {problem}; {state.skipped_in_a_row} steps in a row without an update "
-            f"(run.max_skipped={run.max_skipped}). The weights before them are saved; check the data, or go on with "
+            f"step {step}: {problem}; {number} of the last {SKIP_WINDOW} updates of the {network.name} were skipped "
+            f"(run.max_skipped={run.max_skipped}). The last good weights are saved; check the data, or go on with "
             "run.allow_changes=true optim.lr=LOWER"
         ) from problem
+    return values
+
+
+def _end(run: RunConfig, state: TrainState, values: Values) -> Values:
+    """Count the step; add how many updates each network skipped so far, if they may be skipped at all."""
+    state.step += 1
+    for network in state.trainables:
+        prefix = "" if network.name == "model" else f"{network.name}/"
+        values |= {f"{prefix}skipped": network.skipped} if run.max_skipped else {}
+        values |= {f"{prefix}overflows": network.overflows} if network.scaler.is_enabled() else {}
+    return values

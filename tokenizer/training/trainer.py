@@ -33,9 +33,8 @@ from tokenizer.common.config import differences, dump_yaml, read_yaml
 from tokenizer.common.device import pick_device, set_deterministic, slow_precision
 from tokenizer.common.errors import UserError
 from tokenizer.training.logger import Reporter
-from tokenizer.training.optim import OptimConfig
-from tokenizer.training.train_state import FREE_TO_CHANGE, NEVER_TO_CHANGE, Adversary, RunConfig, TrainState
-from tokenizer.training.train_step import LossFn, Summed, TooManySkipped, train_step
+from tokenizer.training.train_state import FREE_TO_CHANGE, NEVER_TO_CHANGE, RunConfig, TrainState
+from tokenizer.training.train_step import LossFn, StepFn, Summed, TooManySkipped, train_step
 
 
 class BackgroundWriter:
@@ -153,7 +152,6 @@ def note_unreadable(folder: Path, batch: Any) -> None:
 
 
 __all__ = [
-    "Adversary",
     "LossFn",
     "RunConfig",
     "Summed",
@@ -177,19 +175,19 @@ def start_run(run: RunConfig) -> torch.device:
 
 def fit(
     run: RunConfig,
-    optim: OptimConfig,
     config: Mapping[str, Any],
     state: TrainState,
     batches: Callable[[int], Iterator[Any]],
-    loss_fn: LossFn,
+    step_fn: StepFn,
     validate: Callable[[int], Mapping[str, float]] | None = None,
     finish: Callable[[], None] | None = None,
 ) -> None:
     """Train `state` in `run.dir` up to `run.steps`, resuming by itself, and write `final/`.
 
     `config` is the whole config as plain data; it is stored with the run and inside the weights. `batches(s)` yields
-    the batches from step s on. `loss_fn(batch, step)` returns the loss and its terms (detached scalars); what it
-    draws at random comes from `generator_for(seed, name, step)` or torch's global generator, reseeded at every step.
+    the batches from step s on. `step_fn(batch)` makes one whole step of `state` (`train_step`, or the tokenizer's own
+    with its discriminator) and returns what to log; it draws from `generator_for(seed, name, step)` or from torch's
+    global generator, which is seeded at every step.
     `validate(step)` and `finish()` run with the averaged weights, in eval mode, without gradients.
 
     Raises UserError for a folder of another run and for a loss or gradient that is not finite (naming step and term),
@@ -211,7 +209,7 @@ def fit(
         reporter = Reporter(run, config, state.step, state.device, state.period)
         with closing(reporter):
             if state.step < run.steps:
-                _train(run, optim, config, state, batches, loss_fn, validate, reporter, BackgroundWriter(store))
+                _train(run, config, state, batches, step_fn, validate, reporter, BackgroundWriter(store))
         if distributed.is_main():
             _write_final(folder / "final", state, config)
             print(f"{state.step} steps done: {folder / 'final' / 'model.safetensors'}", flush=True)
@@ -223,11 +221,10 @@ def fit(
 
 def _train(
     run: RunConfig,
-    optim: OptimConfig,
     config: Mapping[str, Any],
     state: TrainState,
     batches: Callable[[int], Iterator[Any]],
-    loss_fn: LossFn,
+    step_fn: StepFn,
     validate: Callable[[int], Mapping[str, float]] | None,
     reporter: Reporter,
     writer: BackgroundWriter,
@@ -244,14 +241,14 @@ def _train(
             note_unreadable(Path(run.dir), batch)
             try:
                 with reporter.speed.counting(num_clips(batch, run)):
-                    values = train_step(run, optim, state, batch, loss_fn)
+                    values = step_fn(batch)
             except TooManySkipped:
                 _save(state, config, reporter, writer)
                 raise
             last = state.step == run.steps
 
             # log
-            reporter.step(state.step, values, state.untold)
+            reporter.step(state.step, values, state.unlogged)
 
             # validate: on rank 0, while the others wait in their next step
             if validate is not None and distributed.is_main() and (state.step % run.validate_every == 0 or last):

@@ -319,7 +319,7 @@ def curve_page(curves: dict[str, list[Series]]) -> str:
     return render("curves.html", title="Training curves", charts=charts, last=last)
 
 
-_NOT_BY_DEFAULT = ("seconds", "perf/eta_seconds", "lr", "adversary/lr")
+_NOT_BY_DEFAULT = ("seconds", "perf/eta_seconds", "lr", "discriminator/lr")
 
 
 def main() -> None:
