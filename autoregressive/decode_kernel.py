@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenizer.common.compiled import has_triton
+from tokenizer.common.device import has_triton
 
 KEYS_AT_ONCE, WARPS = 64, 2  # the fastest of 32 pairs on an H200, rows of 10 to 900 keys: 0.6 of the speed of a copy
 

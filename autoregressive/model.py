@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from autoregressive.attention import KVCache, Live, attend_causal, bytes_per_slot
 from autoregressive.sequence import SequenceLayout, block_positions
-from tokenizer.common.compiled import Layer
 from tokenizer.common.errors import UserError
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -64,8 +63,10 @@ class GPTConfig:
         return -(-8 * self.width // (3 * multiple)) * multiple
 
 
-class Block(Layer):
+class Block(nn.Module):
     """Attention, then SwiGLU, each on a normalised copy of the stream."""
+
+    compiles = True  # see compile_layers
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -79,21 +80,25 @@ class Block(Layer):
         self.from_hidden = nn.Linear(hidden, width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_LD: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x_LD: Tensor, attention: _Attention) -> Tensor:
         """[L, D] -> [L, D]"""
-        mixed_Lhe = attend(*self.stretch(Block._before, x_LD))
-        return self.stretch(Block._after, x_LD, mixed_Lhe)
-
-    def _before(self, x_LD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> queries, keys, values, each [L, h, e]."""
         qkv = self.to_qkv(self.attention_norm(x_LD))
         q, k, v = rearrange(qkv, "L (three h e) -> three L h e", three=3, h=self.heads)
-        return q, k, v
-
-    def _after(self, x_LD: Tensor, mixed_Lhe: Tensor) -> Tensor:
+        mixed_Lhe = attention(q, k, v)
         x_LD = x_LD + self.dropout(self.to_out(rearrange(mixed_Lhe, "L h e -> L (h e)")))
         gate, value = self.to_hidden(self.feed_norm(x_LD)).chunk(2, dim=-1)
         return x_LD + self.dropout(self.from_hidden(F.silu(gate) * value))
+
+
+class _Attention:
+    """An attention call for one batch, outside of what is compiled: it depends on the lengths of the batch."""
+
+    def __init__(self, attend: Attend) -> None:
+        self.attend = attend  # torch.compile does not look into it, so it does not compile anew for other lengths
+
+    @torch.compiler.disable
+    def __call__(self, q_Lhe: Tensor, k_Lhe: Tensor, v_Lhe: Tensor) -> Tensor:
+        return self.attend(q_Lhe, k_Lhe, v_Lhe)
 
 
 class GPT(nn.Module):
@@ -208,5 +213,5 @@ class GPT(nn.Module):
 
     def _hidden(self, x_LD: Tensor, attend_of: Callable[[int], Attend]) -> Tensor:
         for layer, block in enumerate(self.blocks):
-            x_LD = block(x_LD, attend_of(layer))
+            x_LD = block(x_LD, _Attention(attend_of(layer)))
         return self.norm(x_LD)

@@ -28,7 +28,7 @@ from autoregressive.cuda_graph import CudaGraphs, RecordedStep, weakly
 from autoregressive.logits import guide, gumbel, id_words, key_words, pick
 from autoregressive.model import GPT
 from autoregressive.sequence import ClipCodes, Grammar, LengthRule, SequenceLayout, block_positions, longest_sequence
-from tokenizer.common.compiled import compile_layers, has_triton
+from tokenizer.common.device import compile_layers, has_triton
 from tokenizer.common.errors import UserError
 
 _NO_CODES = torch.empty(0, dtype=torch.long)

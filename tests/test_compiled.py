@@ -4,7 +4,7 @@ Traced and lowered as torch.compile does it, but run operation by operation; gen
 test_gpu.py.
 """
 
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +14,8 @@ from torch._dynamo.utils import counters
 from autoregressive.model import GPT
 from autoregressive.presets import PRESETS as GPTS
 from autoregressive.sampler import Request, Sampler, SamplingConfig
-from tokenizer.common import compiled
-from tokenizer.common.compiled import compile_layers
-from tokenizer.common.errors import UserError
+from tokenizer.common.device import compile_layers
+from tokenizer.common.errors import UserError, run_cli
 from tokenizer.presets import build_tokenizer
 from tokenizer.training.profiling import FlopCount
 
@@ -27,8 +26,7 @@ CPU = torch.device("cpu")
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     counters.clear()
-    plain = partial(torch.compile, dynamic=True, backend="aot_eager")
-    monkeypatch.setattr(compiled, "_compiled", cache(plain))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 def tokenizer_gradients(model: nn.Module, lengths: list[list[int]]) -> list[Tensor]:
@@ -87,17 +85,21 @@ def test_compiled_layers_sample_the_same_clips(traced: None) -> None:
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def test_what_cannot_be_compiled_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_compiled_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(graph: object, inputs: object) -> None:
         raise RuntimeError("no kernel for this machine\nand more lines")
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
-    run = compiled._compiled.__wrapped__(lambda x: x + 1)
-    with pytest.raises(
-        UserError, match=r"cannot be compiled here \(RuntimeError: no kernel for this machine\); [^\n]*$"
-    ):
-        run(torch.zeros(1))
+    model = build_tokenizer("VQ_debug")
+    compile_layers(model, CPU, "run.compile=true", "train without it")
+    with pytest.raises(SystemExit) as end:
+        run_cli(lambda: tokenizer_gradients(model, [[2, 2, 2, 2]]) and 0)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    assert "cannot be compiled here (RuntimeError: no kernel for this machine); go on without run.compile" in said
 
 
 @pytest.mark.parametrize(("device", "words"), [("cpu", "C\\+\\+ compiler, .* 'no-such-c"), ("cuda", "package triton")])

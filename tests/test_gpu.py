@@ -24,7 +24,6 @@ from autoregressive.sequence import length_rule
 from tokenizer import load_router, load_tokenizer
 from tokenizer.assignment import pack, pack_uniform
 from tokenizer.blocks.attention import attend_by_clip, attend_varlen
-from tokenizer.common.compiled import not_compiled
 from tokenizer.common.config import load_config
 from tokenizer.data.video_io import iter_clips, to_model_range
 from tokenizer.train import TokenizerTrainConfig, TokenizerTraining
@@ -154,7 +153,7 @@ def test_one_recorded_graph_gives_the_clips_of_the_plain_step(compiled: bool) ->
     assert isinstance(sampler._run_step, RecordedStep) and sampler._run_step.num_recorded == 1
     plain = Sampler(model, CONFIG)
     plain._run_step = plain._advance
-    with not_compiled():
+    with torch.compiler.set_stance("force_eager"):
         wanted = {each.request.key: each.id_Q.tolist() for each in plain.run(requests_of(8))}
     same = sum(ours[key] == wanted[key] for key in wanted)
     assert same == 8 or compiled and same == 7, "the same kernels; generated ones round differently, and tip a near tie"

@@ -249,3 +249,8 @@ def test_policies_that_do_not_fit_are_refused(router_file: Path) -> None:
             build_policy(config, model, CPU)
     with pytest.raises(UserError, match=r"levels \[2, 4, 8\] for 4 blocks, but the tokenizer"):
         build_policy(PolicyConfig("router", router_ckpt=str(router_file)), PRESETS["VQ_mini"], CPU)
+
+
+def test_the_old_name_of_a_section_names_the_new_one() -> None:
+    with pytest.raises(UserError, match="unknown key 'adversary'; did you mean 'discriminator'"):
+        load_config(TokenizerTrainConfig, DEBUG / "proxy.yaml", ["adversary.net=patch"])

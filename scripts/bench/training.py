@@ -73,7 +73,7 @@ def step(quick: bool) -> Part:
     config = LossConfig(perceptual=0.0, perceptual_net="none")
 
     def loss(batch: Tensor, step: int) -> Terms:
-        return tokenizer_loss(config, model(batch, length_BN), batch, None, torch.Generator(), {})
+        return tokenizer_loss(config, model(batch, length_BN), batch, None, torch.Generator())
 
     with FlopCount() as count:  # this step also pays for the allocations
         train_step(run, optim, state, video_BCTHW, loss)

@@ -16,7 +16,7 @@ python=$(project_python)
 # torch.compile if a compiler is installed.
 read -r processes precision compile < <("$python" -c '
 import torch
-from tokenizer.common.compiled import missing_compiler
+from tokenizer.common.device import missing_compiler
 from tokenizer.common.device import pick_device, slow_precision
 device = pick_device("auto")
 precision = "none" if slow_precision(device, "bf16") else "bf16"

@@ -115,6 +115,7 @@ class Attention(nn.Module):
         return self.to_out(rearrange(mixed, "... h e -> ... (h e)"))
 
 
+@torch.compiler.disable  # its calls depend on the lengths of the batch: compiled, each batch would compile anew
 def block_causal_attention(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packing, key: Packing) -> Tensor:
     """Every query attends to the keys of its own clip in blocks up to its own -> [L, h, e]."""
     if query.is_regular and key.is_regular:

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from tokenizer.assignment import Packing
 from tokenizer.blocks.attention import Attention, attend_prefix, block_causal_attention
-from tokenizer.common.compiled import Layer
 
 KeysValues = tuple[Tensor, Tensor]
 
 
-class QFormerLayer(Layer):
+class QFormerLayer(nn.Module):
     """Self-attention, cross-attention, feed-forward."""
+
+    compiles = True  # see compile_layers
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -46,27 +47,13 @@ class QFormerLayer(Layer):
         self, x_LD: Tensor, pos_LD: Tensor, ref_SD: Tensor, placed_SD: Tensor, query: Packing, reference: Packing
     ) -> Tensor:
         """A packed batch, block-causal in both attentions -> [L, D]. `placed_SD`: the reference with its positions."""
-        q, k, v = self.stretch(QFormerLayer._before_self, x_LD, pos_LD)
-        mixed_Lhe = block_causal_attention(q, k, v, query, query)
-        x_LD, q, k, v = self.stretch(QFormerLayer._between, x_LD, mixed_Lhe, pos_LD, ref_SD, placed_SD)
-        mixed_Lhe = block_causal_attention(q, k, v, query, reference)
-        return self.stretch(QFormerLayer._after_cross, x_LD, mixed_Lhe)
-
-    def _before_self(self, x_LD: Tensor, pos_LD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> queries, keys, values of the self-attention, each [L, h, e]."""
         normed_LD = self.norm_self(x_LD)
         own_LD = normed_LD + pos_LD
-        return self.self_attention.queries(own_LD), *self.self_attention.keys_values(normed_LD, own_LD)
-
-    def _between(
-        self, x_LD: Tensor, mixed_Lhe: Tensor, pos_LD: Tensor, ref_SD: Tensor, placed_SD: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """-> x [L, D] with the self-attention's result; queries [L, h, e], keys, values [S, h, e] of the other."""
+        q, (k, v) = self.self_attention.queries(own_LD), self.self_attention.keys_values(normed_LD, own_LD)
+        mixed_Lhe = block_causal_attention(q, k, v, query, query)
         x_LD = x_LD + self.self_attention.output(mixed_Lhe)
         q = self.cross_attention.queries(self.norm_cross(x_LD) + pos_LD)
-        return x_LD, q, *self.cross_attention.keys_values(ref_SD, placed_SD)
-
-    def _after_cross(self, x_LD: Tensor, mixed_Lhe: Tensor) -> Tensor:
+        mixed_Lhe = block_causal_attention(q, *self.cross_attention.keys_values(ref_SD, placed_SD), query, reference)
         x_LD = x_LD + self.cross_attention.output(mixed_Lhe)
         return x_LD + self.mlp(self.norm_mlp(x_LD))
 
@@ -117,8 +104,10 @@ class SelfAttention(nn.Module):
         return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "B h M e -> B M (h e)"))
 
 
-class ViTLayer(Layer):
+class ViTLayer(nn.Module):
     """Self-attention, then a feed-forward, each after a LayerNorm and added to its input."""
+
+    compiles = True  # see compile_layers
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -130,8 +119,5 @@ class ViTLayer(Layer):
 
     def forward(self, x_BMD: Tensor) -> Tensor:
         """[B, M, D] -> [B, M, D]"""
-        return self.stretch(ViTLayer._whole, x_BMD)
-
-    def _whole(self, x_BMD: Tensor) -> Tensor:
         x_BMD = x_BMD + self.attention(self.norm_attention(x_BMD))
         return x_BMD + self.mlp(self.norm_mlp(x_BMD))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import random
+import shutil
+import sys
 import time
 
 import torch
+from torch import nn
 
 from tokenizer.common.distributed import local_rank
 from tokenizer.common.errors import UserError
@@ -98,3 +102,31 @@ def set_deterministic(seed: int) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def compile_layers(model: nn.Module, device: torch.device, asked_by: str, instead: str) -> None:
+    """torch.compile every layer whose class has `compiles`, once for all batch sizes, when it first runs.
+
+    Inside `torch.compiler.set_stance("force_eager")` layers run as written. Raises UserError if no kernels can be
+    built here: `asked_by` names the setting, `instead` the way out.
+    """
+    if missing := missing_compiler(device):
+        raise UserError(f"{asked_by} for {device} needs {missing}, or {instead}")
+    for module in model.modules():
+        if getattr(module, "compiles", False):
+            module.compile(dynamic=True)
+
+
+def has_triton() -> bool:
+    """Whether GPU kernels can be built; torch installs Triton on Linux with CUDA."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """What is missing to build kernels, and the way out: Triton for a GPU, a C++ compiler for a CPU; else None."""
+    if device.type == "cuda":
+        return None if has_triton() else "the package triton: install it"
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is not None:
+        return None
+    return f"a C++ compiler, and there is no {compiler!r}: install it, name another in CXX"

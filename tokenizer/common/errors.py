@@ -50,6 +50,13 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
             )
         else:
             raise
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        cause = getattr(error, "inner_exception", error)
+        reason = str(cause).strip().partition("\n")[0]
+        line = f"error: a layer cannot be compiled here ({type(cause).__name__}: {reason}); go on without "
+        code = _say(f"{line}run.compile or --compile", EXIT_USER_ERROR)
     sys.exit(code)
 
 

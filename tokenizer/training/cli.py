@@ -15,7 +15,7 @@ from tokenizer.common import distributed
 from tokenizer.common.config import load_config
 from tokenizer.common.device import pick_dtype, slow_precision
 from tokenizer.common.errors import UserError
-from tokenizer.training.profiling import Speed, peak_memory
+from tokenizer.training.profiling import FlopCount, gemm_roof, peak_memory
 from tokenizer.training.train_step import StepFn, Values
 from tokenizer.training.trainer import RunConfig, TrainState, num_clips
 
@@ -76,14 +76,15 @@ def rehearse(
 ) -> None:
     """Some steps without a results folder; prints parameters by part, the loss terms, hours at this speed, and lacks.
 
-    Two steps of each kind, see `Speed`: the first pays for allocations and its arithmetic is counted, the other's time.
+    Two rounds of each kind of step: the first pays for allocations and its operations are counted, the second is timed.
     """
-    source, speed = batches(0), Speed(state.device, pick_dtype(run.precision), state.period)
+    source, flops = batches(0), 0.0
     state.train_mode(True)
     for batch in itertools.islice(source, state.period):
-        with speed.counting(num_clips(batch, run)):
+        with FlopCount() as count:
             step_fn(batch)
-    for batch in itertools.islice(source, 2 if run.compile else 0):  # the first that are not counted are for compiling
+        flops += count.total / state.period
+    for batch in itertools.islice(source, 2 if run.compile else 0):  # the first that are not counted compile
         step_fn(batch)
     values: Values = {}
     start = time.perf_counter()
@@ -104,9 +105,10 @@ def rehearse(
     print(f"at most {peak_memory(state.device) / 2**30:.2f} GiB in these steps")
     figures = {name: value for name, value in values.items() if isinstance(value, int | float)}
     print("loss        " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    share, peak = speed.flops / seconds / speed.roof, speed.roof / 1e12
+    roof = gemm_roof(state.device, pick_dtype(run.precision))
     print(f"speed       {seconds:.2f} s a step of {num_clips(batch, run)} clips on {state.device}", end="")
-    print(f" x {distributed.num_ranks()}, {share:.0%} of the measured peak of {peak:.3g} TFLOP/s")
+    print(f" x {distributed.num_ranks()}: {flops / 1e12:.3g} TFLOP, ", end="")
+    print(f"{flops / seconds / roof:.0%} of the measured peak of {roof / 1e12:.3g} TFLOP/s")
     print(f"the run     {run.steps} steps, about {run.steps * seconds / 3600:.1f} h at this speed, into {run.dir}")
     if warning := slow_precision(state.device, run.precision):
         print(f"slow        {warning}")

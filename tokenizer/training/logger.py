@@ -24,9 +24,8 @@ from tqdm import tqdm
 
 from tokenizer.common import distributed
 from tokenizer.common.checkpoint import atomic_write
-from tokenizer.common.device import pick_dtype
 from tokenizer.common.errors import UserError
-from tokenizer.training.profiling import Speed
+from tokenizer.training.profiling import peak_memory
 from tokenizer.training.train_state import RunConfig
 
 
@@ -216,10 +215,7 @@ def read_curve(path: str | Path, name: str) -> list[tuple[int, float]]:
 class Reporter:
     """The voice of one run from `start_step` on."""
 
-    def __init__(
-        self, run: RunConfig, config: Mapping[str, Any], start_step: int, device: torch.device, period: int = 1
-    ) -> None:
-        """period: of the kinds of step, see `Speed`."""
+    def __init__(self, run: RunConfig, config: Mapping[str, Any], start_step: int, device: torch.device) -> None:
         self.run, self.speaks = run, distributed.is_main()
         self.clock = Clock()
         self.log = MetricsLog(Path(run.dir) / "metrics.jsonl")
@@ -227,26 +223,34 @@ class Reporter:
         self.discriminator = DiscriminatorHealth()
         self.reference = ReferenceCurve(run.reference) if run.reference else None
         self.trackers = start_trackers(run, config) if run.trackers else None
-        self.speed = Speed(device, pick_dtype(run.precision), period)
+        self.device = device
         self._stalled = 0.0
+        self._clips = 0  # since the last line
         if self.speaks:
             self.log.rewind(start_step)
 
-    def step(self, step: int, values: Mapping[str, Any], unlogged: dict[str, Any]) -> None:
+    def step(self, step: int, values: Mapping[str, Any], unlogged: dict[str, Any], num_clips: int) -> None:
         """After every step; `values` are written at the steps that the config names, and at the last.
+
+        num_clips: of this step, on all processes.
 
         `unlogged`: the discriminator's figures since the last line; it learns at few steps. This line takes them.
         """
         self.progress.advance()
+        self._clips += num_clips
         if not self.speaks:
             return
         self._warn(step, self.discriminator.look(values))
         if step % self.run.log_every and step != self.run.steps:
             return
         seconds, data_wait = self.clock.lap()
-        perf = self.speed.figures(self.clock.seconds_per_step)
-        perf["perf/eta_seconds"] = self.clock.seconds_per_step * (self.run.steps - step)
-        perf["perf/checkpoint_stall"], self._stalled = self._stalled / max(seconds, 1e-9), 0.0
+        perf = {
+            "perf/clips_per_second": self._clips / max(seconds, 1e-9),
+            "perf/memory_gib": peak_memory(self.device) / 2**30,
+            "perf/eta_seconds": self.clock.seconds_per_step * (self.run.steps - step),
+            "perf/checkpoint_stall": self._stalled / max(seconds, 1e-9),
+        }
+        self._stalled, self._clips = 0.0, 0
         self._write(step, {**unlogged, **values, "seconds": seconds, "data_wait": data_wait, **perf})
         unlogged.clear()
         self.progress.report(values["loss"], self.clock.seconds_per_step, data_wait)

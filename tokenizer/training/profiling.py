@@ -1,20 +1,16 @@
-"""How fast a run is, and how fast its device could be: arithmetic of a step, measured roof, peak memory."""
+"""Speed of a run and of its device: operations of a step, measured roof of a matrix product, peak memory."""
 
 from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-
-from tokenizer.common.compiled import not_compiled
 
 _SIDE = {"cpu": 512, "cuda": 8192}  # of the matrices that measure the roof
 
@@ -28,7 +24,7 @@ class FlopCount(TorchDispatchMode):
         self._around = ExitStack()
 
     def __enter__(self) -> FlopCount:
-        self._around.enter_context(not_compiled())  # else it would not see single operations
+        self._around.enter_context(torch.compiler.set_stance("force_eager"))  # it sees single operations only
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -67,51 +63,6 @@ def _seconds(left: Tensor, right: Tensor, clock: Any) -> float:
     start = clock()
     float((left @ right)[0, 0])  # reading a number waits for the device
     return clock() - start
-
-
-class Speed:
-    """Figures of one process for the log lines. The arithmetic is counted in the first steps, `period` of them.
-
-    period: after how many steps the same kinds of step come again; a discriminator may play in every fifth only.
-    """
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, period: int = 1) -> None:
-        self.device, self.dtype, self.period = device, dtype, period
-        self._counted: list[int] = []  # operations of each of the first steps
-        self._clips = self._steps = 0  # since the last figures
-
-    @cached_property
-    def roof(self) -> float:
-        """Measured once, when it is first asked for."""
-        return gemm_roof(self.device, self.dtype)
-
-    @property
-    def flops(self) -> float:
-        """Operations of a step, in the mean over the kinds of step that were counted so far."""
-        return sum(self._counted) / max(1, len(self._counted))
-
-    @contextmanager
-    def counting(self, num_clips: int) -> Iterator[None]:
-        """Wraps every step. num_clips: of this step, on all processes."""
-        self._clips, self._steps = self._clips + num_clips, self._steps + 1
-        if len(self._counted) == self.period:
-            yield
-            return
-        with FlopCount() as count:
-            yield
-        self._counted.append(count.total)
-
-    def figures(self, seconds_per_step: float) -> dict[str, float]:
-        """Clips a second of the whole run, TFLOP/s of this device and their share of its roof, peak memory in GiB."""
-        rate = self.flops / max(seconds_per_step, 1e-9)
-        clips_per_step = self._clips / max(1, self._steps)
-        self._clips = self._steps = 0
-        return {
-            "perf/clips_per_second": clips_per_step / max(seconds_per_step, 1e-9),
-            "perf/tflops": rate / 1e12,
-            "perf/peak_share": rate / self.roof,
-            "perf/memory_gib": peak_memory(self.device) / 2**30,
-        }
 
 
 def peak_memory(device: torch.device) -> int:

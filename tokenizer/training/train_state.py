@@ -17,8 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tokenizer.common import distributed
 from tokenizer.common.checkpoint import CheckpointStore, load_strict
-from tokenizer.common.compiled import compile_layers
-from tokenizer.common.device import pick_device, pick_dtype
+from tokenizer.common.device import compile_layers, pick_device, pick_dtype
 from tokenizer.common.errors import UserError
 from tokenizer.training.optim import Ema, OptimConfig, build_optimizer, load_optimizer_tensors, optimizer_tensors
 

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from tokenizer.common import distributed
 from tokenizer.common.checkpoint import CheckpointStore, atomic_write, file_sha256, save_model
-from tokenizer.common.compiled import not_compiled
 from tokenizer.common.config import differences, dump_yaml, read_yaml
 from tokenizer.common.device import pick_device, set_deterministic, slow_precision
 from tokenizer.common.errors import UserError
@@ -206,7 +205,7 @@ def fit(
         store = CheckpointStore(folder / "checkpoints", run.keep_last, run.keep_every)
         if state.load(store) and distributed.is_main():
             print(f"resuming {folder} after step {state.step}", file=sys.stderr, flush=True)
-        reporter = Reporter(run, config, state.step, state.device, state.period)
+        reporter = Reporter(run, config, state.step, state.device)
         with closing(reporter):
             if state.step < run.steps:
                 _train(run, config, state, batches, step_fn, validate, reporter, BackgroundWriter(store))
@@ -240,15 +239,14 @@ def _train(
                 batch = next(source)
             note_unreadable(Path(run.dir), batch)
             try:
-                with reporter.speed.counting(num_clips(batch, run)):
-                    values = step_fn(batch)
+                values = step_fn(batch)
             except TooManySkipped:
                 _save(state, config, reporter, writer)
                 raise
             last = state.step == run.steps
 
             # log
-            reporter.step(state.step, values, state.unlogged)
+            reporter.step(state.step, values, state.unlogged, num_clips(batch, run))
 
             # validate: on rank 0, while the others wait in their next step
             if validate is not None and distributed.is_main() and (state.step % run.validate_every == 0 or last):
@@ -306,7 +304,7 @@ def _averaged_weights(state: TrainState) -> Iterator[None]:
     """The model as it will be used: averaged weights, fp32, eval mode, no gradients; afterwards training goes on."""
     state.train_mode(False)
     try:
-        with state.ema.applied(state.model), torch.no_grad(), not_compiled():
+        with state.ema.applied(state.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         state.train_mode(True)
