@@ -10,10 +10,28 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from autoregressive.flags import GPT_SIZES
+from tokenizer.common.cli import Parser, answer_help
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("Convert a GPT of other code to our .safetensors.")
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE", help=".pt, .pth or .safetensors")
+    add("--to", type=Path, metavar="OUT", help="the .safetensors to write; without it, list names and matches")
+    add("--gpt-model", choices=GPT_SIZES, default="GPT-B", help="its size")
+    add("--config", type=Path, metavar="YAML", help="a config of ours, instead of --gpt-model")
+    add("--map", type=Path, metavar="YAML", help="lines `theirs: ours` or `theirs: drop`, where the rules do not do")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
+
 from autoregressive.model import GPT, GPTConfig
 from autoregressive.presets import PRESETS
 from tokenizer.common.checkpoint import file_sha256, save_model
-from tokenizer.common.cli import Parser
 from tokenizer.common.config import load_section, to_dict
 from tokenizer.common.errors import run_cli
 from tokenizer.common.foreign import Rule, Split, match, read_foreign, read_map, report
@@ -38,17 +56,6 @@ def splits_of(config: GPTConfig) -> dict[str, Split]:
         r"(.*)\.to_hidden\.weight": Split((r"\1.gate.weight", r"\1.gated.weight")),
         r"embedding\.weight": Split(("embedding.ids", "embedding.conditions"), rows=config.layout.num_ids),
     }
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser("Convert a GPT of other code to our .safetensors.")
-    add = parser.add_argument
-    add("file", type=Path, metavar="FILE", help=".pt, .pth or .safetensors")
-    add("--to", type=Path, metavar="OUT", help="the .safetensors to write; without it, list names and matches")
-    add("--gpt-model", choices=tuple(PRESETS), default="GPT-B", help="its size")
-    add("--config", type=Path, metavar="YAML", help="a config of ours, instead of --gpt-model")
-    add("--map", type=Path, metavar="YAML", help="lines `theirs: ours` or `theirs: drop`, where the rules do not do")
-    return parser.parse_args()
 
 
 def main() -> None:

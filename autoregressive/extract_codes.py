@@ -11,6 +11,14 @@ Work is shared and resumed as in stage 2: each shard of the archive is a unit (t
 
 from __future__ import annotations
 
+from tokenizer.common.cli import answer_help, work_parser
+
+ABOUT = "Stage 5a: tokenize a set of clips into an archive that a GPT trains on."
+
+
+if __name__ == "__main__":
+    answer_help(lambda: work_parser(ABOUT).parse_args())  # before torch is imported
+
 import difflib
 import hashlib
 import json
@@ -272,8 +280,7 @@ def choose_lengths(
 
 
 def main() -> None:
-    description = "Stage 5a: tokenize a set of clips into an archive that a GPT trains on."
-    config, dry_run = parse_work_arguments(ExtractConfig, "extract", description)
+    config, dry_run = parse_work_arguments(ExtractConfig, "extract", ABOUT)
     extraction = Extraction(config)
     if dry_run:
         done, units = extraction.units.num_done(), extraction.units.num_units

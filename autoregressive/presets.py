@@ -9,6 +9,19 @@ have other numbers. Everything else is taken as it is.
 from __future__ import annotations
 
 import argparse
+
+from tokenizer.common.cli import Parser, answer_help
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("List the named GPT sizes with their parameters by part.")
+    parser.add_argument("--json", action="store_true", help="for machines: name -> {total, parts}")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,9 +138,7 @@ def check_vocabulary(config: GPTConfig, tokenizer: TokenizerConfig, origin: str)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="List the named GPT sizes with their parameters by part.")
-    parser.add_argument("--json", action="store_true", help="for machines: name -> {total, parts}")
-    as_json = parser.parse_args().json
+    as_json = parse_arguments().json
     with torch.device("meta"):
         listing = {name: parameters_by_part(GPT(config)) for name, config in (PRESETS | FRAME_PREDICTION).items()}
     print_sizes(listing, as_json)

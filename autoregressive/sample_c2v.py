@@ -10,14 +10,33 @@ it was stopped; with RANK and WORLD_SIZE set, each process makes its own share, 
 from __future__ import annotations
 
 import argparse
+
+from autoregressive.flags import REQUIRED, add_common_flags, parse, parse_guidance
+from tokenizer.common.cli import Parser, answer_help, at_least, positive
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, spelt as in the README."""
+    parser = Parser("Sample clips of given classes from a GPT, and decode them with its tokenizer.")
+    add_common_flags(parser)
+    add = parser.add_argument
+    add("--class-idx", metavar="C,C,..", help="classes by number (from 0) or name (default: all of the model)")
+    add("--qual-num", type=at_least(1), default=1, metavar="N", help="samples of each class (default: 1)")
+    add("--cfg-scale", default="2.25", metavar="S", help="guidance, one number or one a block; 1: none (default: 2.25)")
+    add("--fps", type=positive, default=25.0, help="frame rate of the videos that are written (default: 25, UCF-101's)")
+    return parse(parser, REQUIRED)
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from autoregressive.condition import names_of, parse_classes
-from autoregressive.sample_job import REQUIRED, SampleJob, Wanted, add_common_flags, parse, parse_guidance
+from autoregressive.sample_job import SampleJob, Wanted
 from autoregressive.sampler import Request
-from tokenizer.common.cli import Parser, at_least, positive
 from tokenizer.common.errors import UserError, run_cli
 
 
@@ -39,18 +58,6 @@ class Class:
     @property
     def names(self) -> list[str]:
         return [f"{self.title}_{i:05d}" for i in range(self.num_samples)]
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line, spelt as in the README."""
-    parser = Parser("Sample clips of given classes from a GPT, and decode them with its tokenizer.")
-    add_common_flags(parser)
-    add = parser.add_argument
-    add("--class-idx", metavar="C,C,..", help="classes by number (from 0) or name (default: all of the model)")
-    add("--qual-num", type=at_least(1), default=1, metavar="N", help="samples of each class (default: 1)")
-    add("--cfg-scale", default="2.25", metavar="S", help="guidance, one number or one a block; 1: none (default: 2.25)")
-    add("--fps", type=positive, default=25.0, help="frame rate of the videos that are written (default: 25, UCF-101's)")
-    return parse(parser, REQUIRED)
 
 
 def main() -> None:

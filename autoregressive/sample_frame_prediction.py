@@ -14,25 +14,9 @@ Letters: B clips, C T H W, K tokens of a block.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
-import numpy as np
-from torch import Tensor
-from tqdm import tqdm
-
-from autoregressive.condition import encode_condition
-from autoregressive.sample_job import REQUIRED, SampleJob, Wanted, add_common_flags, parse, parse_lengths
-from autoregressive.sampler import Request
-from tokenizer.common.cli import Parser, at_least, positive
-from tokenizer.common.errors import UserError, run_cli
-from tokenizer.data.clip_stream import ClipRule, Rest, Skipped, SourceClip, VideoSource, find_sources, stream_clips
-from tokenizer.data.datasets import find_kinetics
-from tokenizer.data.video_io import display_name, resize, resize_center_crop, to_model_range
-
-INSTEAD = "give --vid_path DIR for any folder of videos instead"
+from autoregressive.flags import REQUIRED, add_common_flags, parse, parse_lengths
+from tokenizer.common.cli import Parser, answer_help, at_least, positive
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,6 +34,29 @@ def parse_arguments() -> argparse.Namespace:
     add("--fps", type=positive, help="frame rate to read at (default: each file's own)")
     add("--num-workers", type=at_least(0), default=1, metavar="N", help="processes that decode ahead (default: 1)")
     return parse(parser, REQUIRED)
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from autoregressive.condition import encode_condition
+from autoregressive.sample_job import SampleJob, Wanted
+from autoregressive.sampler import Request
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.data.clip_stream import ClipRule, Rest, Skipped, SourceClip, VideoSource, find_sources, stream_clips
+from tokenizer.data.datasets import find_kinetics
+from tokenizer.data.video_io import display_name, resize, resize_center_crop, to_model_range
+
+INSTEAD = "give --vid_path DIR for any folder of videos instead"
 
 
 def main() -> None:

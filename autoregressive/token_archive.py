@@ -17,12 +17,28 @@ Letters: S clips of a set, N temporal blocks, L tokens.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from tokenizer.common.cli import Parser, answer_help
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("Look at a token archive.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    about = "read all of it, with sha256 and facts; exit 1 if anything is wrong"
+    check = commands.add_parser("check", description=about, help=about)
+    check.add_argument("folder", type=Path, help="what scripts/train/5a_extract_codes.sh wrote")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -269,11 +285,8 @@ def _digest(facts: dict[str, Any], shards: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Look at a token archive.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="read all of it, with sha256 and facts; exit 1 if anything is wrong")
-    check.add_argument("folder", type=Path, help="what scripts/train/5a_extract_codes.sh wrote")
-    archive = TokenArchive(parser.parse_args().folder)
+    args = parse_arguments()
+    archive = TokenArchive(args.folder)
     print(archive.summary())
     problems = list(archive.check())
     print("\n".join(problems) or "no problem found")

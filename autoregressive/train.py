@@ -11,6 +11,14 @@ Letters: L packed ids, W those of them that are to be said, V ids that the head 
 
 from __future__ import annotations
 
+from tokenizer.common.cli import answer_help, training_parser
+
+ABOUT = "Stage 5b: train a GPT on tokens."
+
+
+if __name__ == "__main__":
+    answer_help(lambda: training_parser(ABOUT).parse_args())  # before torch is imported
+
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -243,7 +251,7 @@ def open_archives(config: GPTTrainConfig, tokenizer: VideoTokenizer) -> tuple[To
 
 
 def main() -> None:
-    config, dry = parse_training_arguments(GPTTrainConfig, "gpt", "Stage 5b: train a GPT on tokens.")
+    config, dry = parse_training_arguments(GPTTrainConfig, "gpt", ABOUT)
     training = GPTTraining(config)
     training.rehearse() if dry else training.fit()
 

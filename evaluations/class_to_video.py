@@ -11,14 +11,8 @@ from __future__ import annotations
 
 import argparse
 
-from autoregressive.condition import names_of
-from autoregressive.sample_job import parse_guidance
-from autoregressive.sampler import Request
-from evaluations.generation import Generator, add_sampling_flags, check_task
-from evaluations.job import Evaluation, add_common_flags, check_tokenizer, parse
-from evaluations.system import Source
-from tokenizer.common.cli import Parser
-from tokenizer.common.errors import UserError, run_cli
+from evaluations.flags import add_common_flags, add_sampling_flags, parse
+from tokenizer.common.cli import Parser, answer_help
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,6 +22,19 @@ def parse_arguments() -> argparse.Namespace:
     add_sampling_flags(parser)
     parser.add_argument("--cfg-scale", default="1", metavar="S", help="guidance: a number, or one a block (default: 1)")
     return parse(parser)
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
+
+from autoregressive.condition import names_of
+from autoregressive.flags import parse_guidance
+from autoregressive.sampler import Request
+from evaluations.generation import Generator, check_task
+from evaluations.job import Evaluation, check_tokenizer
+from evaluations.system import Source
+from tokenizer.common.errors import UserError, run_cli
 
 
 def main() -> None:

@@ -10,9 +10,27 @@ Letters: S clips that both scored.
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
+from tokenizer.common.cli import Parser, answer_help, at_least
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("Compare two evaluations clip by clip.")
+    parser.add_argument("first", metavar="A", help="results folder of the one system")
+    parser.add_argument("second", metavar="B", help="results folder of the other, under the same protocol")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write comparison.json and differences.csv there")
+    parser.add_argument("--draws", type=at_least(1), default=1000, metavar="N", help="of the bootstrap (default: 1000)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the bootstrap (default: 0)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +40,6 @@ from evaluations.metrics.clip_scores import LOWER_IS_BETTER, lower_is_better
 from evaluations.shards import Result, read_result
 from evaluations.summary import csv_table
 from tokenizer.common.checkpoint import atomic_write
-from tokenizer.common.cli import Parser, at_least
 from tokenizer.common.errors import UserError, run_cli
 
 
@@ -83,13 +100,7 @@ def as_text(found: dict[str, PairedComparison], first: Result, second: Result) -
 
 
 def main() -> None:
-    parser = Parser("Compare two evaluations clip by clip.")
-    parser.add_argument("first", metavar="A", help="results folder of the one system")
-    parser.add_argument("second", metavar="B", help="results folder of the other, under the same protocol")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write comparison.json and differences.csv there")
-    parser.add_argument("--draws", type=at_least(1), default=1000, metavar="N", help="of the bootstrap (default: 1000)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the bootstrap (default: 0)")
-    args = parser.parse_args()
+    args = parse_arguments()
     first, second = read_result(args.first), read_result(args.second)
     found = compare(first, second, args.seed, args.draws)
     print(as_text(found, first, second))

@@ -13,14 +13,8 @@ from __future__ import annotations
 
 import argparse
 
-from autoregressive.condition import encode_condition
-from autoregressive.sampler import Request
-from evaluations.generation import Generator, add_sampling_flags, check_task
-from evaluations.job import Evaluation, add_common_flags, check_tokenizer, parse
-from evaluations.system import Source
-from tokenizer.common.cli import Parser
-from tokenizer.common.errors import UserError, run_cli
-from tokenizer.data.video_io import to_model_range
+from evaluations.flags import add_common_flags, add_sampling_flags, parse
+from tokenizer.common.cli import Parser, answer_help
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,6 +23,19 @@ def parse_arguments() -> argparse.Namespace:
     add_common_flags(parser)
     add_sampling_flags(parser)
     return parse(parser)
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
+
+from autoregressive.condition import encode_condition
+from autoregressive.sampler import Request
+from evaluations.generation import Generator, check_task
+from evaluations.job import Evaluation, check_tokenizer
+from evaluations.system import Source
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.data.video_io import to_model_range
 
 
 def main() -> None:

@@ -6,47 +6,26 @@ Letters: C T H W, K tokens of a block, L codes of the given frames.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from autoregressive.flags import parse_lengths
 from autoregressive.presets import TrainedGPT, check_tokenizer_fits, load_gpt
 from autoregressive.sample_grid import tokens_of
-from autoregressive.sample_job import parse_lengths
 from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig
 from autoregressive.sequence import LengthRule, SequenceLayout, length_rule, longest_sequence
 from evaluations.job import Evaluation, require, token_figures
 from evaluations.system import Draft, Made, Source
-from tokenizer.common.cli import Parser, at_least, positive
-from tokenizer.common.device import PRECISIONS, pick_dtype
+from tokenizer.common.device import pick_dtype
 from tokenizer.common.errors import UserError
 from tokenizer.data.video_io import to_uint8
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
 
 MakeRequest = Callable[[Source], Request]
-
-
-def add_sampling_flags(parser: Parser) -> None:
-    """Spelt as in the sampling commands."""
-    add = parser.add_argument
-    add("--gpt-model", metavar="SIZE", help="GPT-B | GPT-L | GPT-LP | GPT-mini | GPT-debug: check that G has this size")
-    add("--gpt-ckpt", metavar="G", help="weights of the GPT: .safetensors or a run folder")
-    add("--per-proc-batch-size", type=at_least(1), default=8, metavar="N", help="slots of the sampler (default: 8)")
-    add("--seed", type=int, default=0, help="of the samples; the clip list has its own (default: 0)")
-    add("--temperature", type=positive, default=1.0)
-    add("--top-k", type=at_least(0), default=0, metavar="N", help="0 keeps all ids (default)")
-    add("--top-p", type=positive, default=1.0)
-    precision = os.environ.get("PRECISION", "none")
-    add("--precision", default=precision, help=f"of the GPT: {' | '.join(PRECISIONS)} (default: PRECISION, else none)")
-    add("--check-special-token-mask", action="store_true", help="draw only what the grammar allows; else broken clips "
-        "are counted and left out")  # fmt: skip
-    add("--tokens-per-block", metavar="K,K,..", help="force the tokens of each block (or of the first ones)")
-    add("--max-tokens", type=at_least(1), metavar="N", help="limit the tokens of a clip, length tokens not counted")
-    add("--compile", action="store_true", help="torch.compile the sampler's step")
 
 
 class Generator:

@@ -26,13 +26,11 @@ from tqdm import tqdm
 
 from evaluations.clip_list import ClipList, list_clips
 from evaluations.given_clips import GivenClips
-from evaluations.metrics.frechet import NAMES
 from evaluations.protocols import Protocol, card_of, card_text, find_protocol
 from evaluations.scoring import Scorer, load_scorer, trained_as
 from evaluations.shards import RealCache, Record, Scored, ShardFolder
 from evaluations.summary import per_clip_table, pick_shown, result_lines, summarise
 from evaluations.system import Draft, Made, Source, System, in_batches
-from tokenizer.common.cli import Parser, at_least
 from tokenizer.common.device import pick_device
 from tokenizer.common.distributed import several_processes
 from tokenizer.common.errors import UserError
@@ -43,41 +41,6 @@ from tokenizer.router.summary import versions
 from tokenizer.viz.frames import filmstrip
 
 _MOST_UNSCORED = 8  # batches that wait for the scoring thread
-_READERS = 2
-
-
-def add_common_flags(parser: Parser) -> None:
-    """Flags of every evaluation command."""
-    add = parser.add_argument
-    add("--protocol", metavar="NAME", help="see python -m evaluations.protocols")
-    add("--out", metavar="DIR", help="results folder; a stopped evaluation in it is continued")
-    add("--data", metavar="PATH", help="manifest .csv or folder of videos (default: UCF_ROOT, K600_ROOT)")
-    add("--ours", metavar="DIR", help="score these lossless clips (.npy, FFV1; a folder of samples) instead of a model")
-    add("--tok-config", metavar="T.yaml", help="YAML of the tokenizer, checked against its weights")
-    add("--vq-ckpt", metavar="T", help="weights of the tokenizer: .safetensors or a run folder")
-    add("--extractor", choices=(*NAMES, "none"), help="another than the protocol's: the result is marked as changed")
-    add("--extractor-weights", metavar="PATH", help="i3d: TorchScript file or address; videomae: folder")
-    add("--extractor-sha256", metavar="HEX", help="what the extractor's weights must have; needed for an address")
-    add("--perceptual", metavar="NAME", help="another LPIPS than the protocol's, or none: marked as changed")
-    add("--count", type=at_least(1), metavar="N", help="another number of clips: marked as changed")
-    add("--draws", type=at_least(1), metavar="N", help="draws of the bootstrap: marked as changed")
-    add("--force", action="store_true", help="Frechet distance on fewer than 256 clips; lossy video in --ours")
-    add("--cache", metavar="DIR", default="results/eval_cache", help="real-side features (default: results/eval_cache)")
-    add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
-    add("--num-workers", type=at_least(1), default=_READERS, metavar="N", help="processes that read clips ahead and "
-        f"count frames (default: {_READERS})")  # fmt: skip
-    add("--batch-size", type=at_least(1), metavar="N", help="clips in the tokenizer and in the networks that judge at "
-        "once, part of the result's last bits (default: 1 on a CPU, 8 on a GPU)")  # fmt: skip
-    add("--overwrite", action="store_true", help="remove the earlier results in --out and start again")
-
-
-def parse(parser: Parser) -> argparse.Namespace:
-    """Parse the command line; unknown flags are named before missing ones."""
-    args = parser.parse_args()
-    missing = [f"--{name}" for name in ("protocol", "out") if getattr(args, name) is None]
-    if missing:
-        raise UserError(f"missing: {', '.join(missing)} (see --help)")
-    return args
 
 
 class Evaluation:

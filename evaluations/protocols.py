@@ -9,6 +9,20 @@ extractor, fewer clips) gives a protocol that is marked as changed, under anothe
 from __future__ import annotations
 
 import argparse
+
+from tokenizer.common.cli import Parser, answer_help
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("List the evaluation protocols, or print the cards of some.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="protocols to show in full (default: list all)")
+    parser.add_argument("--json", action="store_true", help="for machines: name -> card")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
 import dataclasses
 import hashlib
 import json
@@ -26,8 +40,6 @@ CLIP_RULES = {
     "random": "one window of {frames} consecutive frames of each video, its start drawn from seed {seed} and the name",
     "windows": "all windows of {frames} frames that do not overlap, of all videos; {count} of them drawn, seed {seed}",
 }
-MIN_CLIPS = 256  # below, a Frechet distance says more about the number of clips than about them
-
 CHANGEABLE = ("extractor", "perceptual", "count", "seed", "draws")
 
 
@@ -265,10 +277,7 @@ def _plain(value: Any) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="List the evaluation protocols, or print the cards of some.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="protocols to show in full (default: list all)")
-    parser.add_argument("--json", action="store_true", help="for machines: name -> card")
-    args = parser.parse_args()
+    args = parse_arguments()
     shown = [find_protocol(name) for name in args.names] or list(_ALL)
     if args.json:
         print(json.dumps({each.name: card_of(each) for each in shown}, indent=1))

@@ -12,21 +12,9 @@ Letters: B clips, C T H W, N temporal blocks, S clips of the list, A assignments
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
-import torch
-
-from evaluations.clip_list import ClipList
-from evaluations.job import Evaluation, add_common_flags, check_tokenizer, parse, require, token_figures
-from evaluations.system import Draft, Made, Source
-from tokenizer.budget import FORMS, choose_rows, find_price, parse_budget
-from tokenizer.common.cli import Parser
-from tokenizer.common.errors import UserError, run_cli
-from tokenizer.data.video_io import VideoError, to_model_range, to_uint8
-from tokenizer.model import VideoTokenizer
-from tokenizer.presets import load_tokenizer
-from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
+from evaluations.flags import add_common_flags, parse
+from tokenizer.common.cli import BUDGET_FORMS, Parser, answer_help
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,8 +23,27 @@ def parse_arguments() -> argparse.Namespace:
     add_common_flags(parser)
     parser.add_argument("--router-config", metavar="R.yaml", help="YAML of the router, checked against its weights")
     parser.add_argument("--router-ckpt", metavar="R", help="weights of the router")
-    parser.add_argument("--budget", type=str.strip, default="router", help=f"{FORMS} (default: router)")
+    parser.add_argument("--budget", type=str.strip, default="router", help=f"{BUDGET_FORMS} (default: router)")
     return parse(parser)
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from evaluations.clip_list import ClipList
+from evaluations.job import Evaluation, check_tokenizer, require, token_figures
+from evaluations.system import Draft, Made, Source
+from tokenizer.budget import choose_rows, find_price, parse_budget
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.data.video_io import VideoError, to_model_range, to_uint8
+from tokenizer.model import VideoTokenizer
+from tokenizer.presets import load_tokenizer
+from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
 
 
 def main() -> None:

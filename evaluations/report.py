@@ -17,12 +17,28 @@ report.html: all tables, curves and protocol cards of some results on one page t
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
+from tokenizer.common.cli import Parser, answer_help
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("Tables, curves and protocol cards of evaluation results.")
+    parser.add_argument("results", nargs="*", type=Path, help="folders, searched for metrics.json")
+    parser.add_argument("--out", type=Path, help="where to write (default: the one folder given, else results/report)")
+    parser.add_argument("--readme", type=Path, help="a README whose marked parts are to be filled")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from evaluations.metrics.bootstrap import LEAST_DEFINED
@@ -31,7 +47,6 @@ from evaluations.metrics.frechet import NAMES
 from evaluations.protocols import card_text
 from evaluations.quality_cost.charts import CURVE_STYLE, charts
 from tokenizer.common.checkpoint import atomic_write
-from tokenizer.common.cli import Parser
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.viz.page import between_markers, has_markers, html_page, markdown_table
 
@@ -372,27 +387,6 @@ def _curve_card(run: Run) -> str:
     return "\n".join([card_text(card), "", *lines] if card else lines)
 
 
-def main() -> None:
-    parser = Parser("Tables, curves and protocol cards of evaluation results.")
-    parser.add_argument("results", nargs="*", type=Path, help="folders, searched for metrics.json")
-    parser.add_argument("--out", type=Path, help="where to write (default: the one folder given, else results/report)")
-    parser.add_argument("--readme", type=Path, help="a README whose marked parts are to be filled")
-    args = parser.parse_args()
-    if not args.results:
-        raise UserError("no results: give one or more folders with a metrics.json, e.g. results/quality_cost")
-    runs, foreign = find_runs(args.results)
-    out: Path = args.out or (args.results[0] if len(args.results) == 1 and args.results[0].is_dir() else _SHARED)
-    out.mkdir(parents=True, exist_ok=True)
-    sections = markdown(runs)
-    atomic_write(out / "report.html", page(runs).encode())
-    atomic_write(out / "tables.md", ("\n\n".join(sections.values()) + "\n").encode())
-    if args.readme:
-        fill(args.readme, sections)
-    for path in foreign:
-        print(f"left out: {path} is not of an evaluation")
-    print(f"{len(runs)} results: {out / 'report.html'}, {out / 'tables.md'}")
-
-
 _SHARED = Path("results/report")
 
 
@@ -408,6 +402,23 @@ def fill(readme: Path, sections: dict[str, str]) -> None:
     for name in places:
         text = between_markers(text, name, sections[name])
     atomic_write(readme, text.encode())
+
+
+def main() -> None:
+    args = parse_arguments()
+    if not args.results:
+        raise UserError("no results: give one or more folders with a metrics.json, e.g. results/quality_cost")
+    runs, foreign = find_runs(args.results)
+    out: Path = args.out or (args.results[0] if len(args.results) == 1 and args.results[0].is_dir() else _SHARED)
+    out.mkdir(parents=True, exist_ok=True)
+    sections = markdown(runs)
+    atomic_write(out / "report.html", page(runs).encode())
+    atomic_write(out / "tables.md", ("\n\n".join(sections.values()) + "\n").encode())
+    if args.readme:
+        fill(args.readme, sections)
+    for path in foreign:
+        print(f"left out: {path} is not of an evaluation")
+    print(f"{len(runs)} results: {out / 'report.html'}, {out / 'tables.md'}")
 
 
 if __name__ == "__main__":

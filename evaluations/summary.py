@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from evaluations.flags import MIN_CLIPS
 from evaluations.metrics.bootstrap import Interval, mean_interval
 from evaluations.metrics.clip_scores import TOKEN_COUNTS, mean_scores
 from evaluations.metrics.extractors import Extractor
 from evaluations.metrics.frechet import KERNEL_NAMES, NAMES, frechet_jackknife, kernel_distance
-from evaluations.protocols import MIN_CLIPS, Protocol
+from evaluations.protocols import Protocol
 from evaluations.shards import Record
 
 INFINITY = "_infinity"

@@ -15,6 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from autoregressive import flags, presets
+from evaluations.metrics import frechet
+from evaluations.quality_cost import flags as cost_flags
+from evaluations.quality_cost import video_codecs
+from tokenizer.common import cli, device
+from tokenizer.frozen import download
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("tokenizer", "autoregressive", "evaluations")
 
@@ -38,7 +45,7 @@ LAYER_OF = {room: height for height, rooms in enumerate(LAYERS) for room in room
 
 # The same for the files of `autoregressive`.
 GPT_LAYERS = (
-    {"sequence", "decode_kernel", "logits", "condition"},
+    {"flags", "sequence", "decode_kernel", "logits", "condition"},
     {"attention", "token_archive"},
     {"cuda_graph"},
     {"model", "batches", "sample_folder"},
@@ -59,6 +66,8 @@ LIBRARIES_WITH_A_COMMAND = {
     "evaluations.report",
     "evaluations.protocols",
 }
+
+NO_FLAGS = {"tokenizer.data.safe_decode", "tokenizer.data.decode_worker"}  # started by the product itself
 
 # The list of all named sizes is one command.
 UPWARDS = {"tokenizer.presets imports tokenizer.router.model"}
@@ -235,3 +244,27 @@ def test_every_module_imports_with_the_core_dependencies() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "", "a module prints while it is imported"
+
+
+def test_help_of_every_entry_imports_no_torch() -> None:
+    """One process asks all entries for help in turn: torch alone would take seconds each time."""
+    code = (
+        "import runpy, sys\n"
+        f"for name in {sorted(name for name, tree in TREES.items() if is_entry(tree) and name not in NO_FLAGS)!r}:\n"
+        "    sys.argv = [name, '--help']\n"
+        "    try: runpy.run_module(name, run_name='__main__', alter_sys=True)\n"
+        "    except SystemExit as end: assert not end.code, name\n"
+        "    heavy = {'torch', 'transformers', 'torchvision', 'scipy'} & sys.modules.keys()\n"
+        "    assert not heavy, f'{name} --help imports {heavy}'\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_choices_of_flags_are_those_of_the_code() -> None:
+    """They are written twice, so that flags need no torch."""
+    assert tuple(presets.PRESETS) == flags.GPT_SIZES
+    assert tuple(frechet.NAMES) == cli.EXTRACTORS
+    assert tuple(device.PRECISIONS) == cli.PRECISION_NAMES
+    assert tuple(video_codecs.CODECS) == cost_flags.CODEC_NAMES
+    assert tuple(download.FAMILIES) == ("vjepa2", "videomae")

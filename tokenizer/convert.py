@@ -11,9 +11,27 @@ tokenizer reconstructs bundled clips, and its card tells whether the result is a
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from tokenizer.common.cli import Parser, answer_help
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("Convert a tokenizer or router of other code to our .safetensors.")
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE", help=".pt, .pth or .safetensors")
+    add("--to", type=Path, metavar="OUT", help="the .safetensors to write; without it, list names and matches")
+    add("--config", type=Path, metavar="YAML", help="theirs (`init_args`) or ours; default: the paper's S-B")
+    add("--map", type=Path, metavar="YAML", help="lines `theirs: ours` or `theirs: drop`, where the rules do not do")
+    add("--kind", choices=("tokenizer", "router"), default="tokenizer")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +39,6 @@ from einops import rearrange
 from torch import Tensor
 
 from tokenizer.common.checkpoint import file_sha256, save_model
-from tokenizer.common.cli import Parser
 from tokenizer.common.config import from_dict, read_yaml, to_dict
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.foreign import Rule, match, read_foreign, read_map, report
@@ -94,17 +111,6 @@ class Translated:
 
     config: Any
     unknown: dict[str, Any]
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser("Convert a tokenizer or router of other code to our .safetensors.")
-    add = parser.add_argument
-    add("file", type=Path, metavar="FILE", help=".pt, .pth or .safetensors")
-    add("--to", type=Path, metavar="OUT", help="the .safetensors to write; without it, list names and matches")
-    add("--config", type=Path, metavar="YAML", help="theirs (`init_args`) or ours; default: the paper's S-B")
-    add("--map", type=Path, metavar="YAML", help="lines `theirs: ours` or `theirs: drop`, where the rules do not do")
-    add("--kind", choices=("tokenizer", "router"), default="tokenizer")
-    return parser.parse_args()
 
 
 def main() -> None:

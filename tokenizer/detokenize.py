@@ -8,26 +8,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
-import time
-from collections.abc import Generator, Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from tokenizer.common.cli import Parser, at_least
-from tokenizer.common.device import pick_device
-from tokenizer.common.errors import UserError, run_cli
-from tokenizer.data.clip_stream import find_sources
-from tokenizer.data.safe_decode import decode_video
-from tokenizer.data.video_io import DecodedClip, resize, resize_center_crop, to_uint8
-from tokenizer.data.video_writer import VideoWriter
-from tokenizer.model import VideoTokenizer
-from tokenizer.presets import load_tokenizer
-from tokenizer.token_file import TokenFile
+from tokenizer.common.cli import Parser, answer_help, at_least
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,6 +29,29 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=at_least(1), default=4, metavar="N", help="clips decoded together")
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
+import contextlib
+import sys
+import time
+from collections.abc import Generator, Iterator
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from tokenizer.common.device import pick_device
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.data.clip_stream import find_sources
+from tokenizer.data.safe_decode import decode_video
+from tokenizer.data.video_io import DecodedClip, resize, resize_center_crop, to_uint8
+from tokenizer.data.video_writer import VideoWriter
+from tokenizer.model import VideoTokenizer
+from tokenizer.presets import load_tokenizer
+from tokenizer.token_file import TokenFile
 
 
 def main() -> None:

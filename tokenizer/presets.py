@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 import argparse
+
+from tokenizer.common.cli import Parser, answer_help
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("List the named tokenizers and routers with their parameters by part.")
+    parser.add_argument("--json", action="store_true", help="for machines: name -> {total, parts}")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -71,19 +84,6 @@ def load_tokenizer(
     return model.eval().to(device)
 
 
-def main() -> None:
-    from tokenizer.router.model import Router, RouterConfig  # only this list needs them
-
-    routers = {"router": RouterConfig(), "router_vjepa2": RouterConfig(stem="vjepa2")}  # Table 8 of arXiv 2603.12267
-    parser = argparse.ArgumentParser(description="List the named tokenizers and routers with their parameters by part.")
-    parser.add_argument("--json", action="store_true", help="for machines: name -> {total, parts}")
-    as_json = parser.parse_args().json
-    with torch.device("meta"):
-        listing = {name: parameters_by_part(VideoTokenizer(config)) for name, config in PRESETS.items()}
-        listing |= {name: parameters_by_part(Router(config)) for name, config in routers.items()}
-    print_sizes(listing, as_json)
-
-
 def print_sizes(listing: Mapping[str, Mapping[str, int]], as_json: bool) -> None:
     """name -> parameters by part, as text or as JSON."""
     if as_json:
@@ -92,6 +92,17 @@ def print_sizes(listing: Mapping[str, Mapping[str, int]], as_json: bool) -> None
     for name, parts in listing.items():
         print(f"{name}: {sum(parts.values()) / 1e6:.2f}M")
         print("\n".join(f"    {part:<18} {count / 1e6:9.3f}M" for part, count in parts.items()))
+
+
+def main() -> None:
+    from tokenizer.router.model import Router, RouterConfig  # only this list needs them
+
+    routers = {"router": RouterConfig(), "router_vjepa2": RouterConfig(stem="vjepa2")}  # Table 8 of arXiv 2603.12267
+    as_json = parse_arguments().json
+    with torch.device("meta"):
+        listing = {name: parameters_by_part(VideoTokenizer(config)) for name, config in PRESETS.items()}
+        listing |= {name: parameters_by_part(Router(config)) for name, config in routers.items()}
+    print_sizes(listing, as_json)
 
 
 if __name__ == "__main__":

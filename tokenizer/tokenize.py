@@ -10,35 +10,9 @@ share the videos among processes. `python -m tokenizer.detokenize` is the way ba
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
-import hashlib
-import itertools
-import math
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import av
-import numpy as np
-import torch
-from av.video.codeccontext import VideoCodecContext
-from tqdm import tqdm
-
-from tokenizer.budget import FORMS, parse_budget
-from tokenizer.common.cli import Parser, at_least, positive
-from tokenizer.common.device import pick_device
-from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.work_units import lock
-from tokenizer.data.clip_stream import VideoSource, find_sources
-from tokenizer.data.safe_decode import decode_video, map_ahead
-from tokenizer.data.video_io import DecodedClip, VideoError, exact_rate, file_slug, probe, to_model_range
-from tokenizer.model import VideoTokenizer
-from tokenizer.presets import load_tokenizer
-from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
-from tokenizer.token_file import TokenFile, TokenWriter, VideoFacts
+from tokenizer.common.cli import BUDGET_FORMS, Parser, answer_help, at_least, positive
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,13 +24,45 @@ def parse_arguments() -> argparse.Namespace:
     add("--router_ckpt", help="weights of the router; not needed for the budgets fixed and uniform")
     add("--tok_config", help="YAML of the tokenizer, checked against its weights")
     add("--router_config", help="YAML of the router, checked against its weights")
-    add("--budget", type=str.strip, default="router", help=f"{FORMS} (default: router; not average:N)")
+    add("--budget", type=str.strip, default="router", help=f"{BUDGET_FORMS} (default: router; not average:N)")
     add("--fps", type=positive, help="frame rate to read at (default: each file's own)")
     add("--batch-size", type=at_least(1), default=4, metavar="N", help="clips that go through the models together")
     add("--h264-crf", type=at_least(0), default=23, metavar="Q", help="H.264 to compare the bits with (default: 23)")
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--backend", choices=("pyav", "decord"), default="pyav", help="video reader")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import av
+import numpy as np
+import torch
+from av.video.codeccontext import VideoCodecContext
+from tqdm import tqdm
+
+from tokenizer.budget import parse_budget
+from tokenizer.common.device import pick_device
+from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.work_units import lock
+from tokenizer.data.clip_stream import VideoSource, find_sources
+from tokenizer.data.safe_decode import decode_video, map_ahead
+from tokenizer.data.video_io import DecodedClip, VideoError, exact_rate, file_slug, probe, to_model_range
+from tokenizer.model import VideoTokenizer
+from tokenizer.presets import load_tokenizer
+from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
+from tokenizer.token_file import TokenFile, TokenWriter, VideoFacts
 
 
 def main() -> int:

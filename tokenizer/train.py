@@ -11,6 +11,14 @@ Where the lengths come from while a tokenizer trains: fixed, random (stage 1) or
 
 from __future__ import annotations
 
+from tokenizer.common.cli import answer_help, training_parser
+
+ABOUT = "Stages 1 and 4: train a tokenizer."
+
+
+if __name__ == "__main__":
+    answer_help(lambda: training_parser(ABOUT).parse_args())  # before torch is imported
+
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
@@ -334,7 +342,7 @@ def perceptual_pair(
 
 
 def main() -> None:
-    config, dry = parse_training_arguments(TokenizerTrainConfig, "vq", "Stages 1 and 4: train a tokenizer.")
+    config, dry = parse_training_arguments(TokenizerTrainConfig, "vq", ABOUT)
     training = TokenizerTraining(config)
     training.rehearse() if dry else training.fit()
 

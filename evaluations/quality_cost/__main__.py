@@ -12,20 +12,25 @@ of processes may run the same command at once, and a stopped one goes on.
 
 from __future__ import annotations
 
+from evaluations.quality_cost.flags import parse_arguments
+from tokenizer.common.cli import answer_help
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from autoregressive.presets import check_tokenizer_fits, load_gpt
+from evaluations.flags import MIN_CLIPS
 from evaluations.job import check_tokenizer, code_version
 from evaluations.metrics.clip_scores import lower_is_better
 from evaluations.metrics.extractors import load_extractor
-from evaluations.metrics.frechet import NAMES
-from evaluations.protocols import MIN_CLIPS, Protocol, card_of, card_text
-from evaluations.quality_cost.clips import FREE, CurveClips, clips_of_flags, clips_of_protocol, settle_protocol
+from evaluations.protocols import Protocol, card_of, card_text
+from evaluations.quality_cost.clips import CurveClips, clips_of_flags, clips_of_protocol, settle_protocol
 from evaluations.quality_cost.job import StrategyInputs, fresh_table, rows_of_table, write_results
 from evaluations.quality_cost.points import (
     CurvePoint,
@@ -39,86 +44,20 @@ from evaluations.quality_cost.points import (
     summaries,
     wanted_keys,
 )
-from evaluations.quality_cost.strategies import QUALITY_WEIGHTS, STRATEGIES, Point
+from evaluations.quality_cost.strategies import Point
 from evaluations.quality_cost.sweep import REAL, Figures, Measure, Measured, Sweep, claim
-from evaluations.quality_cost.video_codecs import CODECS, Codec, find_codecs, pick_codecs
+from evaluations.quality_cost.video_codecs import Codec, find_codecs, pick_codecs
 from evaluations.report import CURVE_KIND, write_report
 from evaluations.scoring import Scorer, load_scorer, trained_as
-from tokenizer.common.cli import Parser, at_least, positive
 from tokenizer.common.device import pick_device
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.video_io import display_name
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
-from tokenizer.router.reconstruct import PERCEPTUAL_ORDER, pick_perceptual
+from tokenizer.router.reconstruct import pick_perceptual
 from tokenizer.router.reward import QualityTable
 from tokenizer.router.summary import tokenizer_facts, versions
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line, spelt as in the other evaluations."""
-    parser = Parser("Quality-cost curves of strategies and codecs on the same clips.")
-    _add_inputs(parser)
-    _add_points(parser)
-    add = parser.add_argument
-    networks = f"lpips_vgg | lpips_alex | stlpips_vgg | stlpips_alex | auto ({' or '.join(PERCEPTUAL_ORDER)}, default)"
-    add("--perceptual", metavar="NAME", help=f"{networks}; of a protocol: marked as changed")
-    add("--extractor", choices=(*NAMES, "none"), help="Frechet distance as well (default: none, or the protocol's)")
-    add("--extractor-weights", metavar="PATH", help="i3d: TorchScript file or address; videomae: folder")
-    add("--extractor-sha256", metavar="HEX", help="what the extractor's weights must have; needed for an address")
-    add("--force", action="store_true", help=f"a Frechet distance of fewer than {MIN_CLIPS} clips")
-    add("--draws", type=at_least(1), metavar="N", help=f"of the bootstrap (default: {FREE['draws']})")
-    add("--seed", type=int, help=f"of the bootstrap (default: {FREE['seed']}, or the protocol's)")
-    add("--batch-size", type=at_least(1), default=8, metavar="N", help="assignments in the tokenizer at once")
-    threads = "of each process; the last bits depend on it, and more processes are faster (default: 1)"
-    add("--num-threads", type=at_least(1), default=1, metavar="N", help=threads)
-    add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
-    add("--out", type=Path, default=Path("results/quality_cost"), help="results folder (default: results/quality_cost)")
-    return parser.parse_args()
-
-
-def _add_inputs(parser: Parser) -> None:
-    """Weights and clips."""
-    add = parser.add_argument
-    add("--tok-config", metavar="T.yaml", help="YAML of the tokenizer, checked against its weights")
-    add("--vq-ckpt", metavar="T", help="weights of the tokenizer whose reconstructions are measured")
-    add("--router-ckpt", metavar="R", action="append", default=[], help="weights of a router; again for other w_q")
-    again = "YAML of the router, checked against its weights; again for each --router-ckpt, in their order"
-    add("--router-config", metavar="R.yaml", action="append", default=[], help=again)
-    add("--gpt-model", metavar="SIZE", help="GPT-B | GPT-L | GPT-LP | GPT-mini | GPT-debug: check that G has this size")
-    add("--gpt-ckpt", metavar="G", help="class-to-video GPT: entropy-coded size of the tokens as well")
-    add("--table", help="quality table of a proxy on these clips, or 'fresh': made here with the tokenizer itself")
-    add("--protocol", metavar="NAME", help="clips and networks of a protocol of reconstruction, with its card")
-    add("--data", metavar="PATH", help="with --protocol: manifest .csv or folder of videos (default: UCF_ROOT)")
-    add("--count", type=at_least(1), metavar="N", help="with --protocol: another number of clips, marked as changed")
-    sources = "clips without a protocol: folders, files, manifests, bundled:heldout (default: those of --table)"
-    add("--sources", nargs="+", metavar="SOURCE", help=sources)
-    add("--fps", type=positive, help="frame rate to read --sources at (default: each file's own)")
-    add("--max-clips", type=at_least(1), metavar="N", help="the first N clips of --sources only")
-
-
-def _add_points(parser: Parser) -> None:
-    """Strategies and codecs."""
-    add = parser.add_argument
-    names = f"comma-separated: {', '.join(STRATEGIES[:-1])} (default: all that the inputs allow)"
-    add("--strategies", default="all", help=names)
-    sweep = "w_q of max-reward (default: 0.4 to 2.0)"
-    add("--weights", type=numbers, default=QUALITY_WEIGHTS, metavar="W,W", help=sweep)
-    thresholds = "LPIPS of threshold (default: deciles of the table)"
-    add("--thresholds", type=numbers, default=(), metavar="D,D", help=thresholds)
-    budgets = "budgets of the first router (default: tokens and average at the uniform totals)"
-    add("--budgets", nargs="+", metavar="FORM:N", help=budgets)
-    codecs = f"comma-separated: {', '.join(CODECS)}; all | none (default: all that are there)"
-    add("--codecs", default="all", help=codecs)
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """An argparse type: numbers separated by commas."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers separated by commas") from None
 
 
 def main() -> None:

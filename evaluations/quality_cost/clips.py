@@ -15,6 +15,7 @@ from torch import Tensor
 
 from evaluations.clip_list import fingerprint, list_clips
 from evaluations.protocols import Protocol, find_protocol
+from evaluations.quality_cost.flags import FREE
 from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError
 from tokenizer.data.clips import DataConfig, build_dataset
@@ -23,7 +24,6 @@ from tokenizer.data.video_io import VideoError, list_videos, to_model_range
 from tokenizer.model import TokenizerConfig
 from tokenizer.router.reward import QualityTable
 
-FREE = {"extractor": "none", "perceptual": "auto", "draws": 1000, "seed": 0}  # without a protocol
 _FIXED = ("sources", "fps", "max_clips", "seed")  # flags about which a protocol has decided
 _OF_A_PROTOCOL = ("data", "count")  # flags that mean nothing without one
 

@@ -26,12 +26,9 @@ from tqdm import tqdm
 from evaluations.protocols import card_text
 from evaluations.quality_cost.charts import charts
 from evaluations.quality_cost.clips import CurveClips
+from evaluations.quality_cost.flags import BUDGET_STRATEGIES, QUALITY_WEIGHTS, STRATEGIES, TABLE_STRATEGIES
 from evaluations.quality_cost.points import CurvePoint
 from evaluations.quality_cost.strategies import (
-    BUDGET_STRATEGIES,
-    QUALITY_WEIGHTS,
-    STRATEGIES,
-    TABLE_STRATEGIES,
     Point,
     budget_points,
     default_budgets,

@@ -19,14 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from evaluations.quality_cost.flags import QUALITY_WEIGHTS
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.budget import choose_rows, find_price, parse_budget
 from tokenizer.router.reward import QualityTable, RewardStats, reward
 
-TABLE_STRATEGIES = ("threshold", "max-reward")
-BUDGET_STRATEGIES = ("tokens", "average", "price")
-STRATEGIES = ("uniform", *TABLE_STRATEGIES, "router", *BUDGET_STRATEGIES)
-QUALITY_WEIGHTS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)  # the paper's sweep
 NUM_THRESHOLDS = 9
 
 

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from tokenizer.assignment import Packing
 
@@ -36,6 +35,8 @@ def varlen_kernel(
     precision, where the GPU has it (compute capability 8); else torch's memory-efficient kernel, which takes float32.
     """
     if q_Lhe.dtype != torch.float32 and torch.cuda.get_device_capability(q_Lhe.device)[0] >= 8:
+        from torch.nn.attention.varlen import varlen_attn  # only a GPU needs it; it imports all of torch._dynamo
+
         window = (-1, 0) if causal else (-1, -1)
         mixed_Lhe = varlen_attn(q_Lhe, k_Ghe, v_Ghe, ends_q, ends_k, max_q, max_k, window_size=window)
         return cast("Tensor", mixed_Lhe)

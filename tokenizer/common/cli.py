@@ -1,15 +1,30 @@
-"""Command lines of the entries that take flags: a wrong argument is one line. No torch here, so --help is quick."""
+"""Command lines of all entries: a mistake is one line, numbers are checked as they are read, `--help` is instant.
+
+This file imports no torch, which takes seconds. An entry defines its parser above its other imports and calls
+`answer_help` there.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from tokenizer.common.errors import UserError
 
+# Values of flags whose own modules import torch.
 BUDGET_FORMS = "router | tokens:N | average:N | price:P | fixed:a,b,c,d | uniform:K"  # see tokenizer/budget.py
+EXTRACTORS = ("i3d", "videomae", "effnet")  # of video features, for Frechet distances
+PRECISION_NAMES = ("none", "bf16", "fp16")  # none is float32
+
+
+def answer_help(parse: Callable[[], object]) -> None:
+    """If the command line asks for help, `parse` prints it and ends the process; otherwise nothing happens."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        parse()
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,3 +57,30 @@ def positive(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return number
+
+
+def training_parser(description: str) -> argparse.ArgumentParser:
+    """The command line of a training stage: CONFIG.yaml [key.sub=value ...] [flags]."""
+    parser = _stage_parser(description, "build all, run a few steps, say what the run would cost and what it lacks")
+    parser.add_argument(
+        "--global-batch-size", type=int, metavar="N", help="clips of one update over all processes: run.batch_size=N"
+    )
+    parser.add_argument(
+        "--overfit-one-batch",
+        action="store_true",
+        help="train on the first batch alone, into a folder of its own (..-overfit): can the model learn at all?",
+    )
+    return parser
+
+
+def work_parser(description: str) -> argparse.ArgumentParser:
+    """The command line of a stage whose work any number of processes share (2 and 5a)."""
+    return _stage_parser(description, "load everything, say how much work is left, write nothing")
+
+
+def _stage_parser(description: str, dry_run: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("config", type=Path, help="YAML of this stage, see configs/README.md")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the YAML")
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
+    return parser

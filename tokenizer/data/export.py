@@ -11,9 +11,26 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tokenizer.common.cli import Parser, answer_help, at_least, positive
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(description="Write the clips of data sources as video files.")
+    parser.add_argument("folder", type=Path, metavar="OUT", help="where the videos go")
+    parser.add_argument("--sources", nargs="+", required=True, help="data.sources of a config, see scripts/README.md")
+    parser.add_argument("--size", type=at_least(1), default=64, help="side of the square pictures (default: 64)")
+    parser.add_argument("--num-frames", type=at_least(1), default=16, help="frames of a clip (default: 16)")
+    parser.add_argument("--rate", type=positive, default=8.0, help="frames a second when played (default: 8)")
+    parser.add_argument("--lossless", action="store_true", help="every pixel as it is; few players show such files")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_help(parse_args)  # before torch is imported
+
+
 from tqdm import tqdm
 
-from tokenizer.common.cli import Parser, at_least, positive
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
 from tokenizer.data.video_io import file_slug, to_uint8, write_video
@@ -30,17 +47,6 @@ def export_clips(clips: ClipDataset, folder: Path, rate: float, lossless: bool =
     if not written:
         raise UserError(f"{', '.join(clips.cfg.sources)}: not one of {len(clips)} clips can be read")
     return written
-
-
-def parse_args() -> argparse.Namespace:
-    parser = Parser(description="Write the clips of data sources as video files.")
-    parser.add_argument("folder", type=Path, metavar="OUT", help="where the videos go")
-    parser.add_argument("--sources", nargs="+", required=True, help="data.sources of a config, see scripts/README.md")
-    parser.add_argument("--size", type=at_least(1), default=64, help="side of the square pictures (default: 64)")
-    parser.add_argument("--num-frames", type=at_least(1), default=16, help="frames of a clip (default: 16)")
-    parser.add_argument("--rate", type=positive, default=8.0, help="frames a second when played (default: 8)")
-    parser.add_argument("--lossless", action="store_true", help="every pixel as it is; few players show such files")
-    return parser.parse_args()
 
 
 def main() -> None:

@@ -17,6 +17,44 @@ Letters: R rows of a manifest.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from tokenizer.common.cli import Parser, answer_help, at_least, positive
+
+DATASETS = ("ucf101", "k600", "webvid", "folder")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("Build and check lists of videos.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    build = commands.add_parser(
+        "build", description="List the videos of a data set.", help="list the videos of a data set"
+    )
+    build.add_argument("--dataset", required=True, choices=DATASETS)
+    build.add_argument("--root", required=True, type=Path, help="folder of the videos")
+    build.add_argument("--out", required=True, type=Path, help="the .csv to write")
+    build.add_argument("--list", type=Path, help="official list: needed by k600 and webvid; ucf101 finds its own")
+    build.add_argument("--split", choices=("train", "test", "all"), default="train", help="of ucf101 (default: train)")
+    build.add_argument("--fold", type=int, choices=(1, 2, 3), default=1, help="ucf101 only (default: 1)")
+    build.add_argument("--sha256", action="store_true", help="also write the sha256 of every file")
+    check = commands.add_parser("check", description="Look at every file.", help="look for what is wrong with one")
+    check.add_argument("manifest", type=Path)
+    check.add_argument("--against", type=Path, metavar="OTHER.csv", help="another split; no file may be in both")
+    check.add_argument("--same-name", action="store_true", help="with --against: equal names in other folders, too")
+    check.add_argument("--num-frames", type=at_least(1), default=16, help="a shorter video is too short (default: 16)")
+    check.add_argument("--fps", type=positive, help="count frames at this rate (default: each file's own)")
+    check.add_argument("--decode", choices=("none", "first", "all"), default="first", help="how much to decode")
+    check.add_argument("--sha256", action="store_true", help="hash every file: altered ones, copies under other names")
+    check.add_argument("--backend", choices=("pyav", "decord"), default="pyav", help="video reader")
+    check.add_argument("--workers", type=at_least(1), default=1, metavar="N", help="files at once (default: 1)")
+    check.add_argument("--report", type=Path, metavar="FILE.csv", help="write every problem there, with its line")
+    check.add_argument("--json", action="store_true", help="print the counts as JSON")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
 import contextlib
 import csv
 import hashlib
@@ -26,15 +64,13 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from tokenizer.common.checkpoint import atomic_write, file_sha256
-from tokenizer.common.cli import Parser, at_least, positive
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.data.datasets import SPLITS, find_kinetics, find_ucf101, find_webvid
+from tokenizer.data.datasets import find_kinetics, find_ucf101, find_webvid
 from tokenizer.data.manifest_table import ManifestRow, path_for, read_rows, write_rows
 from tokenizer.data.safe_decode import decode_clips, map_ahead
 from tokenizer.data.video_io import VideoError, display_name, list_videos
@@ -218,37 +254,8 @@ def _is_in(key: int, sorted_keys: np.ndarray) -> bool:
     return at < len(sorted_keys) and int(sorted_keys[at]) == key
 
 
-DATASETS = ("ucf101", "k600", "webvid", "folder")
 FOUND_PROBLEMS = 1
 Found = Iterator[tuple[str, Path | None, str]]
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser("Build and check lists of videos.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    build = commands.add_parser(
-        "build", description="List the videos of a data set.", help="list the videos of a data set"
-    )
-    build.add_argument("--dataset", required=True, choices=DATASETS)
-    build.add_argument("--root", required=True, type=Path, help="folder of the videos")
-    build.add_argument("--out", required=True, type=Path, help="the .csv to write")
-    build.add_argument("--list", type=Path, help="official list: needed by k600 and webvid; ucf101 finds its own")
-    build.add_argument("--split", choices=SPLITS, default="train", help="ucf101 only (default: train)")
-    build.add_argument("--fold", type=int, choices=(1, 2, 3), default=1, help="ucf101 only (default: 1)")
-    build.add_argument("--sha256", action="store_true", help="also write the sha256 of every file")
-    check = commands.add_parser("check", description="Look at every file.", help="look for what is wrong with one")
-    check.add_argument("manifest", type=Path)
-    check.add_argument("--against", type=Path, metavar="OTHER.csv", help="another split; no file may be in both")
-    check.add_argument("--same-name", action="store_true", help="with --against: equal names in other folders, too")
-    check.add_argument("--num-frames", type=at_least(1), default=16, help="a shorter video is too short (default: 16)")
-    check.add_argument("--fps", type=positive, help="count frames at this rate (default: each file's own)")
-    check.add_argument("--decode", choices=("none", "first", "all"), default="first", help="how much to decode")
-    check.add_argument("--sha256", action="store_true", help="hash every file: altered ones, copies under other names")
-    check.add_argument("--backend", choices=("pyav", "decord"), default="pyav", help="video reader")
-    check.add_argument("--workers", type=at_least(1), default=1, metavar="N", help="files at once (default: 1)")
-    check.add_argument("--report", type=Path, metavar="FILE.csv", help="write every problem there, with its line")
-    check.add_argument("--json", action="store_true", help="print the counts as JSON")
-    return parser.parse_args()
 
 
 def build(args: argparse.Namespace) -> int:

@@ -12,14 +12,30 @@ A packed file may be packed anew, compressed or not.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from tokenizer.common.cli import Parser, answer_help, at_least
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(description="Pack the clips of data sources into one file.")
+    parser.add_argument("file", type=Path, metavar="OUT.safetensors", help="what to write")
+    parser.add_argument("--sources", nargs="+", required=True, help="data.sources of a config, see scripts/README.md")
+    parser.add_argument("--size", type=at_least(1), default=72, help="side of the square pictures (default: 72)")
+    parser.add_argument("--num-frames", type=at_least(1), default=16, help="frames of a clip (default: 16)")
+    parser.add_argument("--crf", type=at_least(0), help="compress: 18 fine, 24 coarse (default: keep every pixel)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_help(parse_args)  # before torch is imported
+
 import os
 import tempfile
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer.common.cli import Parser, at_least
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.clip_store import StoredClip, compress, write_compressed, write_raw
 from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
@@ -50,16 +66,6 @@ def pack_clips(clips: ClipDataset, path: Path, crf: int | None = None) -> int:
         else:
             write_compressed(path, encoded, known, facts)
     return len(known)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = Parser(description="Pack the clips of data sources into one file.")
-    parser.add_argument("file", type=Path, metavar="OUT.safetensors", help="what to write")
-    parser.add_argument("--sources", nargs="+", required=True, help="data.sources of a config, see scripts/README.md")
-    parser.add_argument("--size", type=at_least(1), default=72, help="side of the square pictures (default: 72)")
-    parser.add_argument("--num-frames", type=at_least(1), default=16, help="frames of a clip (default: 16)")
-    parser.add_argument("--crf", type=at_least(0), help="compress: 18 fine, 24 coarse (default: keep every pixel)")
-    return parser.parse_args()
 
 
 def main() -> None:

@@ -10,22 +10,40 @@ read is named in DIR/skipped.json and left out.
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
+
+from tokenizer.common.cli import Parser, answer_help, at_least, positive
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("Transcode the videos of a manifest once, so that training reads them many times faster.")
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument("--out", required=True, type=Path, help="folder of the copies and their manifest.csv")
+    parser.add_argument("--short-side", type=at_least(16), default=128, help="pixels; never enlarged (default: 128)")
+    parser.add_argument("--fps", type=positive, help="frame rate of the copies (default: each file's own)")
+    parser.add_argument("--crf", type=at_least(0), default=16, help="H.264 quality, lower is better (default: 16)")
+    parser.add_argument("--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N", help="videos at once")
+    parser.add_argument("--backend", choices=("pyav", "decord"), default="pyav", help="video reader")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
 import contextlib
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
 from tqdm import tqdm
 
 from tokenizer.common.checkpoint import atomic_write
-from tokenizer.common.cli import Parser, at_least, positive
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.manifest_table import ManifestRow, read_rows, write_rows
 from tokenizer.data.safe_decode import decode_clips, map_ahead
@@ -131,15 +149,7 @@ def _even_size(frames_THWC: np.ndarray, short_side: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = Parser("Transcode the videos of a manifest once, so that training reads them many times faster.")
-    parser.add_argument("manifest", type=Path)
-    parser.add_argument("--out", required=True, type=Path, help="folder of the copies and their manifest.csv")
-    parser.add_argument("--short-side", type=at_least(16), default=128, help="pixels; never enlarged (default: 128)")
-    parser.add_argument("--fps", type=positive, help="frame rate of the copies (default: each file's own)")
-    parser.add_argument("--crf", type=at_least(0), default=16, help="H.264 quality, lower is better (default: 16)")
-    parser.add_argument("--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N", help="videos at once")
-    parser.add_argument("--backend", choices=("pyav", "decord"), default="pyav", help="video reader")
-    args: argparse.Namespace = parser.parse_args()
+    args = parse_arguments()
     rule = PrepareRule(args.short_side, args.fps, args.crf, args.backend)
     num_done, skipped = prepare(args.manifest, args.out, rule, args.workers)
     if not num_done:

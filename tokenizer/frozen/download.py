@@ -7,8 +7,23 @@ python -m tokenizer.frozen.download vjepa2 --to DIR        # one, as a folder th
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
+
+from tokenizer.common.cli import Parser, answer_help
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("Fetch the weights of the frozen encoders once.")
+    parser.add_argument("encoder", nargs="?", choices=("vjepa2", "videomae"), help="which; default: all of them")
+    parser.add_argument("--name", help="another model of the hub instead of the published one; takes one encoder")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="also copy into DIR/ENCODER; default: only the cache")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
+
+import shutil
 
 from tokenizer.common.checkpoint import file_sha256
 from tokenizer.common.errors import UserError, run_cli
@@ -36,11 +51,7 @@ def download(family: Family, name: str, target: Path | None) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fetch the weights of the frozen encoders once.")
-    parser.add_argument("encoder", nargs="?", choices=list(FAMILIES), help="which; default: all of them")
-    parser.add_argument("--name", help="another model of the hub instead of the published one; takes one encoder")
-    parser.add_argument("--to", type=Path, metavar="DIR", help="also copy into DIR/ENCODER; default: only the cache")
-    args = parser.parse_args()
+    args = parse_arguments()
     if args.name and not args.encoder:
         raise UserError("--name goes with one encoder, e.g. `vjepa2 --name facebook/vjepa2-vith-fpc64-256`")
     for key in [args.encoder] if args.encoder else FAMILIES:

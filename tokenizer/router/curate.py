@@ -21,6 +21,14 @@ Letters: B clips, A assignments (rows), F images.
 
 from __future__ import annotations
 
+from tokenizer.common.cli import answer_help, work_parser
+
+ABOUT = "Stage 2: quality of every clip under every assignment, by the proxy."
+
+
+if __name__ == "__main__":
+    answer_help(lambda: work_parser(ABOUT).parse_args())  # before torch is imported
+
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -250,8 +258,7 @@ def equal_choices(ours: QualityTable, exact: QualityTable, quality_weight: float
 
 
 def main() -> None:
-    description = "Stage 2: quality of every clip under every assignment, by the proxy."
-    config, dry_run = parse_work_arguments(CurateConfig, "curate", description)
+    config, dry_run = parse_work_arguments(CurateConfig, "curate", ABOUT)
     curation = Curation(config)
     if dry_run:
         done, units = curation.units.num_done(), curation.units.num_units

@@ -16,6 +16,14 @@ processes. Letters: B clips of a batch, C T H W, K patches that are seen.
 
 from __future__ import annotations
 
+from tokenizer.common.cli import answer_help, training_parser
+
+ABOUT = "Stage 3: train a router on a quality table."
+
+
+if __name__ == "__main__":
+    answer_help(lambda: training_parser(ABOUT).parse_args())  # before torch is imported
+
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -320,7 +328,7 @@ def _percentile(score_BA: Tensor, reward_BA: Tensor, space: AssignmentSpace) -> 
 
 
 def main() -> None:
-    config, dry = parse_training_arguments(RouterTrainConfig, "router", "Stage 3: train a router on a quality table.")
+    config, dry = parse_training_arguments(RouterTrainConfig, "router", ABOUT)
     training = RouterTraining(config)
     training.rehearse() if dry else training.fit()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import itertools
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenizer.common import distributed
+from tokenizer.common.cli import training_parser, work_parser
 from tokenizer.common.config import load_config
 from tokenizer.common.device import pick_dtype, slow_precision
 from tokenizer.common.errors import UserError
@@ -27,15 +27,7 @@ def parse_training_arguments(schema: type[T], stage: str, description: str) -> t
 
     The default results folder is results/<stage>/<file name of the config without .yaml>.
     """
-    parser = _parser(description, "build all, run a few steps, say what the run would cost and what it lacks")
-    parser.add_argument(
-        "--global-batch-size", type=int, metavar="N", help="clips of one update over all processes: run.batch_size=N"
-    )
-    parser.add_argument(
-        "--overfit-one-batch",
-        action="store_true",
-        help="train on the first batch alone, into a folder of its own (..-overfit): can the model learn at all?",
-    )
+    parser = training_parser(description)
     args = parser.parse_intermixed_args()  # so that a flag may stand before, between or after the settings
     overrides = list(args.overrides)
     if args.global_batch_size is not None:
@@ -53,18 +45,10 @@ def parse_training_arguments(schema: type[T], stage: str, description: str) -> t
 
 def parse_work_arguments(schema: type[T], stage: str, description: str) -> tuple[T, bool]:
     """The same for a stage whose work any number of processes share (2 and 5a): the config with `dir` filled in."""
-    args = _parser(description, "load everything, say how much work is left, write nothing").parse_intermixed_args()
+    args = work_parser(description).parse_intermixed_args()
     config: Any = load_config(schema, args.config, args.overrides)
     config.dir = config.dir or f"results/{stage}/{args.config.name.removesuffix('.yaml')}"
     return config, args.dry_run
-
-
-def _parser(description: str, dry_run: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("config", type=Path, help="YAML of this stage, see configs/README.md")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the YAML")
-    parser.add_argument("--dry-run", action="store_true", help=dry_run)
-    return parser
 
 
 def rehearse(

@@ -1,0 +1,64 @@
+"""Flags of the evaluation commands. Imports no torch, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+
+from autoregressive.flags import GPT_SIZES, add_precision_flag
+from tokenizer.common.cli import EXTRACTORS, Parser, at_least, positive
+from tokenizer.common.errors import UserError
+
+MIN_CLIPS = 256  # below, a Frechet distance says more about the number of clips than about them
+_READERS = 2
+
+
+def add_common_flags(parser: Parser) -> None:
+    """Flags of every evaluation command."""
+    add = parser.add_argument
+    add("--protocol", metavar="NAME", help="see python -m evaluations.protocols")
+    add("--out", metavar="DIR", help="results folder; a stopped evaluation in it is continued")
+    add("--data", metavar="PATH", help="manifest .csv or folder of videos (default: UCF_ROOT, K600_ROOT)")
+    add("--ours", metavar="DIR", help="score these lossless clips (.npy, FFV1; a folder of samples) instead of a model")
+    add("--tok-config", metavar="T.yaml", help="YAML of the tokenizer, checked against its weights")
+    add("--vq-ckpt", metavar="T", help="weights of the tokenizer: .safetensors or a run folder")
+    add("--extractor", choices=(*EXTRACTORS, "none"), help="not the protocol's: the result is marked as changed")
+    add("--extractor-weights", metavar="PATH", help="i3d: TorchScript file or address; videomae: folder")
+    add("--extractor-sha256", metavar="HEX", help="what the extractor's weights must have; needed for an address")
+    add("--perceptual", metavar="NAME", help="another LPIPS than the protocol's, or none: marked as changed")
+    add("--count", type=at_least(1), metavar="N", help="another number of clips: marked as changed")
+    add("--draws", type=at_least(1), metavar="N", help="draws of the bootstrap: marked as changed")
+    add("--force", action="store_true", help=f"Frechet distance on fewer than {MIN_CLIPS} clips; lossy video in --ours")
+    add("--cache", metavar="DIR", default="results/eval_cache", help="real-side features (default: results/eval_cache)")
+    add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    add("--num-workers", type=at_least(1), default=_READERS, metavar="N", help="processes that read clips ahead and "
+        f"count frames (default: {_READERS})")  # fmt: skip
+    add("--batch-size", type=at_least(1), metavar="N", help="clips in the tokenizer and in the networks that judge at "
+        "once, part of the result's last bits (default: 1 on a CPU, 8 on a GPU)")  # fmt: skip
+    add("--overwrite", action="store_true", help="remove the earlier results in --out and start again")
+
+
+def parse(parser: Parser) -> argparse.Namespace:
+    """Parse the command line; unknown flags are named before missing ones."""
+    args = parser.parse_args()
+    missing = [f"--{name}" for name in ("protocol", "out") if getattr(args, name) is None]
+    if missing:
+        raise UserError(f"missing: {', '.join(missing)} (see --help)")
+    return args
+
+
+def add_sampling_flags(parser: Parser) -> None:
+    """Spelt as in the sampling commands."""
+    add = parser.add_argument
+    add("--gpt-model", metavar="SIZE", help=f"check that G has this size: {' | '.join(GPT_SIZES)} (default: any)")
+    add("--gpt-ckpt", metavar="G", help="weights of the GPT: .safetensors or a run folder")
+    add("--per-proc-batch-size", type=at_least(1), default=8, metavar="N", help="slots of the sampler (default: 8)")
+    add("--seed", type=int, default=0, help="of the samples; the clip list has its own (default: 0)")
+    add("--temperature", type=positive, default=1.0)
+    add("--top-k", type=at_least(0), default=0, metavar="N", help="0 keeps all ids (default)")
+    add("--top-p", type=positive, default=1.0)
+    add_precision_flag(parser)
+    add("--check-special-token-mask", action="store_true", help="draw only what the grammar allows; else broken clips "
+        "are counted and left out")  # fmt: skip
+    add("--tokens-per-block", metavar="K,K,..", help="force the tokens of each block (or of the first ones)")
+    add("--max-tokens", type=at_least(1), metavar="N", help="limit the tokens of a clip, length tokens not counted")
+    add("--compile", action="store_true", help="torch.compile the sampler's step")
