@@ -157,5 +157,5 @@ def _endless_row(num_clips: int, seed: int, start: int) -> Iterator[int]:
     """Shuffled epochs, one after the other, from place `start` on."""
     first_epoch, skip = divmod(start, num_clips)
     for epoch in itertools.count(first_epoch):
-        yield from epoch_order(num_clips, seed, epoch)[skip:]
+        yield from map(int, epoch_order(num_clips, seed, epoch)[skip:])
         skip = 0

@@ -24,7 +24,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from tokenizer.common.config import to_dict
 from tokenizer.common.device import autocast, pick_device, pick_dtype
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.work_units import WorkUnits, claim_folder
-from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset
+from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_datasets
 from tokenizer.data.video_io import VideoError
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
@@ -171,15 +171,8 @@ class Extraction:
     def _list_draws(self) -> Iterator[_Draw]:
         """View by view, source by source, so that the first part of an archive is a whole set."""
         c = self.config
-        repeats = c.data.repeat or [1] * len(c.data.sources)
         labels = c.labels or [""] * len(c.data.sources)
-        parts = [
-            (build_dataset(replace(c.data, sources=[source], repeat=[times]), c.seed), label)
-            for source, times, label in zip(c.data.sources, repeats, labels, strict=True)
-            if times
-        ]
-        if not parts:
-            raise UserError(f"data.sources = {c.data.sources} with data.repeat = {c.data.repeat} holds no clip")
+        parts = list(zip(build_datasets(c.data, c.seed), labels, strict=True))
         for view in range(c.views):
             for dataset, label in parts:
                 for index, own in enumerate(dataset.labels):

@@ -239,7 +239,7 @@ class TokenizerTraining:
     def reconstruct(self, batch: ClipBatch, step: int) -> tuple[Tensor, Tensor, Terms]:
         """Clips -> their reconstructions [B, C, T, H, W], the loss without its GAN term, and what to log."""
         generator = generator_for(self.config.run.seed, "loss", step)
-        video_BCTHW = batch.video_BCTHW.to(self.device, non_blocking=True)
+        video_BCTHW = batch.video(self.device)
         length_BN = self.policy(video_BCTHW, generator, batch.places)
         output = self.model(video_BCTHW, length_BN, self.alignment.layer if self.alignment else 0)
         align = None
@@ -279,7 +279,7 @@ class TokenizerTraining:
         run = self.config.run
         everything = batches(self.data, run.batch_size, run.seed, 0, run.num_workers, whole=True)
         for batch in itertools.islice(everything, _START_BATCHES):
-            video_BCTHW = batch.video_BCTHW.to(self.device)
+            video_BCTHW = batch.video(self.device)
             length_BN = self.policy(video_BCTHW, generator)
             latents.append(self.model.encode_latents(video_BCTHW, pack(length_BN)))
             if sum(map(len, latents)) >= self.config.model.codebook_size:

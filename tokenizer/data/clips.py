@@ -1,6 +1,6 @@
 """Clips for training and measuring: a list of sources -> a ClipDataset with stable names and reproducible draws.
 
-A source is a folder, a video file, a manifest .csv (see manifest_table.py), or one of
+A source is a folder, a video file, a manifest .csv (see manifest_table.py), a shard .tar (see shards.py), or one of
     bundled:SPLIT         the real clips shipped with the package; SPLIT is train or heldout
     synthetic:SPLIT:N     N rendered scenes of known complexity
     classed:SPLIT:N       N rendered scenes with a class as label: shape, motion, speed; of two colours out of eight
@@ -9,70 +9,51 @@ A source is a folder, a video file, a manifest .csv (see manifest_table.py), or 
     steady_doom:SPLIT:N   the same with one motion at one speed in each walk (both need the extra [scenes])
     FILE.safetensors:N    N clips that pack.py has rendered or decoded before, or without :N all
 and each of these may end in A-B in place of N: number A up to B - 1 alone, as in bundled:train:0-84.
+
+Different clips have different names: if two sources share a name, all names of the later one end in "#2" (its number).
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
 
 from tokenizer.common.errors import UserError
-from tokenizer.data.bundled_clips import SPLITS, bundled_videos
-from tokenizer.data.classed_scenes import CLASS_NAMES, render_classed_scene, render_duotone_scene
-from tokenizer.data.clip_store import is_store, open_store
-from tokenizer.data.doom import MOTIONS, STEADY_MOTIONS, render_doom_walk, render_steady_walk
-from tokenizer.data.doom import SPLITS as DOOM_SPLITS
-from tokenizer.data.manifest_table import read_rows
-from tokenizer.data.safe_decode import decode_clip_at
-from tokenizer.data.scenes import KINDS, render_scene
-from tokenizer.data.video_io import (
-    VideoError,
-    display_name,
-    horizontal_flip,
-    iter_clips,
-    list_videos,
-    random_resized_crop,
-    read_clip_at,
-    resize_center_crop,
-    rng_for,
-    to_model_range,
+from tokenizer.data.files import Span
+from tokenizer.data.safe_decode import fingerprint_of
+from tokenizer.data.sources import (
+    RENDERERS,
+    BundledClips,
+    RenderedScenes,
+    Source,
+    Wanted,
+    find_sources_of,
+    name_hashes,
+    side_to_read,
 )
+from tokenizer.data.video_io import VideoError, horizontal_flip, random_resized_crop, rng_for
 
-
-class _Renderer(NamedTuple):
-    """How a scene is rendered from (seed, split, size, frames), and what takes turns in consecutive seeds."""
-
-    render: Callable[[int, str, int, int], tuple[np.ndarray, str]]
-    turns: Sequence[str]
-    labelled: bool  # whether these are classes
-    splits: Sequence[str] = SPLITS
-
-
-_RENDERERS = {
-    "synthetic": _Renderer(render_scene, KINDS, labelled=False),
-    "classed": _Renderer(render_classed_scene, CLASS_NAMES, labelled=True),
-    "duotone": _Renderer(render_duotone_scene, CLASS_NAMES, labelled=True),
-    "doom": _Renderer(render_doom_walk, MOTIONS, labelled=True, splits=DOOM_SPLITS),
-    "steady_doom": _Renderer(render_steady_walk, STEADY_MOTIONS, labelled=True, splits=DOOM_SPLITS),
-}
-RENDERED = tuple(f"{kind}/" for kind in _RENDERERS)  # how the names of rendered scenes begin
+RENDERED = tuple(f"{kind}/" for kind in RENDERERS)  # how the names of rendered scenes begin
+NO_FILE = ""  # the fingerprint of a clip that comes from no file of the user's
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass
 class DataConfig:
-    """Where clips come from and what happens to them on the way.
+    """Which clips there are and what happens to them on the way.
 
-    fps: None keeps the files' own rate. augment: random start, flip and crop, and fresh synthetic scenes every epoch.
+    fps: None keeps the files' own rate. augment: random start, flip and crop, and fresh synthetic scenes every epoch;
+    with a given fps the random start may lie between two frames of that rate, so all frames of a file are used.
     crop_scale: smallest side of the random crop, as a part of the short side; 1.0 is the centre crop.
     repeat: how often each source counts in an epoch; empty is once each.
     """
@@ -90,66 +71,118 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ClipSample:
-    """One clip, float32 [C, T, H, W] in [0, 1]. `kind` is known of rendered scenes, `label` of labelled files.
+    """One clip, uint8 [C, T, H, W]. `kind` is known of rendered scenes, `label` of labelled files.
 
     `unreadable` names the files (with reasons) that were met before this clip was found in their stead.
     """
 
-    video_CTHW: torch.Tensor
+    frames_CTHW: torch.Tensor
     name: str
     label: str | None
     kind: str | None
     unreadable: dict[str, str]
 
+    @property
+    def video_CTHW(self) -> torch.Tensor:
+        """float32 [C, T, H, W] in [0, 1]."""
+        return self.frames_CTHW.to(torch.float32).div_(255)
 
-# With a generator a random clip of the item, without one the plain clip: (frames_THWC, kind of scene or None).
-_Draw = Callable[[np.random.Generator | None], tuple[np.ndarray, str | None]]
+
+class Column(Sequence[T], Generic[T]):
+    """A column of the data set, computed where it is read: a name or a label for each clip."""
+
+    def __init__(self, length: int, read: Callable[[int], T]) -> None:
+        self._length, self._read = length, read
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self._read(i) for i in range(*index.indices(self._length))]
+        if not -self._length <= index < self._length:
+            raise IndexError(index)
+        return self._read(index % self._length)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
-@dataclass(frozen=True)
-class _Item:
-    """One entry of an epoch: its name, its label, and how to get its frames."""
+class Part(NamedTuple):
+    """A source, how often an epoch goes through it, and what its names end in."""
 
-    name: str
-    label: str | None
-    frames: _Draw
+    source: Source
+    times: int = 1
+    tag: str = ""
 
 
 class ClipDataset:
     """A fixed, ordered list of clips; `get(index, epoch)` depends on (seed, epoch, index) alone.
 
+    order: numbers of the clips of `parts` that make the list; None takes all. Everything here is small or an array: a
+    worker process gets it by fork or by pickling, whichever way Python starts one.
     quarantine: name -> reason of every file that could not be read so far in this process (the loader adds those of
     its workers). Each is reported once, never tried again, and replaced by the next readable clip in the list.
     """
 
-    def __init__(self, cfg: DataConfig, seed: int, items: list[_Item]) -> None:
+    def __init__(self, cfg: DataConfig, seed: int, parts: Sequence[Part], order: np.ndarray | None = None) -> None:
         self.cfg = cfg
-        self.names = [item.name for item in items]
-        self.labels = [item.label for item in items]
         self.quarantine: dict[str, str] = {}
         self._seed = seed
-        self._items = items
+        self._parts = tuple(parts)
+        self._starts = [0, *accumulate(len(part.source) * part.times for part in parts)]
+        self._order = order
+        self._noted: set[str] = set()
+        side = side_to_read(cfg.size, cfg.crop_scale, cfg.augment)
+        self._wanted = Wanted(cfg.num_frames, side, cfg.fps, cfg.backend, cfg.augment and cfg.crop_scale < 1)
 
     def __len__(self) -> int:
-        return len(self._items)
+        return self._starts[-1] if self._order is None else len(self._order)
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of each clip; equal only for the same clip listed twice."""
+        return Column(len(self), self._name)
+
+    @property
+    def labels(self) -> Sequence[str | None]:
+        """Of each clip; None if it has none."""
+        return Column(len(self), self._label)
+
+    def file(self, index: int) -> tuple[Path, Span | None] | None:
+        """The user's file that holds a clip, and which part of it; None for clips of ours."""
+        part, number = self._locate(index)
+        return part.source.file(number)
+
+    def fingerprint(self, index: int) -> str:
+        """Of the content of its file, see `files.fingerprint`; `NO_FILE` for clips of ours. VideoError if it fails."""
+        file = self.file(index)
+        return NO_FILE if file is None else fingerprint_of(*file)
 
     def get(self, index: int, epoch: int = 0) -> ClipSample:
-        """Clip `index`, or the next readable one. UserError when not a single clip of the set can be read."""
+        """Clip `index`, or the next readable one. UserError if not a single clip of the set can be read."""
         unreadable: dict[str, str] = {}
         for step in range(len(self)):
-            item = self._items[(index + step) % len(self)]
-            if item.name in self.quarantine:
+            place = (index + step) % len(self)
+            name = self.names[place]
+            if name in self.quarantine:
                 continue
             try:
-                return self._read((index + step) % len(self), epoch, unreadable)
+                return self._read(place, epoch, unreadable)
             except VideoError as error:
-                unreadable[item.name] = error.reason
+                unreadable[name] = error.reason
                 self.put_aside(unreadable)
         name, reason = next(iter(self.quarantine.items()))
         raise UserError(f"{', '.join(self.cfg.sources)}: not one of {len(self)} clips can be read ({name}: {reason})")
 
     def get_this(self, index: int, epoch: int = 0) -> ClipSample:
-        """Clip `index` itself, for work in which no other may stand in its place; VideoError where it is unreadable.
+        """Clip `index` itself, for work in which no other can replace it; VideoError if it is unreadable.
 
         Nothing is quarantined: what comes out does not depend on what this process has met before.
         """
@@ -163,17 +196,10 @@ class ClipDataset:
             except VideoError as error:
                 self.put_aside({self.names[index]: error.reason})
 
-    def _read(self, index: int, epoch: int, unreadable: dict[str, str]) -> ClipSample:
-        item = self._items[index]
-        rng = rng_for(self._seed, "clip", epoch, index) if self.cfg.augment else None
-        frames_THWC, kind = item.frames(rng)
-        if rng is not None:
-            frames_THWC = _augment(frames_THWC, self.cfg, rng)
-        return ClipSample(to_model_range(frames_THWC), item.name, item.label, kind, unreadable)
-
     def first(self, num_clips: int) -> ClipDataset:
         """The first clips of the list, at most `num_clips`, as a set of their own."""
-        return ClipDataset(self.cfg, self._seed, self._items[:num_clips])
+        order = np.arange(self._starts[-1]) if self._order is None else self._order
+        return ClipDataset(self.cfg, self._seed, self._parts, order[:num_clips])
 
     def put_aside(self, unreadable: dict[str, str]) -> None:
         """Enter files into the quarantine, each reported the first time."""
@@ -182,17 +208,76 @@ class ClipDataset:
                 self.quarantine[name] = reason
                 log.warning("skipped %s: %s (%d unreadable so far)", name, reason, len(self.quarantine))
 
+    def _read(self, index: int, epoch: int, unreadable: dict[str, str]) -> ClipSample:
+        part, number = self._locate(index)
+        rng = rng_for(self._seed, "clip", epoch, index) if self.cfg.augment else None
+        frames_THWC, kind, notes = part.source.draw(number, self._wanted, rng)
+        self._report(self._name(index), notes)
+        if rng is not None:
+            frames_THWC = _augment(frames_THWC, self.cfg, rng)
+        frames_CTHW = torch.from_numpy(np.ascontiguousarray(frames_THWC.transpose(3, 0, 1, 2)))
+        return ClipSample(frames_CTHW, self._name(index), self._label(index), kind, unreadable)
+
+    def _locate(self, index: int) -> tuple[Part, int]:
+        """The part that holds a clip, and the clip's number in it."""
+        place = int(index if self._order is None else self._order[index])
+        number = bisect_right(self._starts, place) - 1
+        part = self._parts[number]
+        return part, (place - self._starts[number]) % len(part.source)
+
+    def _name(self, index: int) -> str:
+        part, number = self._locate(index)
+        return part.source.name(number) + part.tag
+
+    def _label(self, index: int) -> str | None:
+        part, number = self._locate(index)
+        return part.source.label(number)
+
+    def _report(self, name: str, notes: Sequence[str]) -> None:
+        """Warn of what is not handled, once of each kind in a process."""
+        for note in notes:
+            kind = note.partition(":")[0]
+            if kind not in self._noted:
+                self._noted.add(kind)
+                log.warning("%s: %s (further clips with this are not reported)", name, note)
+
 
 def build_dataset(cfg: DataConfig, seed: int = 0) -> ClipDataset:
     """List the clips of all sources. UserError for a source that does not exist, is empty or is misspelt."""
+    return ClipDataset(cfg, seed, [part for parts in _build(cfg) for part in parts])
+
+
+def build_datasets(cfg: DataConfig, seed: int = 0) -> list[ClipDataset]:
+    """The same as one data set for each source, in order; a source of repeat 0 gives an empty one."""
+    return [ClipDataset(replace(cfg, sources=[s]), seed, p) for s, p in zip(cfg.sources, _build(cfg), strict=True)]
+
+
+def _build(cfg: DataConfig) -> list[list[Part]]:
+    """The parts of each source, with tags that keep different clips apart."""
     _check(cfg)
     repeats = cfg.repeat or [1] * len(cfg.sources)
-    items: list[_Item] = []
-    for source, times in zip(cfg.sources, repeats, strict=True):
-        items += _items_of(source, cfg) * times
-    if not items:
+    parts: list[list[Part]] = []
+    for number, (name, times) in enumerate(zip(cfg.sources, repeats, strict=True), start=1):
+        found = find_sources_of(name, cfg.num_frames, cfg.size)
+        before = [part.source for others in parts for part in others]
+        tag = f"#{number}" if any(_share_a_name(a, b) for a in before for b in found) else ""
+        parts.append([Part(source, times, tag) for source in found])
+    if not any(part.times * len(part.source) for found in parts for part in found):
         raise UserError(f"data.sources={cfg.sources} with data.repeat={cfg.repeat} holds no clip; add a source")
-    return ClipDataset(cfg, seed, items)
+    return parts
+
+
+def _share_a_name(a: Source, b: Source) -> bool:
+    """Whether two different clips would have the same name."""
+    _, places_a, places_b = np.intersect1d(name_hashes(a), name_hashes(b), return_indices=True)
+    return any(not _is_same(a, int(i), b, int(j)) for i, j in zip(places_a, places_b, strict=True))
+
+
+def _is_same(a: Source, i: int, b: Source, j: int) -> bool:
+    """Whether two clips of the same name are the same clip."""
+    if (file := a.file(i)) is not None:
+        return file == b.file(j)
+    return type(a) is type(b) and (isinstance(a, BundledClips | RenderedScenes) or a == b)
 
 
 def _check(cfg: DataConfig) -> None:
@@ -204,118 +289,6 @@ def _check(cfg: DataConfig) -> None:
         raise UserError(f"data.num_frames={cfg.num_frames} and data.size={cfg.size} must be at least 1")
     if cfg.fps is not None and not cfg.fps > 0:
         raise UserError(f"data.fps={cfg.fps} must be above 0; leave it out for the rate of the files")
-
-
-def _items_of(source: str, cfg: DataConfig) -> list[_Item]:
-    kind = source.partition(":")[0]
-    if kind == "bundled":
-        split, numbers = _part(source)
-        bundled = [video for i, video in enumerate(bundled_videos(split)) if i in numbers]
-        return [_Item(f"bundled/{v.path.name}", v.label, _bundled(v.path, cfg)) for v in bundled]
-    if kind in _RENDERERS:
-        split, numbers = _part(source)
-        return [_rendered(kind, split, i, cfg) for i in numbers]
-    if is_store(source.partition(":")[0]):
-        return _store_items(source, cfg)
-    if source.lower().endswith(".csv"):
-        return _manifest_items(Path(source), cfg)
-    folder = Path(source).absolute().parent  # names begin with the folder or file that was given
-    videos = [video.absolute() for video in list_videos(source)]
-    return [_Item(display_name(video.relative_to(folder)), None, _file(video, cfg)) for video in videos]
-
-
-def _part(source: str) -> tuple[str, range]:
-    """ "kind:split:N" or "kind:split:A-B" -> the split and the numbers of its clips; bundled clips: all where none."""
-    kind = source.partition(":")[0]
-    splits = _RENDERERS[kind].splits if kind in _RENDERERS else SPLITS
-    match = re.fullmatch(rf"(\w+):({'|'.join(splits)})(?::(?:(\d+)-)?(\d+))?", source)
-    if match and (match[4] or match[1] == "bundled"):
-        numbers = range(int(match[3] or 0), int(match[4] or len(bundled_videos(match[2]))))
-        if numbers:
-            return match[2], numbers
-    plain = ", ".join(f"{kind}:{split}" + (":N" if kind in _RENDERERS else "") for split in splits)
-    raise UserError(f"data source {source!r}: expected {plain} or {kind}:train:A-B (number A up to B - 1)")
-
-
-def _store_items(source: str, cfg: DataConfig) -> list[_Item]:
-    """Clips of a packed file, all or those of "FILE:N" or "FILE:A-B"."""
-    path, _, part = source.partition(":")
-    store = open_store(path)
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)", part or str(len(store)))
-    numbers = range(int(match[1] or 0), int(match[2])) if match else range(0)
-    if not numbers or numbers[-1] >= len(store):
-        raise UserError(f"data source {source!r}: {path} holds {len(store)} clips; expected {path}:N or {path}:A-B")
-    num_frames, side = store.shape[:2]
-    if num_frames != cfg.num_frames or side < cfg.size:
-        raise UserError(
-            f"{path} holds clips of {num_frames} frames of {side}x{side}, not {cfg.num_frames} of at least {cfg.size}: "
-            f"pack it with --num-frames {cfg.num_frames} --size {cfg.size}"
-        )
-    return [_Item(store.clips[i].name, store.clips[i].label, _stored(path, i, cfg)) for i in numbers]
-
-
-def _manifest_items(manifest: Path, cfg: DataConfig) -> list[_Item]:
-    """Rows of a manifest. Whether the files are there shows when they are read."""
-    return [
-        _Item(display_name(row.path), row.label or None, _file(row.file(manifest), cfg)) for row in read_rows(manifest)
-    ]
-
-
-# Where frames come from: a clip of size `_read_size`, kind known or None
-
-
-def _read_size(cfg: DataConfig) -> int:
-    """Side of the square that is decoded: just large enough that a random crop of it is never scaled up."""
-    return math.ceil(cfg.size / cfg.crop_scale) if cfg.augment else cfg.size
-
-
-def _bundled(path: Path, cfg: DataConfig) -> _Draw:
-    """Our own files are trusted: they are decoded in this process."""
-
-    def frames(rng: np.random.Generator | None) -> tuple[np.ndarray, str | None]:
-        if rng is None:
-            clip = next(iter_clips(path, cfg.num_frames, _read_size(cfg), cfg.fps, backend=cfg.backend))
-        else:
-            clip = read_clip_at(path, rng.random(), cfg.num_frames, _read_size(cfg), cfg.fps, cfg.backend)
-        return clip.frames_THWC, None
-
-    return frames
-
-
-def _stored(path: str, index: int, cfg: DataConfig) -> _Draw:
-    """Our own packed clip; with augmentation at its full side, so that a crop has room."""
-
-    def frames(rng: np.random.Generator | None) -> tuple[np.ndarray, str | None]:
-        store = open_store(path)
-        frames_THWC = store.frames(index)
-        if rng is None or cfg.crop_scale == 1:
-            frames_THWC = resize_center_crop(frames_THWC, cfg.size)
-        return frames_THWC, store.clips[index].kind
-
-    return frames
-
-
-def _file(path: Path, cfg: DataConfig) -> _Draw:
-    """Anybody's files: a separate process decodes, so a crash or a hang costs one clip."""
-
-    def frames(rng: np.random.Generator | None) -> tuple[np.ndarray, str | None]:
-        position = 0.0 if rng is None else rng.random()
-        clip = decode_clip_at(path, position, cfg.num_frames, _read_size(cfg), cfg.fps, cfg.backend)
-        return clip.frames_THWC, None
-
-    return frames
-
-
-def _rendered(kind: str, split: str, index: int, cfg: DataConfig) -> _Item:
-    """Scene `index`, or with augmentation a fresh one of the same kind or class each time."""
-    render, turns, labelled, _ = _RENDERERS[kind]
-
-    def frames(rng: np.random.Generator | None) -> tuple[np.ndarray, str | None]:
-        seed = index if rng is None else index + len(turns) * int(rng.integers(1, 2**31))
-        return render(seed, split, _read_size(cfg), cfg.num_frames)
-
-    label = turns[index % len(turns)] if labelled else None
-    return _Item(f"{kind}/{split}/{index:06d}", label, frames)
 
 
 def _augment(frames_THWC: np.ndarray, cfg: DataConfig, rng: np.random.Generator) -> np.ndarray:

@@ -7,11 +7,13 @@ The state of the loader is three integers: seed, step, global batch size. Nothin
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,15 +23,17 @@ from tokenizer.common.errors import UserError
 from tokenizer.data.clips import ClipDataset, ClipSample
 from tokenizer.data.video_io import rng_for
 
+_BATCHES_AHEAD = 2  # of each worker: the default of DataLoader
+
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """B clips, float32 [B, C, T, H, W] in [0, 1], with name, label and kind of each (None where unknown).
+    """B clips, uint8 [B, C, T, H, W], with name, label and kind of each (None if unknown).
 
     `unreadable` names the damaged files (with reasons) that were met for this batch, or before the first one.
     """
 
-    video_BCTHW: torch.Tensor
+    frames_BCTHW: torch.Tensor
     names: list[str]
     labels: list[str | None]
     kinds: list[str | None]
@@ -38,7 +42,18 @@ class ClipBatch:
 
     def pin_memory(self) -> ClipBatch:
         """The same in memory that a GPU can fetch by itself while the last step still runs; called by DataLoader."""
-        return replace(self, video_BCTHW=self.video_BCTHW.pin_memory())
+        return replace(self, frames_BCTHW=self.frames_BCTHW.pin_memory())
+
+    @property
+    def video_BCTHW(self) -> torch.Tensor:
+        """float32 in [0, 1], on the CPU."""
+        return self.video("cpu")
+
+    def video(self, device: torch.device | str) -> torch.Tensor:
+        """float32 in [0, 1] on `device`; bytes travel there, a quarter of the numbers."""
+        frames_BCTHW = self.frames_BCTHW.to(device, non_blocking=True)
+        # 255 as a tensor: CUDA would multiply by a rounded 1/255, and values would differ from those of the CPU
+        return frames_BCTHW.to(torch.float32).div_(torch.tensor(255.0, device=frames_BCTHW.device))
 
     def split(self, num_parts: int) -> list[ClipBatch]:
         """Parts of equally many clips, in order."""
@@ -46,7 +61,7 @@ class ClipBatch:
         cuts = [slice(part * size, (part + 1) * size) for part in range(num_parts)]
         return [
             ClipBatch(
-                self.video_BCTHW[cut],
+                self.frames_BCTHW[cut],
                 self.names[cut],
                 self.labels[cut],
                 self.kinds[cut],
@@ -89,6 +104,9 @@ def batches(
         parts = shares(batch_size, num_ranks * accumulate, None if costs is None else costs(step))
         return list(itertools.chain(*parts[rank * accumulate : (rank + 1) * accumulate]))
 
+    if num_workers:
+        clip_bytes = 3 * dataset.cfg.num_frames * dataset.cfg.size**2
+        check_shared_memory(batch_size // num_ranks * clip_bytes, num_workers)
     loader = DataLoader(
         _Keyed(dataset),
         batch_sampler=_StepSampler(len(dataset), batch_size, seed, start_step, steps, own_places),
@@ -105,9 +123,23 @@ def batches(
         before = {}
 
 
-def epoch_order(num_clips: int, seed: int, epoch: int) -> list[int]:
-    """The order of one epoch: each index once, shuffled by (seed, epoch)."""
-    return rng_for(seed, "order", epoch).permutation(num_clips).tolist()
+def check_shared_memory(batch_bytes: int, num_workers: int, folder: str = "/dev/shm") -> None:
+    """UserError if the batches that data workers hand over may not fit into shared memory."""
+    if not os.path.isdir(folder):  # macOS: no such limit
+        return
+    facts = os.statvfs(folder)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this machine share it
+    needed, free = batch_bytes * (_BATCHES_AHEAD * num_workers + 1) * here, facts.f_bavail * facts.f_frsize
+    if needed > free:
+        raise UserError(
+            f"{folder} has {free / 2**20:.0f} MiB free, and {num_workers} data workers may fill {needed / 2**20:.0f} "
+            "MiB: enlarge it (docker run --shm-size=8g), or set run.num_workers=0 or a smaller run.batch_size"
+        )
+
+
+def epoch_order(num_clips: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one epoch, int64 [num_clips]: each index once, shuffled by (seed, epoch)."""
+    return rng_for(seed, "order", epoch).permutation(num_clips)
 
 
 class _StepSampler:
@@ -135,7 +167,7 @@ class _StepSampler:
         first_epoch, skip = divmod(self.start_step * self.batch_size, self.num_clips)
         for epoch in itertools.count(first_epoch):
             for index in epoch_order(self.num_clips, self.seed, epoch)[skip:]:
-                yield index, epoch
+                yield int(index), epoch
             skip = 0
 
 
@@ -153,7 +185,7 @@ class _Keyed(Dataset[tuple[int, ClipSample]]):
 def _collate(batch_size: int, placed: list[tuple[int, ClipSample]]) -> ClipBatch:
     samples = [sample for _, sample in placed]
     return ClipBatch(
-        video_BCTHW=torch.stack([sample.video_CTHW for sample in samples]),
+        frames_BCTHW=torch.stack([sample.frames_CTHW for sample in samples]),
         names=[sample.name for sample in samples],
         labels=[sample.label for sample in samples],
         kinds=[sample.kind for sample in samples],

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizer.common.errors import UserError
-from tokenizer.data.video_io import VIDEO_SUFFIXES, display_name
+from tokenizer.data.files import VIDEO_SUFFIXES, display_name, this_is_a_list
 
 _FIELDS = ("path", "label", "sha256")
+_SEPARATORS = {"\t": "tabs", ";": "';'", "|": "'|'", " ": "spaces"}  # of lists that are no manifests
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -124,6 +125,11 @@ def _header(manifest: Path, first: list[str], needed: str) -> list[str] | None:
     if needed == "path" and len(first) == 1 and first[0].lower().endswith(VIDEO_SUFFIXES):
         return None
     found = ", ".join(first)[:80] or "nothing"
+    if len(first) == 1 and (separator := next((key for key in _SEPARATORS if key in first[0]), None)):
+        raise UserError(
+            f"{_name(manifest)}: {this_is_a_list(needed)}; the cells of this one are separated by "
+            f"{_SEPARATORS[separator]}: {found!r}"
+        )
     raise UserError(f"{_name(manifest)}: needs a header with the column {needed} and at least one row; found {found!r}")
 
 

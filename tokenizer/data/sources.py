@@ -1,0 +1,286 @@
+"""What a data source gives: its clips by number. One small picklable object a source, none a clip.
+
+`find_source` reads the spelling (see `clips.py`); `RENDERERS` lists the kinds that are computed and not read.
+Letters: T frames, H W rows and columns, C colours.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from tokenizer.common.checkpoint import file_sha256
+from tokenizer.common.errors import UserError
+from tokenizer.data.bundled_clips import SPLITS, BundledVideo, bundled_videos
+from tokenizer.data.classed_scenes import CLASS_NAMES, render_classed_scene, render_duotone_scene
+from tokenizer.data.clip_store import is_store, open_store
+from tokenizer.data.doom import MOTIONS, STEADY_MOTIONS, render_doom_walk, render_steady_walk
+from tokenizer.data.doom import SPLITS as DOOM_SPLITS
+from tokenizer.data.files import Span, display_name, list_videos
+from tokenizer.data.manifest_table import read_rows
+from tokenizer.data.safe_decode import decode_clip_at
+from tokenizer.data.scenes import KINDS, render_scene
+from tokenizer.data.shards import is_shard_source, shard_files, shard_table
+from tokenizer.data.video_io import DecodedClip, iter_clips, read_clip_at, resize_center_crop
+from tokenizer.data.video_table import KEPT_BYTES, Strings, VideoTable, kept_table
+
+
+class Renderer(NamedTuple):
+    """How a scene is rendered from (seed, split, size, frames), and what takes turns in consecutive seeds."""
+
+    render: Callable[[int, str, int, int], tuple[np.ndarray, str]]
+    turns: Sequence[str]
+    labelled: bool  # whether these are classes
+    splits: Sequence[str] = SPLITS
+
+
+RENDERERS = {
+    "synthetic": Renderer(render_scene, KINDS, labelled=False),
+    "classed": Renderer(render_classed_scene, CLASS_NAMES, labelled=True),
+    "duotone": Renderer(render_duotone_scene, CLASS_NAMES, labelled=True),
+    "doom": Renderer(render_doom_walk, MOTIONS, labelled=True, splits=DOOM_SPLITS),
+    "steady_doom": Renderer(render_steady_walk, STEADY_MOTIONS, labelled=True, splits=DOOM_SPLITS),
+}
+
+
+class Wanted(NamedTuple):
+    """The form of the clips: frames, side of the square that is decoded, frame rate, video reader.
+
+    cropped: whether a random crop follows, which a stored clip then leaves room for.
+    """
+
+    num_frames: int
+    side: int
+    fps: float | None
+    backend: str
+    cropped: bool
+
+
+class Drawn(NamedTuple):
+    """uint8 [T, H, W, C], the kind of a rendered scene, and what of a file is not handled."""
+
+    frames_THWC: np.ndarray
+    kind: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Source(Protocol):
+    """The clips of one source, numbered from 0."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, number: int) -> str:
+        """Unique within the source, but for files that are listed twice."""
+        ...
+
+    def label(self, number: int) -> str | None: ...
+
+    def file(self, number: int) -> tuple[Path, Span | None] | None:
+        """The user's file that holds a clip; None for clips of ours."""
+        ...
+
+    def draw(self, number: int, wanted: Wanted, rng: np.random.Generator | None) -> Drawn:
+        """The plain clip, or with a generator a random one of the video or scene. VideoError if it cannot be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class VideoFiles:
+    """Files of a folder or a manifest, or members of a tar file. A separate process decodes them."""
+
+    folder: Path
+    table: VideoTable
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def name(self, number: int) -> str:
+        if self.table.keys is None:
+            return display_name(self.table.path(number))
+        return f"{display_name(Path(self.table.path(number)).name)}/{self.table.keys[number]}"
+
+    def label(self, number: int) -> str | None:
+        return self.table.label(number)
+
+    def file(self, number: int) -> tuple[Path, Span | None]:
+        return self.folder / self.table.path(number), self.table.span(number)
+
+    def draw(self, number: int, wanted: Wanted, rng: np.random.Generator | None) -> Drawn:
+        path, span = self.file(number)
+        position = 0.0 if rng is None else rng.random()
+        clip = decode_clip_at(
+            path, position, wanted.num_frames, wanted.side, wanted.fps, wanted.backend, any_phase=rng is not None,
+            span=span,
+        )  # fmt: skip
+        return Drawn(clip.frames_THWC, None, clip.notes)
+
+
+@dataclass(frozen=True)
+class BundledClips:
+    """The clips that come with the package. They are trusted and decoded in this process."""
+
+    split: str
+    numbers: range
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, number: int) -> str:
+        return f"bundled/{self._video(number).path.name}"
+
+    def label(self, number: int) -> str | None:
+        return self._video(number).label
+
+    def file(self, number: int) -> None:
+        return None
+
+    def draw(self, number: int, wanted: Wanted, rng: np.random.Generator | None) -> Drawn:
+        path = self._video(number).path
+        clip: DecodedClip
+        if rng is None:
+            clip = next(iter_clips(path, wanted.num_frames, wanted.side, wanted.fps, backend=wanted.backend))
+        else:
+            clip = read_clip_at(
+                path, rng.random(), wanted.num_frames, wanted.side, wanted.fps, wanted.backend, any_phase=True
+            )
+        return Drawn(clip.frames_THWC)
+
+    def _video(self, number: int) -> BundledVideo:
+        return bundled_videos(self.split)[self.numbers[number]]
+
+
+@dataclass(frozen=True)
+class RenderedScenes:
+    """Scenes of one kind; with a generator a fresh scene of the same kind or class each time."""
+
+    kind: str
+    split: str
+    numbers: range
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, number: int) -> str:
+        return f"{self.kind}/{self.split}/{self.numbers[number]:06d}"
+
+    def label(self, number: int) -> str | None:
+        renderer = RENDERERS[self.kind]
+        return renderer.turns[self.numbers[number] % len(renderer.turns)] if renderer.labelled else None
+
+    def file(self, number: int) -> None:
+        return None
+
+    def draw(self, number: int, wanted: Wanted, rng: np.random.Generator | None) -> Drawn:
+        renderer, seed = RENDERERS[self.kind], self.numbers[number]
+        if rng is not None:
+            seed += len(renderer.turns) * int(rng.integers(1, 2**31))
+        return Drawn(*renderer.render(seed, self.split, wanted.side, wanted.num_frames))
+
+
+@dataclass(frozen=True)
+class StoredClips:
+    """Clips of a file that `pack.py` wrote, at the size they were packed with."""
+
+    path: str
+    numbers: range
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, number: int) -> str:
+        return open_store(self.path).clips[self.numbers[number]].name
+
+    def label(self, number: int) -> str | None:
+        return open_store(self.path).clips[self.numbers[number]].label
+
+    def file(self, number: int) -> None:
+        return None
+
+    def draw(self, number: int, wanted: Wanted, rng: np.random.Generator | None) -> Drawn:
+        store = open_store(self.path)
+        frames_THWC = store.frames(self.numbers[number])
+        if rng is None or not wanted.cropped:
+            frames_THWC = resize_center_crop(frames_THWC, wanted.side)
+        return Drawn(frames_THWC, store.clips[self.numbers[number]].kind)
+
+
+def find_sources_of(source: str, num_frames: int, size: int) -> list[Source]:
+    """The clips that a spelling names, see `clips.py`; a row of shards gives one source each.
+
+    num_frames, size: what a packed file must hold. Raises UserError for a source that does not exist or is misspelt.
+    """
+    kind = source.partition(":")[0]
+    if kind == "bundled":
+        return [BundledClips(*_part(source))]
+    if kind in RENDERERS:
+        return [RenderedScenes(kind, *_part(source))]
+    if is_store(kind):
+        return [_stored(source, num_frames, size)]
+    if is_shard_source(source):
+        return [VideoFiles(Path("/"), shard_table(file)) for file in shard_files(source)]
+    path = Path(source)
+    if path.suffix.lower() == ".csv":
+        return [VideoFiles(path.absolute().parent, manifest_table(path))]
+    folder = path.absolute().parent  # names begin with the folder or file that was given
+    videos = (str(video.absolute().relative_to(folder)) for video in list_videos(path))
+    return [VideoFiles(folder, VideoTable.of((video, "", "", None) for video in videos))]
+
+
+def manifest_table(manifest: Path) -> VideoTable:
+    """The rows of a manifest. Whether the files are there shows when they are read."""
+
+    def build() -> VideoTable:
+        return VideoTable.of((row.path, row.label, "", None) for row in read_rows(manifest))
+
+    if not manifest.is_file() or manifest.stat().st_size < KEPT_BYTES:
+        return build()
+    return kept_table(manifest, file_sha256(manifest)[:16], build)
+
+
+def name_hashes(source: Source) -> np.ndarray:
+    """uint64, one for each clip: equal for equal names."""
+    if isinstance(source, VideoFiles) and source.table.keys is None:
+        return source.table.paths.hashes()
+    return Strings.of(source.name(number) for number in range(len(source))).hashes()
+
+
+def side_to_read(size: int, crop_scale: float, augment: bool) -> int:
+    """Side of the square that is decoded: just large enough that a random crop of it is never scaled up."""
+    return math.ceil(size / crop_scale) if augment else size
+
+
+def _part(source: str) -> tuple[str, range]:
+    """ "kind:split:N" or "kind:split:A-B" -> the split and the numbers of its clips; "bundled:split" has all."""
+    kind = source.partition(":")[0]
+    splits = RENDERERS[kind].splits if kind in RENDERERS else SPLITS
+    match = re.fullmatch(rf"(\w+):({'|'.join(splits)})(?::(?:(\d+)-)?(\d+))?", source)
+    if match and (match[4] or kind == "bundled"):
+        last = len(bundled_videos(match[2])) if kind == "bundled" else int(match[4])
+        numbers = range(int(match[3] or 0), min(last, int(match[4] or last)))
+        if numbers:
+            return match[2], numbers
+    plain = ", ".join(f"{kind}:{split}" + (":N" if kind in RENDERERS else "") for split in splits)
+    raise UserError(f"data source {source!r}: expected {plain} or {kind}:train:A-B (number A up to B - 1)")
+
+
+def _stored(source: str, num_frames: int, size: int) -> StoredClips:
+    """Clips of a packed file, all or those of "FILE:N" or "FILE:A-B"."""
+    path, _, part = source.partition(":")
+    store = open_store(path)
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)", part or str(len(store)))
+    numbers = range(int(match[1] or 0), int(match[2])) if match else range(0)
+    if not numbers or numbers[-1] >= len(store):
+        raise UserError(f"data source {source!r}: {path} holds {len(store)} clips; expected {path}:N or {path}:A-B")
+    frames, side = store.shape[:2]
+    if frames != num_frames or side < size:
+        raise UserError(
+            f"{path} holds clips of {frames} frames of {side}x{side}, not {num_frames} of at least {size}: "
+            f"pack it with --num-frames {num_frames} --size {size}"
+        )
+    return StoredClips(path, numbers)

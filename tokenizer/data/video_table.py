@@ -1,0 +1,196 @@
+"""Millions of videos in a few arrays: the paths as one block of bytes, the labels as numbers.
+
+A video takes the bytes of its path and 12 more (28 in a tar shard); nothing is an object of its own, so forked workers
+share all of it. A large table is kept in a folder beside the manifest or shard it was made from, named by the content
+of that file: the first process builds it, all others map it into memory.
+Letters: R videos.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from tokenizer.common.errors import UserError
+from tokenizer.common.work_units import lock
+from tokenizer.data.files import Span, display_name
+
+KEPT_BYTES = 16 << 20  # the table of a smaller manifest is built anew by every process, in a second or less
+_HASHED_ROWS = 1 << 16
+_VERSION = 1
+
+log = logging.getLogger(__name__)
+
+
+class _Packed:
+    """Strings on the way into `Strings`."""
+
+    def __init__(self, strings: Iterable[str] = ()) -> None:
+        self._block, self._ends = bytearray(), array("q")
+        for string in strings:
+            self.append(string)
+
+    def append(self, string: str) -> None:
+        self._block += string.encode("utf-8", "surrogateescape")
+        self._ends.append(len(self._block))
+
+    def columns(self, block: str, ends: str) -> dict[str, np.ndarray]:
+        """The two arrays under these names."""
+        return {block: np.frombuffer(self._block, np.uint8), ends: np.frombuffer(self._ends, np.int64)}
+
+
+class Strings(Sequence[str]):
+    """A list of strings as one block of UTF-8 bytes (surrogates for others) and where each ends, int64 [R]."""
+
+    def __init__(self, block: np.ndarray, ends: np.ndarray) -> None:
+        self.block, self.ends = block, ends
+
+    @classmethod
+    def of(cls, strings: Iterable[str]) -> Strings:
+        """Pack any number of strings."""
+        packed = _Packed(strings)
+        return cls(*packed.columns("block", "ends").values())
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        start = int(self.ends[index - 1]) if index else 0
+        return self.block[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+    def hashes(self) -> np.ndarray:
+        """uint64 [R]: equal strings have equal numbers, others different ones but for one chance in 2^64."""
+        result = np.empty(len(self), np.uint64)
+        for first in range(0, len(self), _HASHED_ROWS):
+            ends = self.ends[first : first + _HASHED_ROWS]
+            begin = int(self.ends[first - 1]) if first else 0
+            starts = np.concatenate([[begin], ends[:-1]]) - begin
+            place = np.arange(int(ends[-1]) - begin) - np.repeat(starts, np.diff(np.append(starts, ends[-1] - begin)))
+            powers = np.cumprod(np.full(int(place.max()) + 1, 0x9E3779B97F4A7C15, np.uint64))
+            terms = (self.block[begin : ends[-1]].astype(np.uint64) + np.uint64(1)) * powers[place]
+            result[first : first + len(ends)] = np.add.reduceat(terms, starts)
+        return result
+
+
+class VideoTable:
+    """R videos: `paths`, `label(i)`, and for members of tar files `span(i)`; in memory or mapped from a folder.
+
+    paths: as the manifest writes them, or of the tar file. keys: names within the tar files; None for plain files.
+    """
+
+    def __init__(self, columns: dict[str, np.ndarray], folder: Path | None = None) -> None:
+        self._columns, self._folder = columns, folder
+        self.paths = Strings(columns["paths"], columns["path_ends"])
+        self._labels = Strings(columns["labels"], columns["label_ends"])
+        self.keys = Strings(columns["keys"], columns["key_ends"]) if "keys" in columns else None
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[str, str, str, Span | None]]) -> VideoTable:
+        """From (path, label or "", key in a tar file or "", its span) of each video; streams through `rows`."""
+        codes, paths, keys, spans = array("i"), _Packed(), _Packed(), array("q")
+        labels: dict[str, int] = {}
+        shards: dict[str, int] = {}
+        for path, label, key, span in rows:
+            codes.append(labels.setdefault(label, len(labels)) if label else -1)
+            if span is None:
+                paths.append(path)
+            else:
+                spans.extend((shards.setdefault(path, len(shards)), *span))
+                keys.append(key)
+        columns: dict[str, np.ndarray] = {"codes": np.frombuffer(codes, np.int32)}
+        if shards:
+            columns["spans"] = np.frombuffer(spans, np.int64).reshape(-1, 3)
+            columns |= keys.columns("keys", "key_ends")
+            paths = _Packed(shards)
+        return cls(columns | paths.columns("paths", "path_ends") | _Packed(labels).columns("labels", "label_ends"))
+
+    def __len__(self) -> int:
+        return len(self._columns["codes"])
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all columns."""
+        return sum(column.nbytes for column in self._columns.values())
+
+    def path(self, row: int) -> str:
+        """The file that holds a video."""
+        return self.paths[row if self.keys is None else int(self._columns["spans"][row, 0])]
+
+    def label(self, row: int) -> str | None:
+        """The class of a video, None if it has none."""
+        code = int(self._columns["codes"][row])
+        return None if code < 0 else self._labels[code]
+
+    def span(self, row: int) -> Span | None:
+        """Where in its tar file a video is."""
+        return None if self.keys is None else Span(*map(int, self._columns["spans"][row, 1:]))
+
+    def save(self, folder: Path) -> None:
+        """Write the columns into a new folder, which appears complete or not at all."""
+        aside = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            aside.mkdir()
+            for name, column in self._columns.items():
+                np.save(aside / f"{name}.npy", column)
+            os.rename(aside, folder)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    @classmethod
+    def load(cls, folder: Path) -> VideoTable:
+        """Map the columns of a folder into memory."""
+        return cls({file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}, folder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A mapped table goes to another process as the name of its folder."""
+        return (VideoTable.load, (self._folder,)) if self._folder else (VideoTable, (self._columns,))
+
+
+def kept_table(origin: Path, content: str, build: Callable[[], VideoTable]) -> VideoTable:
+    """The table of `origin`, mapped from beside it if there is one of this `content`; else built, and kept there.
+
+    Where the folder cannot be written the table stays in memory.
+    """
+    folder = origin.with_name(f".{origin.name}.index-{_VERSION}-{content}")
+    if folder.is_dir():
+        return VideoTable.load(folder)
+    try:
+        with lock(origin.with_name(f".{origin.name}.index.lock")):  # one process builds, the others wait for it
+            if not folder.is_dir():
+                for outdated in origin.parent.glob(f".{_escaped(origin.name)}.index-*"):
+                    shutil.rmtree(outdated, ignore_errors=True)
+                build().save(folder)
+        return VideoTable.load(folder)
+    except OSError as error:
+        log.warning("%s: its index is not kept (%s); every process builds it anew", display_name(origin), error)
+        return build()
+
+
+def _escaped(name: str) -> str:
+    """The name with the wildcards of `glob` taken literally."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def check_not_empty(table: VideoTable, origin: Path) -> VideoTable:
+    """UserError for a table without a video."""
+    if not len(table):
+        raise UserError(f"{display_name(origin)}: holds no video")
+    return table
