@@ -171,3 +171,17 @@ def test_a_lower_precision_says_how_many_choices_stay(proxy: Path, tmp_path: Pat
         curate(proxy, tmp_path / "none", precision="bf16")
     with pytest.raises(UserError, match="precision='half'"):
         curate(proxy, tmp_path / "half", precision="half")
+
+
+def test_a_video_that_changed_since_it_was_scored_is_refused(proxy: Path, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    for name, number in (("a", 0), ("b", 1)):
+        (tmp_path / f"videos/{name}.mp4").write_bytes(bundled_videos("heldout")[number].path.read_bytes())
+    data = DataConfig(sources=[str(tmp_path / "videos"), "synthetic:heldout:1"], size=32, augment=False)
+    work = curate(proxy, tmp_path / "out", data=data)
+    assert work.run()
+    table = QualityTable.load(work.table_path)
+    assert [bool(file) for file in table.files] == [True, True, False]
+    (tmp_path / "videos/b.mp4").write_bytes(bundled_videos("heldout")[2].path.read_bytes())
+    with pytest.raises(UserError, match="videos/b.mp4 has changed since it was scored"):
+        work.merge()

@@ -53,3 +53,13 @@ def test_what_is_drawn_for_a_clip_does_not_depend_on_who_draws() -> None:
 
     for whole, part in zip(views(both), views(last), strict=True):
         assert torch.equal(whole[2:], part)
+
+
+def test_whole_frames_are_turned_without_interpolation() -> None:
+    """Bit for bit, and the same views as the general path gives."""
+    clips, places = random_clips(64), Places(list(range(64)), 64)
+    exact, general = (
+        zoom_and_turn(clips, scale, True, True, torch.Generator().manual_seed(3), places) for scale in (1.0, 1 - 1e-7)
+    )
+    torch.testing.assert_close(exact, general, atol=1e-3, rtol=0)
+    assert set(exact.flatten().tolist()) == set(clips.flatten().tolist())

@@ -20,10 +20,13 @@ from tokenizer.common.errors import UserError
 from tokenizer.data import sources, video_table
 from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset, build_datasets
 from tokenizer.data.files import Span
+from tokenizer.data.frame_cache import FrameCache
 from tokenizer.data.loader import batches, check_shared_memory
 from tokenizer.data.manifest_table import ManifestRow, write_rows
-from tokenizer.data.video_io import list_videos, write_video
+from tokenizer.data.video_io import VideoError, list_videos, write_video
 from tokenizer.data.video_table import Strings, VideoTable
+from tokenizer.router.reward import QualityTable
+from tokenizer.router.train import TableClips
 
 SMALL = {"num_frames": 4, "size": 16, "augment": False}
 
@@ -198,3 +201,39 @@ def test_lists_of_other_forms_are_called_what_they_are(tmp_path: Path, name: str
         build_dataset(DataConfig([str(tmp_path / name)], **SMALL))
     with pytest.raises(UserError, match="this is a list of videos"):
         list_videos(tmp_path / name)
+
+
+def _table(dataset: ClipDataset, with_files: bool = True) -> QualityTable:
+    score = torch.rand(len(dataset), 9, generator=torch.Generator().manual_seed(0))
+    files = [dataset.fingerprint(i) for i in range(len(dataset))] if with_files else []
+    return QualityTable(score, score.clone(), score.clone(), dataset.names, (2, 4, 8), 2, {}, files)
+
+
+def test_a_table_finds_its_own_clips_among_others_of_their_names(two: list[str], tmp_path: Path) -> None:
+    config = DataConfig(two, **SMALL)
+    _table(build_dataset(config)).save(tmp_path / "table.safetensors")
+    table = QualityTable.load(tmp_path / "table.safetensors")
+    clips = TableClips(config, 0, table, "table")
+    clips.keep_in(tmp_path / "kept")
+    assert [level_of(clips, i) for i in range(4)] == [50, 51, 150, 151]
+    grey(Path(two[1]) / "0000.mp4", 99)
+    assert [level_of(clips, i) for i in range(4)] == [50, 51, 150, 151], "kept clips are the ones that were rated"
+    with pytest.raises(VideoError, match="not the file that was rated"):
+        TableClips(config, 0, table, "table").get_this(2)
+    assert level_of(TableClips(config, 0, _table(build_dataset(config), with_files=False), "old table"), 2) == 99
+
+
+def test_kept_frames_come_back_and_damage_is_decoded_again(tmp_path: Path) -> None:
+    clip = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 5), np.uint8)
+    cache = pickle.loads(pickle.dumps(FrameCache(tmp_path, 3, clip.shape, {"a": 1})))
+    assert cache.get(1) is None
+    cache.put(1, clip)
+    again = FrameCache(tmp_path, 3, clip.shape, {"a": 1})
+    np.testing.assert_array_equal(again.get(1), clip)
+    assert (
+        again.get(0) is None and again.get(2) is None and FrameCache(tmp_path, 3, clip.shape, {"a": 2}).get(1) is None
+    )
+    with open(cache.path, "r+b") as file:
+        file.seek(cache.path.stat().st_size - 1)
+        file.write(bytes([clip.flat[-1] ^ 1]))
+    assert cache.get(1) is None

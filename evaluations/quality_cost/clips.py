@@ -6,7 +6,7 @@ Letters: C T H W of a clip.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def clips_of_flags(args: argparse.Namespace, config: TokenizerConfig, stored: Qu
     dataset = dataset if args.max_clips is None else dataset.first(args.max_clips)
     read = _or_stop(dataset.names, lambda index: dataset.get_this(index).video_CTHW)
     contents = [fingerprint(path) for source in data.sources for path in _files_of(source)]
-    return CurveClips(dataset.names, contents, read, {"data": to_dict(dataset.cfg)})
+    return CurveClips(list(dataset.names), contents, read, {"data": to_dict(dataset.cfg)})
 
 
 def _files_of(source: str) -> list[Path]:
@@ -108,7 +108,7 @@ def _files_of(source: str) -> list[Path]:
     return list_videos(source) if Path(source).exists() else []
 
 
-def _or_stop(names: list[str], read: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+def _or_stop(names: Sequence[str], read: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
     """A curve compares equal clips, so one that cannot be read ends it."""
 
     def checked(index: int) -> Tensor:

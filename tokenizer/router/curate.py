@@ -46,7 +46,7 @@ from tokenizer.common.device import autocast, generator_for, pick_device, pick_d
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.image_quality import psnr_of_mse
 from tokenizer.common.work_units import WorkUnits, claim_folder
-from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
+from tokenizer.data.clips import NO_FILE, ClipDataset, DataConfig, build_dataset
 from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
@@ -184,10 +184,12 @@ class Curation:
         """Put the finished units together, in order."""
         tables = [QualityTable.load(path) for path in self.units.paths]
         names = [name for table in tables for name in table.names]
+        files = [file for table in tables for file in table.files or [NO_FILE] * len(table)]
+        self._check_unchanged(dict(zip(names, files, strict=True)))
         lpips_BA, psnr_BA, mse_BA = (
             torch.cat([getattr(table, key) for table in tables]) for key in ("lpips_BA", "psnr_BA", "mse_BA")
         )
-        self._table((lpips_BA, psnr_BA, mse_BA), names).save(self.table_path)
+        self._table((lpips_BA, psnr_BA, mse_BA), names, files).save(self.table_path)
         missing = sorted(set(self.dataset.names) - set(names))
         atomic_write(self.folder / "skipped.json", json.dumps(missing, indent=1).encode())
         print(
@@ -202,21 +204,21 @@ class Curation:
         self._scored(unit).save(self.units.path(unit))
 
     def _scored(self, unit: int) -> QualityTable:
-        """Clips that cannot be read are left out here and counted when the table is merged."""
+        """Score one unit. Clips that cannot be read are left out here and counted when the table is merged."""
         size = self.config.clips_per_unit
         wanted = range(unit * size, min((unit + 1) * size, len(self.dataset)))
-        found = ((self.dataset.names[i], self.dataset.get(i)) for i in wanted)
-        clips = [clip for name, clip in found if clip.name == name]  # the data set gives the next clip for a bad one
-        names = [clip.name for clip in clips]
+        found = list(self.dataset.readable(wanted))
+        clips, names = [clip for _, clip in found], [clip.name for _, clip in found]
+        files = [self.dataset.fingerprint(i) for i, _ in found]
         if not clips:
             nothing = torch.empty(0, self.space.num_rows)
-            return self._table((nothing, nothing, nothing), names)
+            return self._table((nothing, nothing, nothing), names, files)
         video_BCTHW = torch.stack([clip.video_CTHW for clip in clips]).to(self.tokenizer.device)
         with autocast(self.tokenizer.device, self.config.precision):
-            table = self._table(self._score(video_BCTHW, unit), names)
+            table = self._table(self._score(video_BCTHW, unit), names, files)
         if self.config.precision != "none" and self._unchecked:
             self._unchecked = False
-            line = equal_choices(table, self._table(self._score(video_BCTHW, unit), names))
+            line = equal_choices(table, self._table(self._score(video_BCTHW, unit), names, files))
             print(f"{self.config.precision} against fp32, {line}", flush=True)
         return table
 
@@ -226,8 +228,16 @@ class Curation:
         # of the unit alone, so that the table has the same bytes however the work was shared
         return self.scorer.tree(video_BCTHW, self.config.children, generator_for(0, "children", unit))
 
-    def _table(self, scores: Scores, names: list[str]) -> QualityTable:
-        return QualityTable(*scores, names, self.space.levels, self.space.num_blocks, self._meta())
+    def _table(self, scores: Scores, names: list[str], files: list[str]) -> QualityTable:
+        return QualityTable(*scores, names, self.space.levels, self.space.num_blocks, self._meta(), files)
+
+    def _check_unchanged(self, rated: dict[str, str]) -> None:
+        """UserError if a file is not the one that was scored. rated: name -> fingerprint."""
+        for index, name in enumerate(self.dataset.names):
+            if rated.get(name) and self.dataset.fingerprint(index) != rated[name]:
+                raise UserError(
+                    f"{name} has changed since it was scored: remove {self.units.folder} and score its clips again"
+                )
 
     def _meta(self) -> dict[str, Any]:
         c, names = self.config, "\0".join(self.dataset.names).encode("utf-8", "surrogateescape")

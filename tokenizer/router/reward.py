@@ -133,9 +133,14 @@ class QualityTable:
     levels: tuple[int, ...]
     num_blocks: int
     meta: dict[str, Any] = field(default_factory=dict)
+    files: list[str] = field(
+        default_factory=list
+    )  # fingerprint of each clip's file, "" for clips of ours; may be empty
 
     def __post_init__(self) -> None:
         want = (len(self.names), self.space.num_rows)
+        if self.files and len(self.files) != len(self.names):
+            raise UserError(f"quality table: {len(self.files)} fingerprints for {len(self.names)} clips")
         for name in ("lpips_BA", "psnr_BA", "mse_BA"):
             if tuple(getattr(self, name).shape) != want:
                 raise UserError(f"quality table: {name} is {list(getattr(self, name).shape)}, not {list(want)}")
@@ -154,7 +159,10 @@ class QualityTable:
 
     def save(self, path: str | Path) -> None:
         """One .safetensors file, written aside and renamed; equal tables give equal bytes."""
-        facts = {"levels": list(self.levels), "num_blocks": self.num_blocks, "names": self.names, "meta": self.meta}
+        facts = {"levels": list(self.levels), "num_blocks": self.num_blocks, "meta": self.meta}
+        facts["names"] = list(self.names)
+        if any(self.files):
+            facts["files"] = self.files
         facts["scenes"] = SCENES
         tensors = {"lpips": self.lpips_BA, "psnr": self.psnr_BA, "mse": self.mse_BA}
         # one metadata key: safetensors writes several in random order, and equal tables would differ in their bytes

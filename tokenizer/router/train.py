@@ -26,7 +26,9 @@ if __name__ == "__main__":
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +40,9 @@ from tokenizer.common.device import generator_for
 from tokenizer.common.distributed import Places
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset
+from tokenizer.data.frame_cache import FrameCache
 from tokenizer.data.loader import ClipBatch, batches
+from tokenizer.data.video_io import VideoError
 from tokenizer.frozen.weights import marked
 from tokenizer.model import parameters_by_part
 from tokenizer.router.model import Router, RouterConfig
@@ -75,22 +79,38 @@ def zoom_and_turn(
     mirrored_B2 = torch.zeros(num_clips, 2, dtype=torch.bool)  # along x and y
     if flip:
         mirrored_B2[:, 0] = torch.rand(num_clips, generator=generator) < 0.5
-    affine_B22 = torch.eye(2).repeat(num_clips, 1, 1)
+    swapped_B = torch.zeros(num_clips, dtype=torch.bool)
     if turns:
         mirrored_B2[:, 1] = torch.rand(num_clips, generator=generator) < 0.5
         swapped_B = torch.rand(num_clips, generator=generator) < 0.5
-        affine_B22[swapped_B] = affine_B22[swapped_B].flip(1)
+    if crop_scale == 1:  # whole frames: exact, and without interpolation
+        return _mirror(video_BCTHW, places.pick(mirrored_B2), places.pick(swapped_B))
+    affine_B22 = torch.eye(2).repeat(num_clips, 1, 1)
+    affine_B22[swapped_B] = affine_B22[swapped_B].flip(1)
     affine_B22 = affine_B22 * side_B[:, None, None] * torch.where(mirrored_B2, -1.0, 1.0)[..., None]
-    affine_B23 = torch.cat([affine_B22, shift_B2[..., None]], dim=2)
-    frames = video_BCTHW.flatten(1, 2)  # B C*T H W
-    grid = F.affine_grid(places.pick(affine_B23), list(frames.shape), align_corners=False)
+    affine_B23 = places.pick(torch.cat([affine_B22, shift_B2[..., None]], dim=2)).to(video_BCTHW.device)
+    frames = video_BCTHW.flatten(1, 2)  # [B, C * T, H, W]
+    grid = F.affine_grid(affine_B23, list(frames.shape), align_corners=False)  # [B, H, W, 2]
     return F.grid_sample(frames, grid, padding_mode="border", align_corners=False).view_as(video_BCTHW)
+
+
+def _mirror(video_BCTHW: Tensor, mirrored_B2: Tensor, swapped_B: Tensor) -> Tensor:
+    """Clips mirrored along x and y, then along the diagonal, each if asked."""
+    for axis, flag_B in ((-1, mirrored_B2[:, 0]), (-2, mirrored_B2[:, 1])):
+        if flag_B.any():
+            flag_B1111 = flag_B.to(video_BCTHW.device)[:, None, None, None, None]
+            video_BCTHW = torch.where(flag_B1111, video_BCTHW.flip(axis), video_BCTHW)
+    if swapped_B.any():
+        flag_B1111 = swapped_B.to(video_BCTHW.device)[:, None, None, None, None]
+        video_BCTHW = torch.where(flag_B1111, video_BCTHW.transpose(-1, -2), video_BCTHW)
+    return video_BCTHW
 
 
 def recolour(video_BCTHW: Tensor, generator: torch.Generator, places: Places) -> Tensor:
     """Each clip with its three colours in a random order and, with probability 1/2, as a negative. Pixels in [0, 1]."""
-    order_B3 = places.pick(torch.rand(places.total, 3, generator=generator).argsort(dim=1))
-    negative_B = places.pick(torch.rand(places.total, generator=generator) < 0.5)
+    device = video_BCTHW.device
+    order_B3 = places.pick(torch.rand(places.total, 3, generator=generator).argsort(dim=1)).to(device)
+    negative_B = places.pick(torch.rand(places.total, generator=generator) < 0.5).to(device)
     video_BCTHW = video_BCTHW.take_along_dim(order_B3[..., None, None, None], dim=1)
     return torch.where(negative_B[:, None, None, None, None], 1 - video_BCTHW, video_BCTHW)
 
@@ -102,7 +122,6 @@ def draw_patches(num_patches: int, share: float, generator: torch.Generator, pla
 
 
 WITHIN_WEIGHT = 4.0  # of the differences between a clip's rows, see quality_loss
-KEPT_BYTES = 1 << 29  # clips kept in memory after their first reading; all of a small table
 
 
 @dataclass
@@ -123,6 +142,7 @@ class RouterTrainConfig:
     colours: bool = False  # small tables: colours in any order, and negatives
     seen_patches: float = 1.0  # share of the patches that a training step shows; small tables: 0.1 to 0.25
     feature_cache: str = ""  # with model.stem = vjepa2: a folder for the features, 4 MiB a clip
+    clip_cache: str = ""  # folder for the decoded clips, 768 KiB each at 16x128x128; default run.dir/clips
     table_sha256: str = ""  # of `table`; a run fills it in, so that it never resumes with other labels
 
     def __post_init__(self) -> None:
@@ -152,30 +172,41 @@ class RouterTrainConfig:
 class TableClips(ClipDataset):
     """The clips that a quality table rates, in its order and exactly as they were rated: never augmented here.
 
-    Raises UserError where the sources lack clips of the table.
+    A file whose content is not the one that was rated counts as unreadable. Raises UserError if the sources lack clips
+    of the table.
     """
 
     def __init__(self, config: DataConfig, seed: int, table: QualityTable, origin: str) -> None:
         found = build_dataset(replace(config, augment=False), seed)
-        index_of = {name: index for index, name in enumerate(found.names)}
+        wanted = set(table.names)
+        index_of = {name: index for index, name in enumerate(found.names) if name in wanted}
         missing = [name for name in table.names if name not in index_of]
         if missing:
             raise UserError(
                 f"{origin}: {len(missing)} of its {len(table.names)} clips, {missing[0]!r} first, are not among the "
                 f"{len(found)} of {', '.join(config.sources)}; give the sources the table was made from"
             )
-        super().__init__(found.cfg, seed, [found._items[index_of[name]] for name in table.names])
-        self._kept: dict[int, ClipSample] = {}
+        super().__init__(found.cfg, seed, found._parts, np.array([index_of[name] for name in table.names]))
+        self._files, self._facts = table.files, {"names": list(table.names), "files": table.files}
+        self._cache: FrameCache | None = None
+
+    def keep_in(self, folder: Path) -> None:
+        """Decode each clip once and keep it in `folder`, for later epochs and other processes."""
+        shape = (3, self.cfg.num_frames, self.cfg.size, self.cfg.size)
+        facts = {**self._facts, "fps": self.cfg.fps, "backend": self.cfg.backend, "sources": self.cfg.sources}
+        self._cache = FrameCache(folder, len(self), shape, facts)
 
     def _read(self, index: int, epoch: int, unreadable: dict[str, str]) -> ClipSample:
-        """Clip `index`, the same in every epoch. A small set is decoded once and then kept as bytes."""
-        kept = self._kept.get(index)
-        if kept is None:
-            sample = super()._read(index, epoch, {})
-            kept = replace(sample, video_CTHW=(sample.video_CTHW * 255).round().to(torch.uint8))
-            if (len(self._kept) + 1) * kept.video_CTHW.numel() <= KEPT_BYTES:
-                self._kept[index] = kept
-        return replace(kept, video_CTHW=kept.video_CTHW.float() / 255, unreadable=unreadable)
+        kept = None if self._cache is None else self._cache.get(index)
+        if kept is not None:
+            frames_CTHW = torch.from_numpy(kept)
+            return ClipSample(frames_CTHW, self.names[index], self.labels[index], None, unreadable)
+        if self._files and self._files[index] and self.fingerprint(index) != self._files[index]:
+            raise VideoError(self.names[index], "is not the file that was rated: its content has changed")
+        sample = super()._read(index, epoch, unreadable)
+        if self._cache is not None:
+            self._cache.put(index, sample.frames_CTHW.numpy())
+        return sample
 
 
 class RouterTraining:
@@ -220,7 +251,7 @@ class RouterTraining:
     def loss(self, batch: ClipBatch, step: int) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of the scores against the labels, soft or hard; of qualities the mean squared error."""
         config, data, device = self.config, self.config.data, self.state.device
-        video_BCTHW = batch.video_BCTHW
+        video_BCTHW = batch.video(device)
         generator, places = generator_for(config.run.seed, "augment", step), batch.places
         if data.augment:
             video_BCTHW = zoom_and_turn(video_BCTHW, data.crop_scale, data.flip, config.turns, generator, places)
@@ -230,7 +261,7 @@ class RouterTraining:
         if config.seen_patches < 1:
             seen_BK = draw_patches(config.model.num_places, config.seen_patches, generator, places).to(device)
         clip_B = [self.row_of[name] for name in batch.names]
-        logits_BA = self.state.model(self.stem(video_BCTHW.to(device)), seen_BK).float()
+        logits_BA = self.state.model(self.stem(video_BCTHW), seen_BK).float()
         if config.labels == "quality":
             return quality_loss(logits_BA, self.quality_SA[clip_B].to(device)), {**self.mark}
         loss = F.cross_entropy(logits_BA, self._labels(clip_B).to(device))
@@ -259,6 +290,8 @@ class RouterTraining:
     def fit(self) -> None:
         """Train to the end of `run.steps`, from wherever `run.dir` stands."""
         config = self.config
+        for clips in (self.clips, self.val_clips):
+            clips.keep_in(Path(config.clip_cache or f"{config.run.dir}/clips"))
         fit(config.run, to_dict(config), self.state, self.batches, self.train_step, self.validate)
 
     def rehearse(self) -> None:
