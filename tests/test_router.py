@@ -321,6 +321,7 @@ def test_a_clip_never_depends_on_its_batch_mates(router_file: Path, budget: str)
     together = router.scores(clips)
     assert torch.equal(together, torch.cat([router.scores(clip) for clip in clips.split(1)]))
     assert torch.equal(together.flip(0), router.scores(clips.flip(0)))
+    torch.testing.assert_close(router.scores(clips, together=True), together, rtol=1e-4, atol=1e-4)
     assert torch.allclose(together, router.model(clips), atol=1e-4)
     length_BN = router.assign(clips, budget, price=0.1)
     assert length_BN.shape == (6, 2) and length_BN.dtype == torch.int64

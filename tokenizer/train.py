@@ -105,7 +105,7 @@ def build_policy(config: PolicyConfig, tokenizer: TokenizerConfig, device: torch
             f"policy.router_sha256={config.router_sha256} is not that of {config.router_ckpt}, {router.sha256}"
         )
     config.router_sha256 = router.sha256
-    return lambda video_BCTHW, generator, places=None: router.assign(video_BCTHW)
+    return lambda video_BCTHW, generator, places=None: router.assign(video_BCTHW, together=device.type == "cuda")
 
 
 def _random(

@@ -50,33 +50,40 @@ class TrainedRouter:
         return self.model.space
 
     @torch.no_grad()
-    def scores(self, video_BCTHW: Tensor) -> Tensor:
+    def scores(self, video_BCTHW: Tensor, together: bool = False) -> Tensor:
         """Pixels in [0, 1] -> score_BA, float32 on the CPU; higher is better, differences within a clip count.
 
         Clip by clip: a matrix product rounds differently for other batch sizes, and two rows may be that close. So a
         score does not depend on the batch in its last bit either, nor on the precision of a training that asks: bf16
-        would make equals of near-best rows. Raises UserError for clips of another shape.
+        would make equals of near-best rows. `together`: all clips at once, for a training on a GPU, in which one by one
+        would take longer than the step and a tie may fall either way. Raises UserError for clips of another shape.
         """
         wanted = (3, self.config.num_frames, self.config.size, self.config.size)
         if video_BCTHW.ndim != 5 or tuple(video_BCTHW.shape[1:]) != wanted:
             raise UserError(f"{self.origin} reads clips of shape {wanted}, not {tuple(video_BCTHW.shape[1:])}")
         device = next(self.model.parameters()).device
+        parts = [video_BCTHW] if together else video_BCTHW.split(1)
         with autocast(device, "none"):
-            score_BA = torch.cat(
-                [self.model(self.stem(clip.to(device))).float().cpu() for clip in video_BCTHW.split(1)]
-            )
+            score_BA = torch.cat([self.model(self.stem(part.to(device))).float().cpu() for part in parts])
         if self.quality_weight is None:
             return score_BA
         return reward_of_quality(score_BA, self.space, self.quality_weight).float()
 
-    def assign(self, video_BCTHW: Tensor, budget: str | Budget = "router", price: float | None = None) -> Tensor:
+    def assign(
+        self,
+        video_BCTHW: Tensor,
+        budget: str | Budget = "router",
+        price: float | None = None,
+        together: bool = False,
+    ) -> Tensor:
         """length_BN, int64 on the CPU: the assignment of each clip under `budget` (forms: see tokenizer.budget).
 
-        `price` goes with `average:N`: what `find_price` returned for the scores of the whole set.
+        `price` goes with `average:N`: what `find_price` returned for the scores of the whole set. `together`: see
+        `scores`.
         """
         if isinstance(budget, str):
             budget = parse_budget(budget, self.space)
-        score_BA = self.scores(video_BCTHW) if budget.needs_router else None
+        score_BA = self.scores(video_BCTHW, together) if budget.needs_router else None
         return self.space.lengths_of(choose_rows(budget, score_BA, self.space, price, num_clips=len(video_BCTHW)))
 
 
