@@ -178,7 +178,7 @@ def test_precision_is_the_one_asked_for_even_under_autocast(
 def test_smallest_frames(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = perceptual._RECIPES[name]
     if recipe.trunk_file:
-        stages = recipe.build(recipe.blurred)
+        stages = recipe.build()
         trunk = torch.nn.ModuleList(torch.nn.Sequential(*stage) for stage in stages).state_dict()
         place_trunk(name, {f"features.{key}": value for key, value in trunk.items()}, tmp_path, monkeypatch)
     distance = load_perceptual(name, trunk_dir=tmp_path)

@@ -1,6 +1,6 @@
-"""Perceptual distance between frames: LPIPS and its shift-tolerant sibling, from weights already on the machine.
+"""Perceptual distance between frames: LPIPS and its shift-tolerant variant, from weights already on the machine.
 
-One module is the training loss, the metric, and the judge in curation, where the real side is computed once:
+One module is the training loss, the metric, and the score of curation, in which the real side is computed once:
 
     lpips = load_perceptual("stlpips_alex")
     real = lpips.features(frames_FCHW)
@@ -13,14 +13,17 @@ One module is the training loss, the metric, and the judge in curation, where th
 | lpips_alex   | AlexNet of torchvision             | heads: package lpips; trunk: a file of a folder  |
 | lpips_vgg    | VGG16 of torchvision (the paper's) | heads: package lpips; trunk: a file of a folder  |
 
-The packages are read as files and never imported. Numbers under different names must not be compared.
+`lpips` also brings the trunks' layers; stlpips_pytorch is read as files only. All weights are checked by sha256 and
+loaded with weights_only. Numbers under different names must not be compared.
 
 Letters: F frames, C channels, H height, W width, B clips, T frames of a clip.
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -36,11 +39,11 @@ Stages = list[list[nn.Module]]
 
 
 class PerceptualDistance(nn.Module):
-    """Frozen network whose distance grows with what a person sees; 0 for equal frames.
+    """Frozen network whose distance grows with the visible difference; 0 for equal frames (arXiv 1801.03924).
 
-    Frames come in [0, 1]; in here they are mapped to [-1, 1] and then standardised per channel as ImageNet was.
-    Values outside [0, 1] (a raw reconstruction) are taken as they are. Weights never receive gradients, and autocast
-    is off inside: the precision is the one asked of `load_perceptual`, wherever it is called from.
+    Frames are in [0, 1]; inside they are mapped to [-1, 1] and then standardised per channel as ImageNet was. Values
+    outside [0, 1] (a raw reconstruction) are not clamped. Weights never receive gradients, and autocast is off inside:
+    the precision is that of `load_perceptual`, wherever it is called from.
     """
 
     shift: Tensor
@@ -54,9 +57,9 @@ class PerceptualDistance(nn.Module):
         self.name = name
         self.min_side = min_side
         self.dtype = dtype
-        # Rounding the first layer's filters and pixels makes most of the error of bfloat16: it stays in float32.
+        # float32: rounding the filters and pixels of the first layer makes most of the error of bfloat16
         self.first = stages[0][0].float()
-        # channels_last is 1.4 times faster on a CPU: max-pooling and the blur run over contiguous channels.
+        # channels_last: 1.4 times faster on a CPU, since max-pooling and the blur run over contiguous channels
         self.stages = nn.ModuleList([stages[0][1:], *stages[1:]]).to(dtype)
         self.to(memory_format=torch.channels_last)
         self.heads = nn.ParameterList(heads)
@@ -75,24 +78,24 @@ class PerceptualDistance(nn.Module):
             raise UserError(f"{self.name} needs frames of at least {self.min_side} pixels a side, got {height}x{width}")
         maps = []
         with torch.autocast(image_FCHW.device.type, enabled=False):
-            x = ((2 * image_FCHW.float() - 1) - self.shift) / self.scale  # F 3 H W
+            x = ((2 * image_FCHW.float() - 1) - self.shift) / self.scale  # [F, 3, H, W]
             x = self.first(x.to(memory_format=torch.channels_last))
             for stage in self.stages:
-                x = stage(x.to(self.dtype))  # F C_i H_i W_i
-                maps.append(_to_unit_length(x.float()))
+                x = stage(x.to(self.dtype))  # [F, C_i, H_i, W_i]
+                maps.append(_to_unit_length(x.float()))  # float32: differences of unit vectors are small
         return maps
 
     def distance(self, feats_x: list[Tensor], feats_y: list[Tensor]) -> Tensor:
         """Distances [F] between two lists made by `features`.
 
-        `feats_y` may hold fewer frames, F / K of them: they are then met K times over, in order, so that K
-        reconstructions share the features of one original without copying them.
+        `feats_y` may hold fewer frames, F / K of them: each serves K times, in order, so that K reconstructions share
+        the features of one original without copies.
         """
         total_F = feats_x[0].new_zeros(len(feats_x[0]))
         for head, x, y in zip(self.heads, feats_x, feats_y, strict=True):
-            gap = (x.unflatten(0, (-1, len(y))) - y).flatten(0, 1).square()  # F C_i H_i W_i
+            gap = (x.unflatten(0, (-1, len(y))) - y).flatten(0, 1).square()  # [F, C_i, H_i, W_i]
             with torch.autocast(gap.device.type, enabled=False):
-                # Added one after the other: a sum over a stacked axis would round differently by the number of frames.
+                # One after the other: the rounding of a sum over a stacked axis would depend on the number of frames.
                 total_F = total_F + F.conv2d(gap, head).mean(dim=(1, 2, 3))
         return total_F
 
@@ -112,10 +115,10 @@ class PerceptualDistance(nn.Module):
 def load_perceptual(
     name: str, trunk_dir: str | Path | None = None, dtype: torch.dtype = torch.float32
 ) -> PerceptualDistance:
-    """The distance called `name`, one of the table on top, on the CPU, frozen.
+    """The distance `name` of the table on top, on the CPU, frozen.
 
-    Nothing is downloaded. The trunk of lpips_* is looked for in `trunk_dir`, else in the folder that the environment
-    variable LPIPS_TRUNK_DIR names, else in the cache of torch hub. float32 is exact. bfloat16 takes about 0.6 of the
+    Nothing is downloaded. The trunk of lpips_* comes from `trunk_dir`, else from the folder in the environment variable
+    LPIPS_TRUNK_DIR, else from the cache of torch hub. float32 is exact. bfloat16 takes about 0.6 of the
     time and moves the distance of a real clip by less than 1e-3 (scripts/bench/training.py measures both): enough
     for a loss, too little to rank reconstructions that nearly tie.
 
@@ -130,8 +133,8 @@ def load_perceptual(
         weights = _read_weights(_trunk_path(name, recipe.trunk_file, trunk_dir), _hash_in_name(recipe.trunk_file))
 
     with torch.device("meta"):  # the file brings the numbers
-        stages = [nn.Sequential(*stage) for stage in recipe.build(recipe.blurred)]
-    # Both kinds of file list their tensors layer by layer, as our modules do, under other numbers.
+        stages = [nn.Sequential(*stage) for stage in recipe.build()]
+    # Both kinds of file list their tensors layer by layer, as the stages do, under other numbers.
     trunk = [tensor for key, tensor in weights.items() if key.startswith(("net.", "features."))]
     network = nn.ModuleList(stages)
     network.load_state_dict(dict(zip(network.state_dict(), trunk, strict=True)), assign=True)
@@ -140,7 +143,7 @@ def load_perceptual(
 
 def _to_unit_length(x_FCHW: Tensor) -> Tensor:
     square_sum = x_FCHW.square().sum(dim=1, keepdim=True)
-    # Where every channel is 0 the root has no slope: the clamp gives 0 there instead of NaN, and changes no value.
+    # If every channel is 0 the root has no slope: the clamp gives 0 there instead of NaN, and changes no value.
     return x_FCHW / (square_sum.clamp_min(1e-38).sqrt() + 1e-10)
 
 
@@ -157,30 +160,25 @@ class _BlurredHalving(nn.Module):
         return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), self.kernel, stride=2, groups=x.shape[1])
 
 
-def _halving_pool(window: int, width: int, blurred: bool) -> list[nn.Module]:
-    if blurred:
-        return [nn.MaxPool2d(window, stride=1), _BlurredHalving(width)]
-    return [nn.MaxPool2d(window, stride=2)]
+def _blurred_pool(window: int, width: int) -> list[nn.Module]:
+    return [nn.MaxPool2d(window, stride=1), _BlurredHalving(width)]
 
 
-def _alexnet(blurred: bool) -> Stages:
-    if blurred:
-        first = [nn.Conv2d(3, 64, 11, padding=2), _BlurredHalving(64), nn.ReLU(inplace=True)]
-    else:
-        first = [nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(inplace=True)]
-    stages, width = [first], 64
+def _blurred_alexnet() -> Stages:
+    stages: Stages = [[nn.Conv2d(3, 64, 11, padding=2), _BlurredHalving(64), nn.ReLU(inplace=True)]]
+    width = 64
     for out, kernel, halved in ((192, 5, True), (384, 3, True), (256, 3, False), (256, 3, False)):
-        pool = _halving_pool(3, width, blurred) if halved else []
+        pool = _blurred_pool(3, width) if halved else []
         stages.append([*pool, nn.Conv2d(width, out, kernel, padding=kernel // 2), nn.ReLU(inplace=True)])
         width = out
     return stages
 
 
-def _vgg16(blurred: bool) -> Stages:
+def _blurred_vgg16() -> Stages:
     stages: Stages = []
     width = 3
     for out, num_convs in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
-        stage = _halving_pool(2, width, blurred) if stages else []
+        stage = _blurred_pool(2, width) if stages else []
         for _ in range(num_convs):
             stage += [nn.Conv2d(width, out, 3, padding=1), nn.ReLU(inplace=True)]
             width = out
@@ -188,12 +186,21 @@ def _vgg16(blurred: bool) -> Stages:
     return stages
 
 
+def _stages_of_lpips(net: str) -> Stages:
+    """The trunk as the package `lpips` cuts it into five stages."""
+    import lpips  # only for these two: it brings training code along
+
+    with warnings.catch_warnings():  # of torchvision, about the name of an argument
+        warnings.simplefilter("ignore")
+        trunk = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False).net
+    return [list(getattr(trunk, f"slice{i}")) for i in range(1, 6)]
+
+
 @dataclass(frozen=True)
 class _Recipe:
     """How one distance is built and where its weights lie."""
 
-    build: Callable[[bool], Stages]
-    blurred: bool
+    build: Callable[[], Stages]
     min_side: int
     package: str
     install: str
@@ -206,15 +213,22 @@ _STLPIPS = ("stlpips_pytorch", "pip install -e .[offline]")
 _LPIPS = ("lpips", "pip install -e .")
 _RECIPES = {
     "stlpips_alex": _Recipe(
-        _alexnet, True, 21, *_STLPIPS, "stlpips_pytorch/weights/vST0.0/alex_shift_tolerant.pth", "b356b382"
+        _blurred_alexnet, 21, *_STLPIPS, "stlpips_pytorch/weights/vST0.0/alex_shift_tolerant.pth", "b356b382"
     ),
     "stlpips_vgg": _Recipe(
-        _vgg16, True, 18, *_STLPIPS, "stlpips_pytorch/weights/vST0.0/vgg_shift_tolerant.pth", "44597da6"
+        _blurred_vgg16, 18, *_STLPIPS, "stlpips_pytorch/weights/vST0.0/vgg_shift_tolerant.pth", "44597da6"
     ),
     "lpips_alex": _Recipe(
-        _alexnet, False, 31, *_LPIPS, "lpips/weights/v0.1/alex.pth", "df73285e", "alexnet-owt-7be5be79.pth"
+        partial(_stages_of_lpips, "alex"),
+        31,
+        *_LPIPS,
+        "lpips/weights/v0.1/alex.pth",
+        "df73285e",
+        "alexnet-owt-7be5be79.pth",
     ),
-    "lpips_vgg": _Recipe(_vgg16, False, 16, *_LPIPS, "lpips/weights/v0.1/vgg.pth", "a78928a0", "vgg16-397923af.pth"),
+    "lpips_vgg": _Recipe(
+        partial(_stages_of_lpips, "vgg"), 16, *_LPIPS, "lpips/weights/v0.1/vgg.pth", "a78928a0", "vgg16-397923af.pth"
+    ),
 }
 PERCEPTUAL_NAMES = tuple(_RECIPES)
 
@@ -245,7 +259,7 @@ def _trunk_path(name: str, file_name: str, trunk_dir: str | Path | None) -> Path
 
 
 def _hash_in_name(file_name: str) -> str:
-    return Path(file_name).stem.rpartition("-")[2]  # vgg16-397923af.pth says how its sha256 begins
+    return Path(file_name).stem.rpartition("-")[2]  # vgg16-397923af.pth: the first digits of its sha256
 
 
 def _read_weights(path: Path, sha256_start: str) -> dict[str, Tensor]:
