@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import runpy
 import sys
 import tracemalloc
 from collections import deque
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,8 @@ from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.datasets import ASCII_ORDER, OFFICIAL_ORDER, class_index
 from tokenizer.data.manifest import CheckRule, check_manifest, collect
 from tokenizer.data.manifest_table import ManifestRow, read_rows, write_rows
-from tokenizer.data.prepare import PrepareRule, prepare_video
+from tokenizer.data.prepare import PrepareRule, prepare, prepare_video
+from tokenizer.data.safe_decode import timing_of
 from tokenizer.data.video_io import probe, write_video
 
 NAME = st.text(st.characters(exclude_characters="\0\r", exclude_categories=("Cs",)), min_size=1, max_size=12)
@@ -220,4 +222,57 @@ def test_prepared_videos_keep_every_frame(tmp_path: Path) -> None:
     prepare_video(video(tmp_path / "a.mp4", num=19), copy, PrepareRule(short_side=20))
     info = probe(copy)
     assert (info.num_frames, info.height, info.width, info.fps) == (19, 20, 30, 10)
-    assert json.dumps(PrepareRule().name_of(copy)) != json.dumps(PrepareRule(fps=3).name_of(copy))
+    names = [rule.name_of(copy, content) for rule in (PrepareRule(), PrepareRule(fps=3)) for content in ("1-a", "1-b")]
+    assert len(set(names)) == 4
+
+
+def test_a_prepared_video_keeps_the_time_of_every_picture(tmp_path: Path) -> None:
+    """A variable rate, as phones write it; and a constant one that is no round number."""
+    pts = np.cumsum(np.random.default_rng(0).integers(20, 70, 25))
+    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 40, 60, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for time in (pts - pts[0]).tolist():
+            frame = av.VideoFrame.from_ndarray(np.full((40, 60, 3), time % 255, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    write_video(tmp_path / "steady.mp4", np.zeros((9, 40, 60, 3), np.uint8), 30000 / 1001)
+    for name in ("phone.mp4", "steady.mp4"):
+        assert prepare_video(tmp_path / name, tmp_path / f"copy of {name}", PrepareRule(short_side=20)) == []
+        source, copy = (timing_of(path) for path in (tmp_path / name, tmp_path / f"copy of {name}"))
+        assert source is not None and copy is not None and source.is_constant() == (name == "steady.mp4")
+        before, after = ([Fraction(t * each.tick[0], each.tick[1]) for t in each.pts] for each in (source, copy))
+        assert before == after
+    assert copy.rate == (30000, 1001)
+
+
+def test_a_changed_source_is_prepared_again(tmp_path: Path) -> None:
+    write_rows(tmp_path / "m.csv", [ManifestRow("a.mp4"), ManifestRow("none.mp4")])
+    listed = []
+    for seed in (0, 1):
+        video(tmp_path / "a.mp4", seed=seed)
+        done, skipped = prepare(tmp_path / "m.csv", tmp_path / "out", PrepareRule(), num_threads=1)
+        assert done == 1 and [entry["path"] for entry in skipped] == ["none.mp4"]
+        listed += [row.path for row in read_rows(tmp_path / "out/manifest.csv")]
+    assert len(set(listed)) == 2
+
+
+def test_paths_upwards_are_read_and_formulas_are_disarmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list may name videos outside its folder; nothing is ever written at a path that a list names."""
+    video(tmp_path / "videos/a.mp4")
+    (tmp_path / "lists/deep").mkdir(parents=True)
+    manifest = tmp_path / "lists/deep/m.csv"
+    write_rows(manifest, [ManifestRow("../../videos/a.mp4"), ManifestRow('=HYPERLINK("x")'), ManifestRow("/dev/zero")])
+    dataset = build_dataset(DataConfig([str(manifest)], num_frames=4, size=16))
+    assert dataset.get_this(0).name == "../../videos/a.mp4"
+    before = set(tmp_path.rglob("*"))
+    prepare(manifest, tmp_path / "out", PrepareRule(), num_threads=1)
+    new = set(tmp_path.rglob("*")) - before
+    assert all(path.is_relative_to(tmp_path / "out") for path in new)
+    report = tmp_path / "report.csv"
+    assert run(monkeypatch, "check", manifest, "--sha256", "--report", report) == 1
+    with open(report, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["problem"], row["path"][:2]) for row in rows] == [("missing", "'="), ("unreadable", "/d")]

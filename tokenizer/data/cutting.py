@@ -149,6 +149,12 @@ class Timing(NamedTuple):
     tick: tuple[int, int]
     pts: list[int]
 
+    def is_constant(self) -> bool:
+        """Whether every picture has the time that the frame rate gives it, up to the rounding of containers."""
+        times = np.array(self.pts) * self.tick[0] / self.tick[1]
+        grid = np.arange(len(self.pts)) * self.rate[1] / self.rate[0]
+        return bool((abs(times - grid) <= _TIME_SLACK).all())
+
 
 def picture_timing(path: str | os.PathLike[str], beat: Callable[[], None] = no_beat) -> Timing | None:
     """The exact times of a file; None if it keeps none. Reads the index, or all packets; decodes nothing."""

@@ -71,7 +71,7 @@ from tqdm import tqdm
 from tokenizer.common.checkpoint import atomic_write, file_sha256
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.datasets import find_kinetics, find_ucf101, find_webvid
-from tokenizer.data.manifest_table import ManifestRow, path_for, read_rows, write_rows
+from tokenizer.data.manifest_table import ManifestRow, no_formula, path_for, read_rows, write_rows
 from tokenizer.data.safe_decode import decode_clips, map_ahead
 from tokenizer.data.video_io import VideoError, display_name, list_videos
 
@@ -174,7 +174,7 @@ def _look_at(row: ManifestRow, manifest: Path, rule: CheckRule) -> tuple[str, li
     if not file.exists():
         return "", [Problem(row, "missing", "no such file")]
     digest, problems = "", []
-    if rule.sha256 and file.is_file():
+    if rule.sha256 and file.is_file():  # a regular file: a pipe would block
         digest = file_sha256(file)
         if row.sha256 and row.sha256 != digest:
             problems.append(Problem(row, "altered", f"sha256 is {digest[:12]}.., listed {row.sha256[:12]}.."))
@@ -317,7 +317,9 @@ def _rows(found: Found, args: argparse.Namespace, missing: list[str]) -> Iterato
         if video is None:
             missing.append(name)
         else:
-            yield ManifestRow(path_for(video, args.out), label, file_sha256(video) if args.sha256 else "")
+            yield ManifestRow(
+                path_for(video, args.out), label, file_sha256(video) if args.sha256 and video.is_file() else ""
+            )
 
 
 def _reported(
@@ -327,7 +329,9 @@ def _reported(
     out = csv.writer(file)  # type: ignore[arg-type]
     out.writerow(["line", "problem", "path", "detail"])
     for row, problems in checked:
-        out.writerows([row.line, problem.kind, row.path, problem.detail] for problem in problems)
+        out.writerows(
+            [row.line, problem.kind, no_formula(row.path), no_formula(problem.detail)] for problem in problems
+        )
         yield row, problems
 
 

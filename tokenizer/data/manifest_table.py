@@ -133,6 +133,11 @@ def _header(manifest: Path, first: list[str], needed: str) -> list[str] | None:
     raise UserError(f"{_name(manifest)}: needs a header with the column {needed} and at least one row; found {found!r}")
 
 
+def no_formula(cell: str) -> str:
+    """A cell of a report for people: a spreadsheet would run what begins like a formula."""
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+
+
 def _quoted(cell: str) -> str:
     """csv.writer leaves a lone carriage return bare, and it would end the row."""
     if any(character in cell for character in ',"\r\n') or cell != cell.strip():

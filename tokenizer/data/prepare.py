@@ -3,8 +3,9 @@
     python -m tokenizer.data.prepare M.csv --out DIR [--short-side 128] [--fps 3] [--workers 2]
 
 Writes DIR/videos/*.mp4 and DIR/manifest.csv, which takes the place of M.csv in a config. H.264 loses a little, so
-prepared videos are for training; measure on the originals. A stopped run goes on where it was. A video that cannot be
-read is named in DIR/skipped.json and left out.
+prepared videos are for training; measure on the originals. Without --fps a copy keeps the time of every picture, also
+of a variable frame rate. Rerun the same command to resume; a source whose content changed is prepared again. A video
+that cannot be read is named in DIR/skipped.json and left out; what is not handled is named in DIR/notes.json.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -45,9 +46,10 @@ from tqdm import tqdm
 
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError, run_cli
+from tokenizer.data.cutting import StreamEnd, Timing
 from tokenizer.data.manifest_table import ManifestRow, read_rows, write_rows
-from tokenizer.data.safe_decode import decode_clips, map_ahead
-from tokenizer.data.video_io import DecodedClip, VideoError, display_name, file_slug, resize
+from tokenizer.data.safe_decode import decode_clips, fingerprint_of, map_ahead, timing_of
+from tokenizer.data.video_io import DecodedClip, VideoError, display_name, exact_rate, file_slug, resize
 
 KEYFRAME_EVERY = 8
 
@@ -61,30 +63,33 @@ class PrepareRule:
     crf: int = 16  # H.264 quality; lower is better and larger
     backend: str = "pyav"
 
-    def name_of(self, source: Path) -> str:
-        """File name of the copy: different for every source and every rule."""
-        facts = repr((os.fsencode(source), self.short_side, self.fps, self.crf))
+    def name_of(self, source: Path, content: str) -> str:
+        """File name of the copy: another one for every source, content (a fingerprint) and rule."""
+        facts = repr((os.fsencode(source), content, self.short_side, self.fps, self.crf))
         return f"{file_slug(source.stem)}-{hashlib.sha256(facts.encode()).hexdigest()[:10]}.mp4"
 
 
-def prepare_video(source: Path, target: Path, rule: PrepareRule) -> None:
-    """One video -> `target`, which appears complete or not at all. The decoding is done in another process.
+def prepare_video(source: Path, target: Path, rule: PrepareRule) -> list[str]:
+    """One video -> `target`, which appears complete or not at all. Returns what of the video is not handled.
 
-    Raises VideoError where the source cannot be read to its end, OSError on a full disk.
+    The decoding is done in another process. Raises VideoError if the source cannot be read to its end, OSError on a
+    full disk.
     """
     # Frame by frame: memory does not grow with the video, and none of its end is lost to a whole number of clips.
     frames = decode_clips(source, 1, None, rule.fps, all_clips=True, backend=rule.backend)
+    timing = timing_of(source) if rule.fps is None else None
     handle, aside = tempfile.mkstemp(suffix=".mp4", prefix=".writing-", dir=target.parent)
     os.close(handle)
     try:
         with contextlib.closing(frames):
-            _encode(frames, Path(aside), rule)
+            notes = _encode(frames, Path(aside), rule, None if timing is None or timing.is_constant() else timing)
         os.chmod(aside, 0o644)
         os.replace(aside, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(aside)
         raise
+    return notes
 
 
 def prepare(manifest: Path, out: Path, rule: PrepareRule, num_threads: int) -> tuple[int, list[dict[str, str]]]:
@@ -94,51 +99,70 @@ def prepare(manifest: Path, out: Path, rule: PrepareRule, num_threads: int) -> t
     for leftover in videos.glob(".writing-*"):
         leftover.unlink()
     skipped: list[dict[str, str]] = []
+    noted: list[dict[str, str]] = []
 
-    def work(row: ManifestRow) -> tuple[ManifestRow, Path, str | None]:
+    def work(row: ManifestRow) -> tuple[ManifestRow, Path | None, str | None]:
         source = row.file(manifest)
-        target = videos / rule.name_of(source)
         try:
+            target = videos / rule.name_of(source, fingerprint_of(source))
             if not target.exists():
-                prepare_video(source, target, rule)
+                for note in prepare_video(source, target, rule):
+                    noted.append({"path": display_name(row.path), "note": note})
         except VideoError as error:
-            return row, target, error.reason
+            return row, None, error.reason
         return row, target, None
 
     def rows() -> Iterator[ManifestRow]:
         for row, target, reason in tqdm(map_ahead(work, read_rows(manifest), num_threads), unit="video", disable=None):
-            if reason is None:
+            if target is not None:
                 yield ManifestRow(str(target.relative_to(out)), row.label)
             else:
-                skipped.append({"path": display_name(row.path), "reason": reason})
+                skipped.append({"path": display_name(row.path), "reason": reason or ""})
 
     num_done = write_rows(out / "manifest.csv", rows())
     atomic_write(out / "skipped.json", json.dumps(skipped, indent=1).encode())
+    if noted:
+        atomic_write(out / "notes.json", json.dumps(noted, indent=1).encode())
     return num_done, skipped
 
 
-def _encode(frames: Iterator[DecodedClip], path: Path, rule: PrepareRule) -> None:
+def _encode(
+    frames: Generator[DecodedClip, None, StreamEnd], path: Path, rule: PrepareRule, timing: Timing | None
+) -> list[str]:
+    """timing: of a source with a variable frame rate, whose pictures keep their times."""
     first = next(frames)
+    notes = dict.fromkeys(first.notes)
     height, width = _even_size(first.frames_THWC, rule.short_side)
-    # fastdecode leaves out what is dear to decode: deblocking, CABAC, weighted prediction
+    # fastdecode leaves out what is slow to decode: deblocking, CABAC, weighted prediction
     options = {"crf": str(rule.crf), "preset": "medium", "tune": "fastdecode", "g": str(KEYFRAME_EVERY), "bf": "0"}
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        rate = Fraction(first.fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream = container.add_stream("libx264", rate=exact_rate(first.fps), options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.codec_context.thread_count = 1
-        for clip in _with_first(first, frames):
+        tick = None if timing is None else Fraction(*timing.tick)
+        if tick is not None:
+            stream.codec_context.time_base = tick
+        clip: DecodedClip | None = first
+        number = 0
+        while clip is not None:
+            if clip.frames_THWC.shape[1:3] != first.frames_THWC.shape[1:3]:
+                notes[f"size: changes after {number} pictures; the rest is left out"] = None
+                break
             image_HWC = resize(clip.frames_THWC, height, width)[0]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image_HWC), format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image_HWC), format="rgb24")
+            if timing is not None and tick is not None:
+                if number >= len(timing.pts):
+                    raise VideoError(path, f"has more than the {len(timing.pts)} pictures that it lists times for")
+                frame.pts, frame.time_base = timing.pts[number], tick
+            container.mux(stream.encode(frame))
+            number += 1
+            try:
+                clip = next(frames)
+            except StopIteration as end:
+                clip = None
+                notes |= dict.fromkeys(end.value.notes)
         container.mux(stream.encode())
-
-
-def _with_first(first: DecodedClip, rest: Iterator[DecodedClip]) -> Iterator[DecodedClip]:
-    yield first
-    for clip in rest:
-        if clip.frames_THWC.shape[1:3] != first.frames_THWC.shape[1:3]:
-            return  # a video that changes its size: what comes after the change is left out
-        yield clip
+    return list(notes)
 
 
 def _even_size(frames_THWC: np.ndarray, short_side: int) -> tuple[int, int]:
