@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from autoregressive.attention import KVCache, Live, attend_causal, bytes_per_slot
 from autoregressive.sequence import SequenceLayout, block_positions
 from tokenizer.common.errors import UserError
+from tokenizer.common.hub import HubModel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(queries, keys, values), each [L, h, e], of one layer -> what each token takes from those before it, [L, h, e]."""
@@ -101,8 +102,10 @@ class _Attention:
         return self.attend(q_Lhe, k_Lhe, v_Lhe)
 
 
-class GPT(nn.Module):
+class GPT(HubModel, nn.Module):
     """Ids of packed sequences -> logits of the id that follows each."""
+
+    kind, config_class, config_key = "GPT", GPTConfig, "condition_lengths"
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

@@ -29,8 +29,6 @@ from pathlib import Path
 import torch
 
 from autoregressive.model import GPT, GPTConfig
-from tokenizer.common.checkpoint import load_strict, read_model
-from tokenizer.common.config import from_dict
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.model import TokenizerConfig, VideoTokenizer, parameters_by_part
 from tokenizer.presets import print_sizes
@@ -74,22 +72,17 @@ class TrainedGPT:
 
 
 def load_gpt(path: str | Path, device: str | torch.device = "cpu", size: str | None = None) -> TrainedGPT:
-    """A trained GPT from a .safetensors file or a run folder; the config is inside the file.
+    """A trained GPT from a .safetensors file, a folder, or "owner/name" on the hub; the config is inside the file.
 
     `size`: the preset that it must be, as `--gpt-model` names it. Raises UserError naming both where it is not, and for
     damaged, pickled or foreign files.
     """
-    file = read_model(path)
-    if "condition_lengths" not in file.config.get("model", {}):  # a key that only GPTs have
-        raise UserError(f"{path}: these weights are {file.card.get('kind', 'something')!r}, not a GPT")
-    config = from_dict(GPTConfig, file.config["model"], f"{path} (config inside)")
+    model = GPT.from_pretrained(path, device=device)
     if size is not None:
-        check_size(config, size, str(path))
-    model = GPT(config)
-    load_strict(model, file.tensors, str(path))
-    tokens = file.config.get("tokens", {})
+        check_size(model.config, size, str(path))
+    tokens = model.file_config.get("tokens", {})
     names = tuple(tokens.get("class_names", ()))
-    return TrainedGPT(model.eval().to(device), names, tokens.get("tokenizer_sha256", ""), file.sha256, str(path))
+    return TrainedGPT(model, names, tokens.get("tokenizer_sha256", ""), model.sha256, str(path))
 
 
 def size_name(config: GPTConfig) -> str:

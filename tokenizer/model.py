@@ -29,6 +29,7 @@ from tokenizer.blocks.structured_init import patch_filters, start_decoder, start
 from tokenizer.blocks.transformer import QFormer
 from tokenizer.budget import parse_budget
 from tokenizer.common.errors import UserError
+from tokenizer.common.hub import HubModel
 from tokenizer.streaming import BlockTokens, blocks_of, play_blocks, stream_blocks
 from tokenizer.tokens import VideoTokens
 
@@ -132,10 +133,10 @@ class ChoosesLengths(Protocol):
     def assign(self, video_BCTHW: Tensor, budget: str = ..., price: float | None = ...) -> Tensor: ...
 
 
-class VideoTokenizer(nn.Module):
+class VideoTokenizer(HubModel, nn.Module):
     """Pixels in [0, 1], float32, [B, 3, T, H, W]; lengths int64 [B, N] on the CPU."""
 
-    sha256: str = ""  # of the weights file; set by load_tokenizer, copied into the tokens
+    kind, config_class, config_key = "tokenizer", TokenizerConfig, "encoder"
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()

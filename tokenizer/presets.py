@@ -23,8 +23,7 @@ from pathlib import Path
 
 import torch
 
-from tokenizer.common.checkpoint import load_strict, read_model
-from tokenizer.common.config import differences, from_dict, load_section, to_dict
+from tokenizer.common.config import differences, load_section, to_dict
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.model import TokenizerConfig, TransformerConfig, VideoTokenizer, parameters_by_part
 
@@ -65,23 +64,17 @@ def build_tokenizer(which: str | TokenizerConfig, **changes: object) -> VideoTok
 def load_tokenizer(
     path: str | Path, device: str | torch.device = "cpu", config_path: str | Path | None = None
 ) -> VideoTokenizer:
-    """A trained tokenizer from a .safetensors file or a run folder; the config is inside the file.
+    """A trained tokenizer from a .safetensors file, a folder, or "owner/name" on the hub; the file holds the config.
 
     `config_path`: a YAML whose `model` section must agree with it. Raises UserError naming both files and every
     differing key where it does not, and for damaged, pickled or foreign files.
     """
-    file = read_model(path)
-    if "model" not in file.config or "encoder" not in file.config["model"]:
-        raise UserError(f"{path}: these weights are {file.card.get('kind', 'something')!r}, not a tokenizer")
-    config = from_dict(TokenizerConfig, file.config["model"], f"{path} (config inside)")
+    model = VideoTokenizer.from_pretrained(path, device=device)
     if config_path is not None:
         wanted = load_section(TokenizerConfig, config_path, "model")
-        if different := differences(to_dict(wanted), to_dict(config)):
+        if different := differences(to_dict(wanted), to_dict(model.config)):
             raise UserError(f"{config_path} and {path} do not belong together; model differs in {'; '.join(different)}")
-    model = VideoTokenizer(config)
-    load_strict(model, file.tensors, str(path))
-    model.sha256 = file.sha256
-    return model.eval().to(device)
+    return model
 
 
 def print_sizes(listing: Mapping[str, Mapping[str, int]], as_json: bool) -> None:

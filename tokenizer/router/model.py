@@ -20,6 +20,7 @@ from tokenizer.blocks.patches import patchify
 from tokenizer.blocks.positions import cosine_filters
 from tokenizer.blocks.transformer import ViTLayer
 from tokenizer.common.errors import UserError
+from tokenizer.common.hub import HubModel
 from tokenizer.frozen.encoders import FeatureShape
 from tokenizer.frozen.weights import FrozenConfig
 
@@ -97,8 +98,10 @@ class RouterConfig:
         return AssignmentSpace(tuple(self.levels), self.num_blocks)
 
 
-class Router(nn.Module):
+class Router(HubModel, nn.Module):
     """Clip -> score of every assignment. `space` says which assignment a score belongs to."""
+
+    kind, config_class, config_key = "router", RouterConfig, "stem"
 
     encoder_sha256: Tensor  # with V-JEPA 2: of its weights, so that a router never meets the features of others
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.budget import Budget, choose_rows, parse_budget
-from tokenizer.common.checkpoint import load_strict, read_model
-from tokenizer.common.config import differences, from_dict, load_section, to_dict
+from tokenizer.common.config import differences, load_section, to_dict
 from tokenizer.common.device import autocast
 from tokenizer.common.errors import UserError
 from tokenizer.model import TokenizerConfig
@@ -93,31 +92,27 @@ def load_router(
     config_path: str | Path | None = None,
     quality_weight: float | None = None,
 ) -> TrainedRouter:
-    """A trained router from a .safetensors file or a run folder; the config is inside the file.
+    """A trained router from a .safetensors file, a folder, or "owner/name" on the hub; the config is inside the file.
 
     quality_weight: another w_q than the file's, for a router trained with labels=quality; UserError for any other.
     `config_path`: a YAML whose `model` section must agree with it. Raises UserError naming both files and every
     differing key where it does not, and for damaged, pickled or foreign files.
     """
-    file = read_model(path)
-    if "stem" not in file.config.get("model", {}):  # a key that only routers have
-        raise UserError(f"{path}: these weights are {file.card.get('kind', 'something')!r}, not a router")
-    config = from_dict(RouterConfig, file.config["model"], f"{path} (config inside)")
+    model = Router.from_pretrained(path)
+    config, file_config = model.config, model.file_config
     if config_path is not None:
         wanted = load_section(RouterConfig, config_path, "model")
         config.vjepa2.encoder = wanted.vjepa2.encoder  # where weights lie may change; which they are, the file says
         if different := differences(to_dict(wanted), to_dict(config)):
             raise UserError(f"{config_path} and {path} do not belong together; model differs in {'; '.join(different)}")
-    model = Router(config)
-    load_strict(model, file.tensors, str(path))
-    predicts_quality = file.config.get("labels") == "quality"
+    predicts_quality = file_config.get("labels") == "quality"
     if quality_weight is not None and not predicts_quality:
         raise UserError(
             f"{path} has learned one trade-off: only a router trained with labels=quality takes another w_q"
         )
     if predicts_quality and quality_weight is None:
-        quality_weight = file.config["quality_weight"]
-    return TrainedRouter(model.to(device), file.sha256, str(path), quality_weight)
+        quality_weight = file_config["quality_weight"]
+    return TrainedRouter(model.to(device), model.sha256, str(path), quality_weight)
 
 
 def check_router_fits(router: TrainedRouter, tokenizer: TokenizerConfig) -> None:

@@ -1,0 +1,187 @@
+"""Models by name: a file, a folder, or a repository on the Hugging Face hub; `from_pretrained` and the way back.
+
+A repository, or a folder of `save_pretrained`, holds model.safetensors with the config inside, SHA256SUMS, which is
+checked, and README.md, the model card. huggingface_hub's own ModelHubMixin is not inherited: it takes a second to
+import, and asks the network for a config.json that our files do not need.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import nn
+
+from tokenizer.common.checkpoint import ModelFile, file_sha256, load_strict, read_model, save_model
+from tokenizer.common.config import from_dict, to_dict
+from tokenizer.common.errors import UserError
+
+_PAPER = "https://arxiv.org/abs/2603.12267"
+
+
+class HubModel:
+    """Base of the models that are shared: `from_pretrained`, `save_pretrained`, `push_to_hub`.
+
+    A class gives `kind`, its config's dataclass, and `config_key`, which only its own configs have.
+    """
+
+    kind: ClassVar[str]
+    config_class: ClassVar[type]
+    config_key: ClassVar[str]
+
+    sha256: str = ""  # of the weights file; empty for a model that was not loaded from one
+    file_config: Mapping[str, Any] = {}  # all of the file's config; its `model` section built the module
+    card: Mapping[str, str] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        local_files_only: bool = False,
+    ) -> Self:
+        """A trained model in eval mode, strictly loaded.
+
+        name: a .safetensors file, a folder of `save_pretrained`, a run folder, or "owner/name" on the hub.
+        revision: branch, tag or commit of the repository; "owner/name@revision" does the same. local_files_only: take
+        what was downloaded before. Raises UserError for weights that are not there, damaged, or of another kind.
+        """
+        path = local_copy(name, revision, local_files_only)
+        file = read_model(path)
+        cls.check_kind(file, str(name))
+        config: Any = from_dict(cls.config_class, file.config["model"], f"{name} (config inside)")
+        model = cast("nn.Module", cls(config))  # type: ignore[call-arg]
+        load_strict(model, file.tensors, str(name))
+        cast("HubModel", model).remember(file)
+        return cast("Self", model.eval().to(device))
+
+    @classmethod
+    def check_kind(cls, file: ModelFile, origin: str) -> None:
+        """Raises UserError if the file holds another kind of model."""
+        if cls.config_key not in file.config.get("model", {}):
+            raise UserError(f"{origin}: these weights are {file.card.get('kind', 'something')!r}, not a {cls.kind}")
+
+    def remember(self, file: ModelFile) -> None:
+        """Keep what a file has beside the weights, for `save_pretrained`."""
+        self.sha256, self.file_config, self.card = file.sha256, file.config, file.card
+
+    def save_pretrained(self, folder: str | Path, *, figures: Mapping[str, Any] | str | Path | None = None) -> str:
+        """Write model.safetensors, SHA256SUMS and README.md into `folder`; returns the sha256 of the weights.
+
+        A model that was loaded and not changed gives the bytes that it was loaded from, if those were float32.
+        figures: numbers for the card, nested, or the JSON file that holds them.
+        """
+        folder = Path(folder)
+        config = {**self.file_config, "model": to_dict(self.config)}  # type: ignore[attr-defined]
+        path = folder / "model.safetensors"
+        save_model(path, cast("nn.Module", self).state_dict(), config, self.card or {"kind": self.kind})
+        sha256 = file_sha256(path)
+        (folder / "SHA256SUMS").write_text(f"{sha256}  {path.name}\n", encoding="utf-8")
+        if isinstance(figures, str | Path):
+            numbers: Mapping[str, Any] = json.loads(Path(figures).read_text(encoding="utf-8"))
+        else:
+            numbers = figures or {}
+        (folder / "README.md").write_text(self._card(sha256, numbers), encoding="utf-8")
+        return sha256
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        figures: Mapping[str, Any] | str | Path | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        message: str = "Weights and card",
+    ) -> str:
+        """Upload what `save_pretrained` writes to "owner/name", created if absent; returns the commit's address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            with tempfile.TemporaryDirectory() as folder:
+                self.save_pretrained(folder, figures=figures)
+                return str(
+                    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision)
+                )
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{repo_id}: cannot be pushed to the hub ({_first_line(error)})") from error
+
+    def _card(self, sha256: str, figures: Mapping[str, Any]) -> str:
+        """Markdown: what the hub reads at the top, how to load, the config, the figures."""
+        name = type(self).__name__
+        module = type(self).__module__
+        rows = {"sha256": sha256, "parameters": sum(p.numel() for p in cast("nn.Module", self).parameters())}
+        rows |= {key: value for key, value in self.card.items() if key != "kind"}
+        rows |= dict(_flat(to_dict(self.config)))  # type: ignore[attr-defined]
+        lines = [
+            "---", "library_name: evatok", "license: apache-2.0", f"tags: [video, {self.kind}]", "---", "",
+            f"# {self.kind}", "", f"Adaptive-length video tokenization, [EVATok]({_PAPER}), reimplemented.", "",
+            "```python", f"from {module} import {name}", "", f'model = {name}.from_pretrained("owner/name")', "```", "",
+            "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()),
+        ]  # fmt: skip
+        if figures:
+            numbers = ((key, f"{x:.4g}" if isinstance(x, float) else x) for key, x in _flat(figures))
+            lines += ["", "## Figures", "", "| | |", "|---|---|", *(f"| {key} | {x} |" for key, x in numbers)]
+        return "\n".join(lines) + "\n"
+
+
+def local_copy(name: str | Path, revision: str | None = None, local_files_only: bool = False) -> Path:
+    """Where the weights of `name` are on this machine; those of "owner/name" on the hub are fetched first.
+
+    A path that exists is taken before the hub is asked. Without a revision the newest commit is taken, and named in a
+    note. Raises UserError if the hub cannot be reached or has no such repository.
+    """
+    path = Path(name)
+    if path.exists():
+        saved = path / "model.safetensors"
+        return saved if saved.is_file() else path
+    found = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+?)(?:@([\w./-]+))?", str(name))
+    if not found or path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
+        return path
+    repo_id, revision = found[1], revision or found[2]
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=["model.safetensors", "SHA256SUMS"],
+                local_files_only=local_files_only,
+            )
+        )
+    except Exception as error:  # no network, no such repository, offline by environment: many types, one meaning
+        raise UserError(
+            f"{name}: no such file or folder here, and the hub gives none ({_first_line(error)}); give "
+            "FILE.safetensors, a folder of save_pretrained with model.safetensors inside, or a run folder"
+        ) from error
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"{name}: this repository has no model.safetensors; push_to_hub writes one")
+    if revision is None:
+        print(f"note: {repo_id} is commit {folder.name}; pin it: {repo_id}@{folder.name}", file=sys.stderr)
+    return folder / "model.safetensors"
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values as (a.b, value); lists of numbers stay together, other lists are left out."""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif not isinstance(value, list) or all(isinstance(x, int | float) for x in value):
+            yield f"{prefix}{key}", value
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
