@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -26,9 +26,11 @@ from torch import Tensor
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import differences
 from tokenizer.common.errors import UserError
+from tokenizer.common.schema import check_fields, parse_json, read_json
 from tokenizer.tokens import VideoTokens
 
 _KIND = "evatok.tokens"  # of VideoTokens
+_WAY_OUT = "make it again with python -m tokenizer.tokenize"
 _COPIED_AT_ONCE = 1 << 20
 
 
@@ -127,7 +129,7 @@ class TokenWriter:
         file, mine = self.folder / "facts.json", asdict(self.facts)
         if not file.exists():
             atomic_write(file, json.dumps(mine).encode())
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = read_json(file, get_type_hints(VideoFacts), f"remove {self.folder}")
         if before != mine:
             raise UserError(
                 f"{self.path}: an unfinished run used other settings (then / now: "
@@ -172,8 +174,15 @@ class TokenFile:
             self._codes = self._file.get_slice("codes")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: cannot be read as video tokens: {error}") from error
-        self.facts = VideoFacts(**json.loads(meta["video"]))
+        facts = parse_json(meta["video"], str(path), _WAY_OUT)
+        self.facts = VideoFacts(**check_fields(facts, get_type_hints(VideoFacts), str(path), _WAY_OUT))
         self._end_B = [0, *self.length_BN.sum(dim=1).cumsum(0).tolist()]
+        num_clips = -(-len(self.second_F) // self.facts.num_frames)
+        if self._codes.get_shape() != [self._end_B[-1]] or len(self) != num_clips or not num_clips:
+            raise UserError(
+                f"{path}: is damaged: {self._codes.get_shape()} codes, lengths that add up to {self._end_B[-1]}, "
+                f"{len(self)} clips for {len(self.second_F)} frames; {_WAY_OUT}"
+            )
 
     def __len__(self) -> int:
         """Number of clips."""

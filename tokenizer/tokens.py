@@ -75,9 +75,14 @@ class VideoTokens:
                 codes, lengths = file.get_tensor("codes"), file.get_tensor("lengths")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: cannot be read as video tokens: {error}") from error
-        if codes.dtype != torch.int32 or lengths.dtype != torch.int32 or codes.ndim != 1 or lengths.ndim != 2:
+        if (
+            codes.dtype not in (torch.int16, torch.int32)
+            or lengths.dtype != torch.int32
+            or codes.ndim != 1
+            or lengths.ndim != 2
+        ):
             raise UserError(
-                f"{path}: is damaged: codes are {_form(codes)}, lengths {_form(lengths)}, not int32 [L], int32 [B, N]"
+                f"{path}: is damaged: codes are {_form(codes)}, lengths {_form(lengths)}, not int16 or int32 [L], int32 [B, N]"
             )
         if lengths.numel() == 0 or int(lengths.min()) < 1:
             raise UserError(f"{path}: is damaged: a block has fewer than 1 token")
