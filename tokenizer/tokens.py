@@ -82,7 +82,8 @@ class VideoTokens:
             or lengths.ndim != 2
         ):
             raise UserError(
-                f"{path}: is damaged: codes are {_form(codes)}, lengths {_form(lengths)}, not int16 or int32 [L], int32 [B, N]"
+                f"{path}: is damaged: codes are {_form(codes)}, lengths {_form(lengths)}, "
+                "not int16 or int32 [L], int32 [B, N]"
             )
         if lengths.numel() == 0 or int(lengths.min()) < 1:
             raise UserError(f"{path}: is damaged: a block has fewer than 1 token")
