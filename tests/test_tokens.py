@@ -76,11 +76,11 @@ def test_files_that_are_no_tokens_are_named(saved: Path, tmp_path: Path) -> None
 def test_tokens_are_checked_before_they_are_used(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     good = {"codes": torch.zeros(18, dtype=torch.int32), "lengths": LENGTHS[:1].int()}
-    facts = {"num_frames": 16, "size": 32, "codebook_size": 64}
+    facts = {"num_frames": 16, "size": 32, "codebook_size": 64, "tokenizer_sha256": ""}
 
     def refusal(tensors: dict[str, torch.Tensor], facts: object = facts) -> str:
         text = facts if isinstance(facts, str) else json.dumps(facts)
-        meta = {"kind": "evatok.tokens", "facts": text, "tokenizer_sha256": ""}
+        meta = {"evatok.tokens": text}
         path.write_bytes(save({**good, **tensors}, metadata=meta))
         with pytest.raises(UserError) as refused:
             VideoTokens.load(path)

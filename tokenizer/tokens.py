@@ -17,7 +17,7 @@ from tokenizer.common.errors import UserError
 from tokenizer.common.schema import check_fields, parse_json
 
 _KIND = "evatok.tokens"
-_FACTS = ("num_frames", "size", "codebook_size")
+_FACTS = {"num_frames": int, "size": int, "codebook_size": int, "tokenizer_sha256": str}
 _WAY_OUT = "tokenize the video again"
 
 
@@ -59,8 +59,8 @@ class VideoTokens:
 
     def save(self, path: str | Path) -> None:
         """Write one .safetensors file (written aside, then renamed)."""
-        facts = {name: getattr(self, name) for name in _FACTS}
-        meta = {"kind": _KIND, "facts": json.dumps(facts), "tokenizer_sha256": self.tokenizer_sha256}
+        # One metadata key: safetensors writes several in random order, and equal tokens shall give equal bytes.
+        meta = {_KIND: json.dumps({name: getattr(self, name) for name in _FACTS})}
         tensors = {"codes": self.code_L.cpu().to(torch.int32), "lengths": self.length_BN.cpu().to(torch.int32)}
         atomic_write(Path(path), save(tensors, metadata=meta))
 
@@ -70,8 +70,8 @@ class VideoTokens:
         try:
             with safe_open(str(path), framework="pt") as file:
                 meta = file.metadata() or {}
-                if meta.get("kind") != _KIND:
-                    raise UserError(f"{path}: not a file of video tokens (kind {meta.get('kind')!r})")
+                if _KIND not in meta:
+                    raise UserError(f"{path}: not a file of video tokens")
                 codes, lengths = file.get_tensor("codes"), file.get_tensor("lengths")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: cannot be read as video tokens: {error}") from error
@@ -87,11 +87,9 @@ class VideoTokens:
             )
         if lengths.numel() == 0 or int(lengths.min()) < 1:
             raise UserError(f"{path}: is damaged: a block has fewer than 1 token")
-        facts = parse_json(meta.get("facts", ""), str(path), _WAY_OUT)
-        facts = check_fields(facts, dict.fromkeys(_FACTS, int), str(path), _WAY_OUT)
-        facts = {name: facts[name] for name in _FACTS}
+        facts = check_fields(parse_json(meta[_KIND], str(path), _WAY_OUT), _FACTS, str(path), _WAY_OUT)
         try:
-            return VideoTokens(codes.long(), lengths.long(), **facts, tokenizer_sha256=meta.get("tokenizer_sha256", ""))
+            return VideoTokens(codes.long(), lengths.long(), **{name: facts[name] for name in _FACTS})
         except UserError as error:
             raise UserError(f"{path}: is damaged: {error}") from error
 

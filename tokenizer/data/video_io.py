@@ -246,7 +246,9 @@ def write_video(
         odd_H, odd_W = (side % 2 for side in frames_THWC.shape[1:3])
         frames_THWC = np.pad(frames_THWC, ((0, 0), (0, odd_H), (0, odd_W), (0, 0)), mode="edge")
     codec, pixels = ("libx264rgb", "rgb24") if lossless else ("libx264", "yuv420p")
-    options = {"qp": "0", "preset": preset} if lossless else {"crf": "18", "preset": preset}
+    options = {"qp": "0"} if lossless else {"crf": "18"}
+    # Without the parameter equal frames now and then give other bytes: x264's fast rate control is not exact.
+    options |= {"preset": preset, "x264-params": "cpu-independent=1"}
     handle, aside = tempfile.mkstemp(suffix=target.suffix, prefix=".writing-", dir=target.parent)
     os.close(handle)
     try:
@@ -255,6 +257,7 @@ def write_video(
             stream = cast(VideoStream, container.add_stream(codec, rate=rate, options=options))
             stream.height, stream.width = frames_THWC.shape[1:3]
             stream.pix_fmt = pixels
+            stream.codec_context.thread_count = 1  # callers run several writers at once
             for frame_HWC in frames_THWC:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
                 container.mux(stream.encode(frame))

@@ -144,7 +144,10 @@ def area_chart(
         axes.plot(x, y, color=_ACCENT, linewidth=1.5)
         axes.set_yscale("function", functions=(lambda v: abs(v) ** 0.5, lambda v: v**2))
         axes.set_xlim(min(x), max(max(x), min(x) + 1))
-        axes.set_ylim(0, 1.05 * max(2.0, *y))
+        top = 1.05 * max(2.0, *y)
+        axes.set_ylim(0, top)
+        marks = [mark for mark in (2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000) if mark <= top]
+        axes.yaxis.set_major_locator(FixedLocator([0, *marks[-3:]]))
         if level is not None:
             axes.axhline(level, color=_SOFT, linewidth=1, linestyle=(0, (3, 4)))
             axes.text(max(x), level, f"{level_name} ", color=_SOFT, ha="right", va="bottom")

@@ -120,7 +120,7 @@ def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The large figures at the top: (label, value, unit)."""
     mean, book, use = metrics["mean"], metrics["codebook"], metrics["assignments"]
     correlation, totals = metrics["motion_tokens_rank_correlation"], uniform_totals(metrics["tokenizer"])
-    lpips = ("–", "no weights") if mean["lpips"] is None else (f"{mean['lpips']:.4f}", metrics["lpips_backbone"])
+    lpips = ("–", "not measured") if mean["lpips"] is None else (f"{mean['lpips']:.4f}", metrics["lpips_backbone"])
     return [
         ("tokens per clip", f"{mean['tokens']:.1f}", f"tokens, of {totals[0]} to {totals[-1]}"),
         ("PSNR", f"{mean['psnr']:.2f}", "dB"),
@@ -129,7 +129,7 @@ def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("distinct assignments", f"{use['num_distinct']}", f"of {use['num_possible']}"),
         ("commonest assignment", f"{100 * use['commonest_share']:.0f} %", "of the clips"),
         ("motion", f"{mean['motion']:.1f}", "grey levels"),
-        ("motion and tokens", "–" if correlation is None else signed(correlation), "rank correlation"),
+        ("motion ~ tokens", "–" if correlation is None else signed(correlation), "rank correlation"),
         ("codebook in use", f"{100 * book['share_used']:.0f} %", f"of {book['size']} codes"),
     ]
 
@@ -164,21 +164,19 @@ def charts(metrics: Mapping[str, Any], keys: Mapping[str, str]) -> list[tuple[st
         f"perplexity {book['perplexity']:.0f} codes."
     )
     quality_line = f"Each dot is a clip and links to it.{some}"
-    by_lpips = []
-    if metrics["mean"]["lpips"] is not None:
-        perceptual = scatter_chart(
-            dots("tokens", "lpips"), "tokens per clip", "LPIPS, lower is better", x_levels=totals
+    if metrics["mean"]["lpips"] is None:
+        name, key, y_title, below = "Structural similarity", "ssim", "SSIM, 1 = equal", "LPIPS was not measured."
+    else:
+        name, key, y_title, below = (
+            "Perceptual distance",
+            "lpips",
+            "LPIPS, 0 = equal",
+            f"By {metrics['lpips_backbone']}.",
         )
-        by_lpips = [
-            (
-                "Perceptual distance against tokens",
-                to_svg(perceptual, "LPIPS against tokens"),
-                metrics["lpips_backbone"],
-            )
-        ]
+    second = scatter_chart(dots("tokens", key), "tokens per clip", y_title, x_levels=totals)
     return [
         ("Quality against tokens", to_svg(quality, "PSNR against tokens"), quality_line),
-        *by_lpips,
+        (f"{name} against tokens", to_svg(second, f"{name} against tokens"), below),
         ("Tokens against motion", to_svg(motion, "tokens against motion"), line),
         ("Commonest assignments", *assignment_chart(records)),
         ("Codebook", to_svg(usage, "frequency of the codes"), codes),
