@@ -1,18 +1,15 @@
-"""One report of any results: report.html and tables.md, every figure from a json file, none typed by hand.
+"""One report of any results: report.html and tables.md, every figure read from a json file.
 
     python -m evaluations.report results/eval results/quality_cost            # -> results/report/
     python -m evaluations.report results/quality_cost --readme README.md      # and the marked parts of a README
 
-A marked part is what stands between <!-- figures:NAME --> and <!-- /figures:NAME -->; NAME is evaluation, quality-cost
-or paper. Parts for which these results hold nothing are left as they are.
+A marked part is the text between <!-- figures:NAME --> and <!-- /figures:NAME -->; NAME is evaluation, quality-cost or
+paper. Parts for which these results hold nothing stay as they are.
 
-The tables of the report: *paper* beside *ours*, our own runs, savings at equal quality. Filled from json alone.
-
-The paper's figures stand in paper.json with the protocol that each belongs to. One of ours stands beside one of them
-only if its metrics.json names that protocol, unchanged, weights trained by the config that answers that row, and the
-same networks (LPIPS-VGG, I3D). Everything else has a table of its own; runs of the miniature have one that says so.
-
-report.html: all tables, curves and protocol cards of some results on one page that opens from disk.
+The paper's figures are in paper.json with the protocol of each. One of ours is beside one of them only if its
+metrics.json names that protocol, unchanged, weights trained by the config of that row, and the same networks
+(LPIPS-VGG, the I3D of the papers by its sha256). Everything else has a table of its own; runs of the miniature have one
+that is marked.
 """
 
 from __future__ import annotations
@@ -35,20 +32,21 @@ if __name__ == "__main__":
     answer_help(parse_arguments)  # before torch is imported
 
 import base64
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from evaluations.metrics.bootstrap import LEAST_DEFINED
 from evaluations.metrics.extractors import I3D_SHA256
 from evaluations.metrics.frechet import NAMES
-from evaluations.protocols import card_text
-from evaluations.quality_cost.charts import CURVE_STYLE, charts
+from evaluations.protocols import Protocol, card_text
+from evaluations.quality_cost.charts import charts
+from evaluations.shards import check_form, check_metrics, read_json
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.viz.page import between_markers, has_markers, html_page, markdown_table
+from tokenizer.viz.page import between_markers, has_markers, markdown_table, render
 
 PAPER = Path(__file__).with_name("paper.json")
 CURVE_KIND = "evatok.quality_cost"
@@ -56,9 +54,21 @@ NONE = "-"
 MINIATURE = "miniature"
 
 
+_FIELDS = [field.name for field in dataclasses.fields(Protocol)]
+_CURVE = {
+    "card": (dict, type(None)),
+    "tokenizer": {"paper_size": bool},
+    "num_clips": int,
+    "few_clips": bool,
+    "points": [{"strategy": str, "setting": str, "bytes": (int, float)}],
+    "savings": [{"strategy": str, "metric": str, "cost": str, "interval": {"level": float}}],
+    **{name: [str] for name in ("metrics", "frechet", "notes", "missing_codecs")},
+}
+
+
 @dataclass(frozen=True)
 class Table:
-    """A heading, a sentence below it, and cells of plain text; the first column names the row."""
+    """A heading, a note below the table, and cells of plain text; the first column names the row."""
 
     title: str
     note: str
@@ -68,16 +78,6 @@ class Table:
     def markdown(self) -> str:
         """For a README."""
         return f"**{self.title}.** {self.note}\n\n{markdown_table(self.header, self.rows)}"
-
-    def html(self) -> str:
-        """For the page: a panel that scrolls sideways."""
-        head = "".join(f"<th>{escape(cell)}</th>" for cell in self.header)
-        rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows)
-        return (
-            f'<section class="panel"><h3>{escape(self.title)}</h3><div class="scroll"><table class="results">'
-            f'<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div><p class="soft">{escape(self.note)}</p>'
-            "</section>"
-        )
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,17 @@ def find_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
         if not paths:
             raise UserError(f"{place}: no metrics.json here; give the --out of an evaluation or of a curve")
         for path in paths:
-            try:
-                data = json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, OSError) as error:
-                raise UserError(f"{path}: cannot be read as json ({error})") from error
-            if isinstance(data, dict) and (data.get("kind") == CURVE_KIND or "protocol" in (data.get("card") or {})):
-                runs.append(Run(path.absolute().parent, data))
+            data = read_json(path)
+            if isinstance(data, dict) and data.get("kind") == CURVE_KIND:
+                check_form(path, data, _CURVE)
+            elif isinstance(data, dict) and isinstance(data.get("card"), dict):
+                check_metrics(path, data)
             else:
                 foreign.append(str(path))
+                continue
+            if data["card"]:
+                check_form(path, data["card"], {"clip_words": str, "protocol": dict.fromkeys(_FIELDS, object)}, "card")
+            runs.append(Run(path.absolute().parent, data))
     if not runs:
         raise UserError(f"{foreign[0]}: is not of an evaluation (no protocol card) and not of quality_cost_curve.sh")
     return runs, foreign
@@ -193,7 +196,8 @@ def own_tables(runs: Sequence[Run]) -> list[Table]:
         rows = []
         for run in mine:
             figures = (_shown(run, name, interval=True) for name in names)
-            rows.append((run.label, str(run.data["num_clips"]), *figures))
+            padded = f", {run.data['num_padded']} padded" if run.data.get("num_padded") else ""
+            rows.append((run.label, f"{run.data['num_clips']}{padded}", *figures))
         title = identity[0]
         if first.protocol["changed"]:
             title += f", changed in {', '.join(first.protocol['changed'])}"
@@ -280,19 +284,6 @@ def _number(value: float | None, digits: int | None = None) -> str:
     return f"{value:.{digits}f}" if digits is not None else f"{value:.4g}"
 
 
-_STYLE = """
-.scroll { overflow-x: auto; }
-table.results { border-collapse: collapse; font-size: 13px; white-space: nowrap; }
-.results th { font-weight: 600; text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); }
-.results td { padding: 3px 14px 3px 0; }
-.results td:first-child { color: var(--soft); }
-.wide { grid-column: 1 / -1; }
-.panels + .panels { margin-top: 16px; }
-pre { font: 12px/1.5 ui-monospace, "SF Mono", Consolas, monospace; overflow-x: auto; margin: 8px 0 0; }
-.picture { max-width: 100%; image-rendering: pixelated; border-radius: 3px; }
-"""
-
-
 def write_report(folder: Path, metrics: Mapping[str, Any]) -> Path:
     """The page of a single result, beside its metrics.json."""
     path = folder / "report.html"
@@ -301,9 +292,36 @@ def write_report(folder: Path, metrics: Mapping[str, Any]) -> Path:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The whole page."""
-    sections = [_header(runs), _curves(runs), _own(runs), _paper(runs), _cards(runs)]
-    return html_page("Evaluation", CURVE_STYLE + _STYLE, sections)
+    """The whole page, from tokenizer/viz/evaluation.html."""
+    small, padded = sum(run.miniature for run in runs), sum(run.data.get("num_padded") or 0 for run in runs)
+    notes = []
+    if small:
+        notes.append(
+            f"{small} of {len(runs)} results are of the miniature and marked so. They show that the parts work, have "
+            "tables of their own and compare with nothing published."
+        )
+    if padded:
+        notes.append(f"{padded} clips are padded: their last frame is repeated. The tables count them.")
+    curves = [run for run in runs if run.is_curve]
+    return render(
+        "evaluation.html",
+        title="Evaluation",
+        notes=notes,
+        curves=[
+            {
+                "label": run.label,
+                "charts": list(charts(run.data).values()),
+                "missing": run.data["missing_codecs"],
+                "savings": savings_table(run),
+                "points": points_table(run),
+            }
+            for run in curves
+        ],
+        own=own_tables(runs),
+        pictures=_pictures(runs),
+        paper=paper_tables(runs),
+        cards=[(run.label, _curve_card(run) if run.is_curve else card_text(dict(run.data["card"]))) for run in runs],
+    )
 
 
 def markdown(runs: Sequence[Run]) -> dict[str, str]:
@@ -317,66 +335,14 @@ def markdown(runs: Sequence[Run]) -> dict[str, str]:
     return {name: "\n\n".join(table.markdown() for table in some) for name, some in tables.items() if some}
 
 
-def _header(runs: Sequence[Run]) -> str:
-    num_small, note = sum(run.miniature for run in runs), ""
-    if num_small:
-        note = (
-            f'<p class="note">{num_small} of {len(runs)} results are of the miniature and marked so. They show that '
-            "the parts work, stand in tables of their own and compare with nothing published.</p>"
-        )
-    lede = "Every figure is read from a metrics.json; the paper's stand in evaluations/paper.json with their protocols."
-    return f'<header><h1>Evaluation</h1><p class="lede">{lede}</p>{note}</header>'
-
-
-def _curves(runs: Sequence[Run]) -> str:
-    parts = []
-    for run in (run for run in runs if run.is_curve):
-        panels = "".join(f'<section class="panel">{chart}</section>' for chart in charts(run.data).values())
-        missing = "".join(f'<p class="soft">Not drawn: {escape(line)}.</p>' for line in run.data["missing_codecs"])
-        parts.append(
-            f'<h2>Quality over cost<small>{escape(run.label)}</small></h2><div class="panels">{panels}</div>{missing}'
-            f"{_tables([savings_table(run)])}<details><summary>All points</summary>{points_table(run).html()}</details>"
-        )
-    return "".join(parts)
-
-
-def _own(runs: Sequence[Run]) -> str:
-    tables = own_tables(runs)
-    return f"<h2>Evaluations</h2>{_tables(tables)}{_pictures(runs)}" if tables else ""
-
-
-def _paper(runs: Sequence[Run]) -> str:
-    if all(run.is_curve for run in runs):
-        return ""
-    small = "a figure of ours appears beside the paper's only under the same protocol, config and networks"
-    return f"<h2>Paper and ours<small>{small}</small></h2>{_tables(paper_tables(runs))}"
-
-
-def _tables(tables: Sequence[Table]) -> str:
-    return '<div class="panels">' + "".join(t.html().replace("panel", "panel wide", 1) for t in tables) + "</div>"
-
-
-def _pictures(runs: Sequence[Run]) -> str:
-    """The best, the median and the worst clip of each evaluation: originals above, ours below."""
-    parts = []
+def _pictures(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """(title, PNG in base64) of the best, the median and the worst clip of each evaluation."""
+    found = []
     for run in (run for run in runs if not run.is_curve):
         for path in sorted((run.folder / "pictures").glob("*.png")):
-            data = base64.b64encode(path.read_bytes()).decode()
-            place = path.stem.partition("_")[0]
-            parts.append(
-                f'<section class="panel wide"><h3>{escape(run.label)}: {escape(place)} clip</h3>'
-                f'<img class="picture" alt="{escape(place)} clip" src="data:image/png;base64,{data}"></section>'
-            )
-    return f'<div class="panels">{"".join(parts)}</div>' if parts else ""
-
-
-def _cards(runs: Sequence[Run]) -> str:
-    cards = [(run, card_text(dict(run.data["card"])) if not run.is_curve else _curve_card(run)) for run in runs]
-    panels = "".join(
-        f'<details class="panel"><summary>{escape(run.label)}</summary><pre>{escape(text)}</pre></details>'
-        for run, text in cards
-    )
-    return f"<h2>Protocol cards</h2>{panels}"
+            title = f"{run.label}: {path.stem.partition('_')[0]} clip"
+            found.append((title, base64.b64encode(path.read_bytes()).decode()))
+    return found
 
 
 def _curve_card(run: Run) -> str:

@@ -303,5 +303,5 @@ def check_form(path: Path, data: Any, form: Any, where: str = "") -> None:
             check_form(path, each, form[0], f"{where}[{i}]")
         return
     allowed = form if isinstance(form, tuple) else (form,)
-    if not isinstance(data, allowed) or (isinstance(data, bool) and bool not in allowed):
+    if not isinstance(data, allowed) or (isinstance(data, bool) and not {bool, object} & set(allowed)):
         raise UserError(f"{path}: {where} is {str(data)[:40]}, which an evaluation does not write")

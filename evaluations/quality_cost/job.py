@@ -11,10 +11,8 @@ Letters: S clips of the set, A assignments (rows).
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from evaluations.quality_cost.strategies import (
     uniform_points,
 )
 from evaluations.quality_cost.sweep import Figures, Measure, made_once
+from evaluations.summary import csv_table
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
@@ -176,7 +175,7 @@ def write_results(
         atomic_write(folder / "card.txt", (card_text(card) + "\n").encode())
     summaries = metrics["points"]
     columns = list(dict.fromkeys(key for each in summaries for key in each))
-    atomic_write(folder / "points.csv", as_csv(columns, summaries))
+    atomic_write(folder / "points.csv", csv_table(columns, summaries))
     columns = ["clip", "strategy", "setting", "assignment", "tokens", "bytes", *metrics["metrics"], "crf", "reached"]
     per_clip = (
         {"clip": name, "strategy": point.strategy, "setting": point.setting, "assignment": _assignment(key, space)}
@@ -184,7 +183,7 @@ def write_results(
         for point, mine in zip(points, rows, strict=True)
         for name, key, figures in zip(names, point.keys, mine, strict=True)
     )
-    atomic_write(folder / "clips.csv", as_csv(columns, per_clip))
+    atomic_write(folder / "clips.csv", csv_table(columns, per_clip))
     for file, chart in charts(metrics, alone=True).items():
         atomic_write(folder / file, chart.encode())
     atomic_write(folder / "metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
@@ -193,12 +192,3 @@ def write_results(
 def _assignment(key: str, space: AssignmentSpace) -> str:
     kind, _, row = key.partition(":")
     return " ".join(map(str, space.table_AN[int(row)].tolist())) if kind == "row" else ""
-
-
-def as_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """A table with a header; what a row lacks stays empty, what has no column is left out."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()

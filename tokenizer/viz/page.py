@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,6 @@ _TEMPLATES = jinja2.Environment(
 def render(template: str, **values: Any) -> str:
     """The page that a template beside this file makes of `values`. Charts go through the filter `safe`."""
     return _TEMPLATES.get_template(template).render(values) + "\n"
-
-
-def html_page(title: str, style: str, sections: Iterable[str]) -> str:
-    """A page of finished sections. Used by evaluations/report.py until it has a template; then to be deleted."""
-    return render("sections.html", title=title, style=style, sections=sections)
 
 
 def film_sheet(films: Mapping[str, bytes], num_frames: int, num_rows: int) -> dict[str, Any]:
