@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install, then run the tests. Arguments go to pytest.
+# Install, then run the tests, without arguments on up to 4 processes. Arguments go to pytest.
 #
 #   bash scripts/test.sh [pytest arguments, e.g. -k assignment]
 
@@ -9,4 +9,5 @@ bash "$ROOT/scripts/env_install.sh"
 cd "$ROOT"
 # An unreachable hub would cost a minute of retries.
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
+[ $# -gt 0 ] || set -- --numprocesses auto --maxprocesses 4 --dist loadfile # files share costly fixtures
 exec "$VENV/bin/python" -m pytest "$@"

@@ -12,6 +12,7 @@ if os.environ.get("GPU_TESTS") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     collect_ignore = ["test_gpu.py"]
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that tests start; pytest-xdist may run several tests at once
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
