@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Run the main job with each dependency at the lowest version that pyproject.toml declares, one at a time.
+#
+#   bash scripts/dev/min_versions.sh [PACKAGE ...]       (default: all but torch and what is built against one torch)
+#
+# A version is put before the installed one on the path and stays in results/min_versions. Exit 1 if any does not work.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+[ "${1:-}" = "--help" ] && { sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0; }
+PY=${PYTHON:-.venv/bin/python}
+out=results/min_versions
+mkdir -p "$out"
+
+floors=$("$PY" - "$@" <<'PYTHON'
+import re, sys, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+fixed = {"torch", "torchvision", "decord"}
+for line in project["dependencies"]:
+    name, floor = re.match(r"([\w-]+)>=([\w.]+)", line).groups()
+    if name in sys.argv[1:] or (not sys.argv[1:] and name not in fixed):
+        print(f"{name}=={floor}")
+PYTHON
+)
+failed=0
+for spec in $floors; do
+    there=$out/$spec
+    if [ ! -d "$there" ]; then
+        "$PY" -m pip install -q --disable-pip-version-check --no-deps --only-binary :all: --target "$there" "$spec" \
+            || { echo "$spec: there is no wheel of it for this Python"; failed=1; rm -rf "$there"; continue; }
+    fi
+    if PYTHONPATH=$there:$PWD "$PY" tokenizer/router/reconstruction_qual_with_router.py --overwrite --device cpu \
+        --vid_path tokenizer/data/bundled/tree_000.mp4 --save_dir "$out/run" \
+        --vq_ckpt ckpts/mini/final.safetensors --router_ckpt ckpts/mini/router.safetensors >"$out/log.txt" 2>&1
+    then echo "$spec: works"
+    else echo "$spec: $(tail -1 "$out/log.txt")"; failed=1
+    fi
+done
+exit $failed
