@@ -1,4 +1,4 @@
-"""The 126 real clips that travel with the package: where they are, which split each belongs to, whose they are."""
+"""The 126 real clips that come with the package: their files, labels and splits."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _DUOTONE = _PALETTE[3], _PALETTE[1]  # light blue ground, dark blue shape
 
 @dataclass(frozen=True)
 class ClassedScene:
-    """All factors. `speed`: sides a frame of a slide, cycles in 16 frames of a pulse, 0 where the shape rests."""
+    """All factors. `speed`: sides a frame of a slide, cycles in 16 frames of a pulse, 0 if the shape rests."""
 
     label: str
     ground_3: np.ndarray  # colours of the ground and of the shape, in grey levels

@@ -157,7 +157,7 @@ def _digest(parts: dict[str, np.ndarray]) -> str:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file and where its data begin."""
+    """The header of a safetensors file and the offset of its data."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -89,7 +89,7 @@ class ClipSample:
 
 
 class Column(Sequence[T], Generic[T]):
-    """A column of the data set, computed where it is read: a name or a label for each clip."""
+    """A column of the data set, a name or a label for each clip, computed on reading."""
 
     def __init__(self, length: int, read: Callable[[int], T]) -> None:
         self._length, self._read = length, read

@@ -1,18 +1,15 @@
-"""WebVid-style sets on disk: a .csv of video ids against files called `<page_dir>/<videoid>.mp4` or `<videoid>.mp4`.
+"""The layouts of UCF-101, Kinetics-600 and WebVid on disk: which videos their lists name, and which of them are there.
 
-WebVid-10M is no longer distributed; whoever has it, or a set of the same layout, lists it with this.
+UCF-101: the official `classInd.txt` counts from 1 and sorts without regard to case; the class numbers of generation
+models count from 0 and sort by ASCII. The two orders swap HammerThrow with Hammering and JumpRope with JumpingJack. The
+class folder is HandstandPushups, but its files are called v_HandStandPushups_*: names are matched without regard to
+case, and without their suffix, so that transcoded copies are found too.
 
-UCF-101 on disk: its 101 classes in both orders, its official split files, and the videos they name.
+Kinetics-600: a .csv with the columns youtube_id, time_start, time_end and label. A clip is `<id>_<start>_<end>` with
+six digits each, or `<id>` alone, in one folder or in class folders. Many of the listed videos are no longer available.
 
-The official `classInd.txt` counts from 1 and sorts without regard to case; the class numbers of the generation models
-count from 0 and sort by ASCII. The two orders swap HammerThrow with Hammering and JumpRope with JumpingJack (paper.md
-section 5). The class folder is HandstandPushups, but the files in it are called v_HandStandPushups_*: names are
-matched without regard to case, and without their suffix, so that transcoded copies are found too.
-
-Kinetics-600 on disk: the annotation list against the files that could be downloaded. They never agree.
-
-The list is a .csv with the columns youtube_id, time_start, time_end and label; a clip is a file called
-`<id>_<start>_<end>` with six digits each (or `<id>` alone), in one folder or in class folders.
+WebVid: a .csv of video ids against files `<page_dir>/<videoid>.mp4` or `<videoid>.mp4`. WebVid-10M is no longer
+distributed; other sets of this layout work too.
 """
 
 from __future__ import annotations
@@ -63,7 +60,7 @@ def find_ucf101(
     """(name in the list, its file below `root` or None, class name) of a split, in the order of the official list.
 
     split: train, test, or all (every file below root; needs no list). The list is `list_file`, or `trainlist01.txt`
-    and so on somewhere below `root`. Raises UserError where the list is not there or a name in it is no UCF-101 file.
+    and so on somewhere below `root`. Raises UserError if the list is missing or a name in it is no UCF-101 file.
     """
     videos = {video.stem.lower(): video for video in list_videos(root) if _FILE.fullmatch(video.stem)}
     if split == "all" and list_file is None:
@@ -130,7 +127,7 @@ def _seconds(list_file: Path, cell: str) -> int:
 def find_webvid(root: Path, list_file: Path) -> Iterator[tuple[str, Path | None, str]]:
     """(video id, its file below `root` or None, no label), in the order of the list, which is never held in memory.
 
-    Raises UserError for a list without the column videoid, or where `root` is no folder.
+    Raises UserError for a list without the column videoid, or if `root` is no folder.
     """
     if not root.is_dir():
         raise UserError(f"{display_name(root)}: no such folder")

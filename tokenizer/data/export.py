@@ -16,7 +16,7 @@ from tokenizer.common.cli import Parser, answer_help, at_least, positive
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(description="Write the clips of data sources as video files.")
-    parser.add_argument("folder", type=Path, metavar="OUT", help="where the videos go")
+    parser.add_argument("folder", type=Path, metavar="OUT", help="folder for the videos")
     parser.add_argument("--sources", nargs="+", required=True, help="data.sources of a config, see scripts/README.md")
     parser.add_argument("--size", type=at_least(1), default=64, help="side of the square pictures (default: 64)")
     parser.add_argument("--num-frames", type=at_least(1), default=16, help="frames of a clip (default: 16)")

@@ -63,7 +63,7 @@ class FrameCache:
             log.warning("%s: decoded clips are no longer kept (%s); they are decoded in every epoch", self.path, error)
 
     def _start(self, index: int) -> int:
-        """Where a clip begins: behind the checksums, 4 bytes each, 0 for a clip that is not there."""
+        """Offset of a clip: behind the checksums, 4 bytes each, 0 for a missing clip."""
         return self._num_clips * 4 + index * self._bytes
 
 

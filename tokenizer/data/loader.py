@@ -30,7 +30,7 @@ _BATCHES_AHEAD = 2  # of each worker: the default of DataLoader
 class ClipBatch:
     """B clips, uint8 [B, C, T, H, W], with name, label and kind of each (None if unknown).
 
-    `unreadable` names the damaged files (with reasons) that were met for this batch, or before the first one.
+    `unreadable`: damaged files (with reasons) that were met for this batch, or before the first one.
     """
 
     frames_BCTHW: torch.Tensor
@@ -73,7 +73,7 @@ class ClipBatch:
 
 
 Costs = Callable[[int], Sequence[float]]
-"""step -> what each clip of its global batch costs to compute, where that is known before the clips are read."""
+"""step -> cost of each clip of its global batch, if that is known before the clips are read."""
 
 
 def batches(
@@ -90,10 +90,10 @@ def batches(
 ) -> Iterator[ClipBatch]:
     """Shuffled batches from `start_step` on, over as many epochs as needed; `steps` batches, or without end.
 
-    The clips of step s are places s * batch_size .. of the endless row of shuffled epochs, so a batch may span two.
+    Step s takes clips s * batch_size and following of the shuffled epochs, put end to end, so a batch may span two.
     `batch_size` is the global one: each process gets its share, in `accumulate` parts one after the other (see
     `split`), balanced by `costs`. With `whole`, every process gets everything. `pinned`: for a GPU, see
-    `ClipBatch.pin_memory`.
+    `ClipBatch.pin_memory`. UserError if the batches do not fit into shared memory.
     """
     if batch_size < 1 or num_workers < 0:
         raise UserError(f"batch_size={batch_size} must be at least 1 and num_workers={num_workers} at least 0")

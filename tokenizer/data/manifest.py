@@ -6,10 +6,9 @@
     python -m tokenizer.data.manifest build --dataset folder --root videos --out all.csv
     python -m tokenizer.data.manifest check ucf101_train.csv [--against ucf101_test.csv] [--sha256]
 
-`build` lists the files that are there and names the missing ones in OUT.missing.txt. Exit code: 0 all is well, 1 where
-`check` found anything, 2 for a wrong argument or a list that cannot be read.
-
-What is wrong with the videos of a manifest: missing, unreadable, too short, listed twice, in another split too.
+`build` lists the files that it finds and names the missing ones in OUT.missing.txt. `check` finds videos that are
+missing, unreadable, too short, altered, listed twice, or in another split too. Exit code: 0 all is well, 1 if `check`
+found anything, 2 for a wrong argument or a list that cannot be read.
 
 Letters: R rows of a manifest.
 """
@@ -37,7 +36,8 @@ def parse_arguments() -> argparse.Namespace:
     build.add_argument("--split", choices=("train", "test", "all"), default="train", help="of ucf101 (default: train)")
     build.add_argument("--fold", type=int, choices=(1, 2, 3), default=1, help="ucf101 only (default: 1)")
     build.add_argument("--sha256", action="store_true", help="also write the sha256 of every file")
-    check = commands.add_parser("check", description="Look at every file.", help="look for what is wrong with one")
+    finds = "find missing, damaged, short and repeated videos"
+    check = commands.add_parser("check", description="Look at every file.", help=finds)
     check.add_argument("manifest", type=Path)
     check.add_argument("--against", type=Path, metavar="OTHER.csv", help="another split; no file may be in both")
     check.add_argument("--same-name", action="store_true", help="with --against: equal names in other folders, too")
@@ -129,10 +129,11 @@ class Findings:
 def check_manifest(
     manifest: Path, rule: CheckRule, against: Path | None = None, num_threads: int = 1
 ) -> Iterator[tuple[ManifestRow, list[Problem]]]:
-    """Every row with its problems, in order. `against`: another split, which must share no file with this one: by
-    path, by name where the rule says so, and by bytes where files are hashed and the other list has their sha256.
+    """Every row with its problems, in order.
 
-    Memory: 8 bytes a row and hash, so a million rows are nothing. Raises UserError for a malformed manifest.
+    against: another split, which must share no file with this one: by path, by name if the rule asks for it, and by
+    bytes if files are hashed and the other list has their sha256. Memory: 8 bytes a row and hash. Raises UserError for
+    a malformed manifest.
     """
     repeated = _repeated(_keys(manifest))
     elsewhere = _Elsewhere(against, rule) if against else None
@@ -234,7 +235,7 @@ class _Elsewhere:
         self._names, self._digests = (np.unique(_uint64(keys)) for keys in (names, digests))
 
     def holds(self, row: ManifestRow, key: int, digest: str) -> str | None:
-        """How it holds this file, in words; None where it does not."""
+        """How it holds this file, in words; None if it does not."""
         if _is_in(key, self._paths):
             return "also in"
         if digest and _is_in(_hash(digest), self._digests):
@@ -259,7 +260,7 @@ Found = Iterator[tuple[str, Path | None, str]]
 
 
 def build(args: argparse.Namespace) -> int:
-    """Write the manifest and say what is missing."""
+    """Write the manifest and report missing videos."""
     missing: list[str] = []
     total = write_rows(args.out, _rows(_find(args), args, missing))
     if not total:
@@ -276,7 +277,7 @@ def build(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Print what was found; 1 where anything is wrong."""
+    """Print the findings; 1 if anything is wrong."""
     if args.same_name and args.against is None:
         raise UserError("--same-name compares with another split: give --against OTHER.csv too")
     rule = CheckRule(args.num_frames, args.fps, args.decode, args.sha256, args.backend, args.same_name)

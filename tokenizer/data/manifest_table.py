@@ -1,6 +1,6 @@
 """The manifest: a .csv that lists videos, one a row. How it is read, however it was made, and how it is written.
 
-Columns: `path` (relative to the folder of the .csv, or absolute), and where known `label` and `sha256`; others are
+Columns: `path` (relative to the folder of the .csv, or absolute), and optionally `label` and `sha256`; others are
 ignored. LARP's lists are read as they are: their `label` is a number, so the name beside it, `action`, is taken. A
 list without a header is read if it has one column of video files. Reading streams: memory does not grow with the rows.
 """
@@ -23,7 +23,7 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """One video of a manifest. `line` is where its row ends in the file (0: not read from one)."""
+    """One video of a manifest. `line`: the last line of its row in the file (0: not read from one)."""
 
     path: str
     label: str = ""
@@ -31,7 +31,7 @@ class ManifestRow:
     line: int = 0
 
     def file(self, manifest: Path) -> Path:
-        """Where the video is, for a row of this manifest."""
+        """The video of a row of this manifest."""
         return manifest.absolute().parent / self.path
 
 
@@ -82,7 +82,7 @@ def write_rows(manifest: str | Path, rows: Iterable[ManifestRow]) -> int:
 
 
 def path_for(video: Path, manifest: Path) -> str:
-    """How `video` is written in `manifest`: relative where it lies below the manifest's folder, else absolute."""
+    """How `video` is written in `manifest`: relative if it lies below the manifest's folder, else absolute."""
     folder, video = manifest.absolute().parent, video.absolute()
     return str(video.relative_to(folder)) if video.is_relative_to(folder) else str(video)
 

@@ -191,7 +191,7 @@ class PyAvReader:
         """The same from the index that was read with the header: nothing else of the file is touched.
 
         The index holds decoding times. They equal the times of display up to a shift if pictures are not reordered, or
-        if all are equally far apart. None for any other file, and for a file that is shorter than its index says.
+        if all are equally far apart. None for any other file, and for a file shorter than its index.
         """
         entries = self._listed()
         if entries is None or self._stream.start_time is None or not len(entries):

@@ -1,9 +1,9 @@
 """Decode untrusted files in a separate process with a time limit, so a crash or a hang costs one clip.
 
-A native decoder can crash or hang where no Python exception or time-out reaches it. Here that becomes a VideoError.
-The time limit is for one picture, not for a clip: a slow file is no hang. The process is long-lived and reused from
-file to file; it is an ordinary subprocess, so it works in scripts without a `__main__` guard and inside the workers of
-a DataLoader. `map_ahead` keeps several of them busy.
+A native decoder can crash or hang beyond the reach of Python's exceptions and time-outs; here that is a VideoError. The
+time limit is for one picture, not for a clip: a slow file is no hang. The process is long-lived and reused from file to
+file; it is an ordinary subprocess, so it works in scripts without a `__main__` guard and inside the workers of a
+DataLoader. `map_ahead` keeps several of them busy.
 """
 
 from __future__ import annotations

@@ -16,11 +16,9 @@ should cost in tokens:
 Lengths are in sides of the picture and times in frames, so a seed gives the same scene at every size.
 Letters: T frames, N temporal blocks, S shapes, K distinct camera poses, H W rows and columns, C colours.
 
-Pictures of things that hide each other: the dead-leaves model, a well-known stand-in for photographs.
-
-Discs and bars of random place, colour and shading fall onto a plane, small ones more often than large ones (radii with
-density r^-3), which gives edges, occlusion and a spectrum like those of natural images. A few thousand tokens of two
-short films teach a small model those films; these pictures never repeat.
+The pictures of dead leaves are a standard stand-in for photographs: discs and bars of random place, colour and shading
+fall onto a plane, small ones more often than large ones (radii with density r^-3). That gives edges, occlusion and a
+spectrum like those of natural images, and no picture repeats; a small model would learn two short films by heart.
 """
 
 from __future__ import annotations
@@ -81,7 +79,7 @@ def _drop_leaf(image_HWC: np.ndarray, radius: float, palette_P3: np.ndarray, rng
     under_HWC += cover_HW1 * (colour_3 + shade_HW[..., None] - under_HWC)
 
 
-SCENES = 5  # raised whenever a seed renders another scene, classed ones included: what was made of the old ones ends
+SCENES = 5  # raise it if a seed renders another scene, classed ones included: tables of the old scenes are then refused
 KINDS = ("still", "slow", "shapes", "mixed", "fast", "cuts")
 NUM_BLOCKS = 4
 SLOW_SPEED = (0.002, 0.008)  # sides of the picture per frame: 0.1 .. 0.5 pixels of 64

@@ -47,7 +47,7 @@ class _Packed:
 
 
 class Strings(Sequence[str]):
-    """A list of strings as one block of UTF-8 bytes (surrogates for others) and where each ends, int64 [R]."""
+    """A list of strings as one block of UTF-8 bytes (surrogates for others) and the end of each, int64 [R]."""
 
     def __init__(self, block: np.ndarray, ends: np.ndarray) -> None:
         self.block, self.ends = block, ends
@@ -138,7 +138,7 @@ class VideoTable:
         return None if code < 0 else self._labels[code]
 
     def span(self, row: int) -> Span | None:
-        """Where in its tar file a video is."""
+        """The bytes of its tar file that hold a video."""
         return None if self.keys is None else Span(*map(int, self._columns["spans"][row, 1:]))
 
     def save(self, folder: Path) -> None:
@@ -167,7 +167,7 @@ class VideoTable:
 def kept_table(origin: Path, content: str, build: Callable[[], VideoTable]) -> VideoTable:
     """The table of `origin`, mapped from beside it if there is one of this `content`; else built, and kept there.
 
-    Where the folder cannot be written the table stays in memory.
+    If the folder cannot be written, the table stays in memory.
     """
     folder = origin.with_name(f".{origin.name}.index-{_VERSION}-{content}")
     if folder.is_dir():
