@@ -1,13 +1,13 @@
-"""What a user allows: from a budget in words to one assignment for each clip.
+"""Budgets: from the text of a budget to one assignment per clip.
 
-Every form that asks a router is one and the same rule, for each clip by itself:
+Every form that asks a router applies one rule to each clip by itself:
 
     row = argmax(score - price * tokens)  over the rows of at most `max_tokens` tokens
 
-`router` is price 0 without a limit, `tokens:N` sets the limit, `price:P` sets the price (in units of the score for each
-token), and `average:N` is the price at which a whole set of clips spends N tokens a clip (`find_price`).
-`fixed:a,b,c,d` and `uniform:K` give every clip the same row and need no router. Where rows tie, the one with the fewest
-tokens wins, then the smallest row. A choice looks at no other clip, so it never depends on the batch.
+`router` is price 0 without a limit, `tokens:N` sets the limit, `price:P` sets the price (units of the score per token),
+and `average:N` finds the price at which a whole set of clips spends N tokens per clip (`find_price`). `fixed:a,b,c,d`
+and `uniform:K` give every clip the same row and need no router. Of equal rows the one with the fewest tokens wins, then
+the smallest row number. A choice depends on no other clip of the batch.
 
 Letters: B clips of a batch, S clips of a whole set, A assignments (rows).
 """
@@ -83,7 +83,7 @@ def choose_rows(
 
     score_BA: a router's scores, higher is better; may be None for `fixed` and `uniform`, which then answer for
     `num_clips` clips. price: what `find_price` returned for the whole set, needed by `average:N` alone.
-    Raises UserError where the scores or the price are missing, and for scores that are not finite.
+    Raises UserError if the scores or the price are missing, and for scores that are not finite.
     """
     if budget.fixed_row is not None:
         return torch.full((num_clips if score_BA is None else len(score_BA),), budget.fixed_row)
@@ -94,7 +94,7 @@ def choose_rows(
     elif price is None:
         raise UserError(f"budget {budget.text!r} needs one price for the whole set of clips: find it with find_price")
     score_BA = _checked_scores(score_BA, space)
-    return space.best_row(score_BA - price * space.tokens_A.double(), budget.max_tokens)
+    return space.best_row(score_BA - price * space.tokens_A.double(), budget.max_tokens)  # [B, A] -> [B]
 
 
 def find_price(score_SA: Tensor, space: AssignmentSpace, average_tokens: float) -> float:
@@ -102,8 +102,8 @@ def find_price(score_SA: Tensor, space: AssignmentSpace, average_tokens: float) 
     one price can.
 
     The mean falls in steps as the price rises; the bisection ends on the lowest price whose mean is not above the wish.
-    It is negative where the wish is above what the router would spend by itself. At a step all clips that tie there
-    take the cheaper row, so identical clips are never treated differently, and the mean may stay below the wish.
+    It is negative if the wish is above what the router would spend by itself. At a step all clips that tie take the
+    cheaper row, so identical clips are treated alike, and the mean may stay below the wish.
     """
     _check_reachable(f"average:{average_tokens:g}", average_tokens, space)
     score_SA = _checked_scores(score_SA, space)
@@ -114,7 +114,7 @@ def find_price(score_SA: Tensor, space: AssignmentSpace, average_tokens: float) 
 
     # Token counts differ by 1 or more: beyond this price no difference of scores pays for a token.
     bound = (score_SA.amax(dim=1) - score_SA.amin(dim=1)).max().item() + 1.0
-    low, high = -bound, bound
+    low, high = -bound, bound  # the most tokens at `low`, the fewest at `high`
     if mean_tokens(low) <= average_tokens:
         return low
     for _ in range(BISECTION_STEPS):
@@ -131,7 +131,7 @@ def _checked_scores(score_BA: Tensor, space: AssignmentSpace) -> Tensor:
         raise UserError(f"scores of shape {tuple(score_BA.shape)} do not rate the {space.num_rows} rows of each clip")
     if not score_BA.isfinite().all():
         raise UserError("a router's scores are not all finite; its weights are damaged or its input is")
-    return score_BA.detach().cpu().double()
+    return score_BA.detach().cpu().double()  # float64: a price must not round two rows together
 
 
 def _check_reachable(text: str, tokens: float, space: AssignmentSpace) -> None:

@@ -1,4 +1,4 @@
-"""The door to a trained router: load it, ask it for scores or for lengths under a budget (paper.md section 4).
+"""Use a trained router: load it, and ask it for scores or for lengths under a budget (arXiv 2603.12267).
 
     router = load_router("ckpts/mini/router.safetensors")
     length_BN = router.assign(video_BCTHW, "tokens:512")
@@ -32,7 +32,7 @@ class TrainedRouter:
     """
 
     def __init__(self, model: Router, sha256: str, origin: str, quality_weight: float | None = None) -> None:
-        """Raises UserError where a router on V-JEPA 2 does not find the weights it learned with."""
+        """Raises UserError if a router on V-JEPA 2 does not find the weights it learned with."""
         self.quality_weight = quality_weight
         self.model = model.eval().requires_grad_(False)
         self.stem = build_stem(model.config, model.head.weight.device)
@@ -50,23 +50,23 @@ class TrainedRouter:
 
     @torch.no_grad()
     def scores(self, video_BCTHW: Tensor, together: bool = False) -> Tensor:
-        """Pixels in [0, 1] -> score_BA, float32 on the CPU; higher is better, differences within a clip count.
+        """Pixels in [0, 1] -> score_BA, float32 on the CPU; higher is better, only differences within a clip count.
 
-        Clip by clip: a matrix product rounds differently for other batch sizes, and two rows may be that close. So a
-        score does not depend on the batch in its last bit either, nor on the precision of a training that asks: bf16
-        would make equals of near-best rows. `together`: all clips at once, for a training on a GPU, in which one by one
-        would take longer than the step and a tie may fall either way. Raises UserError for clips of another shape.
+        Clips are scored one by one in float32, so that no bit of a score depends on the batch or on the precision of a
+        training that asks. `together`: all clips at once, for a training on a GPU, in which one by one would take
+        longer than the step and a tie may fall either way. Raises UserError for clips of another shape.
         """
         wanted = (3, self.config.num_frames, self.config.size, self.config.size)
         if video_BCTHW.ndim != 5 or tuple(video_BCTHW.shape[1:]) != wanted:
             raise UserError(f"{self.origin} reads clips of shape {wanted}, not {tuple(video_BCTHW.shape[1:])}")
         device = next(self.model.parameters()).device
+        # A matrix product rounds differently for other batch sizes, and the two best rows may be that close.
         parts = [video_BCTHW] if together else video_BCTHW.split(1)
-        with autocast(device, "none"):
-            score_BA = torch.cat([self.model(self.stem(part.to(device))).float().cpu() for part in parts])
+        with autocast(device, "none"):  # bf16 would make near-best rows equal
+            score_BA = torch.cat([self.model(self.stem(part.to(device))).float().cpu() for part in parts])  # [B, A]
         if self.quality_weight is None:
             return score_BA
-        return reward_of_quality(score_BA, self.space, self.quality_weight).float()
+        return reward_of_quality(score_BA, self.space, self.quality_weight).float()  # [B, A]
 
     def assign(
         self,
@@ -96,13 +96,13 @@ def load_router(
 
     quality_weight: another w_q than the file's, for a router trained with labels=quality; UserError for any other.
     `config_path`: a YAML whose `model` section must agree with it. Raises UserError naming both files and every
-    differing key where it does not, and for damaged, pickled or foreign files.
+    differing key if it does not, and for damaged, pickled or foreign files.
     """
     model = Router.from_pretrained(path)
     config, file_config = model.config, model.file_config
     if config_path is not None:
         wanted = load_section(RouterConfig, config_path, "model")
-        config.vjepa2.encoder = wanted.vjepa2.encoder  # where weights lie may change; which they are, the file says
+        config.vjepa2.encoder = wanted.vjepa2.encoder  # the path of the weights may differ; their sha256 is checked
         if different := differences(to_dict(wanted), to_dict(config)):
             raise UserError(f"{config_path} and {path} do not belong together; model differs in {'; '.join(different)}")
     predicts_quality = file_config.get("labels") == "quality"
@@ -116,7 +116,7 @@ def load_router(
 
 
 def check_router_fits(router: TrainedRouter, tokenizer: TokenizerConfig) -> None:
-    """Raises UserError where router and tokenizer do not speak of the same clips and the same assignments."""
+    """Raises UserError if router and tokenizer differ in levels, blocks, or the shape of a clip."""
     ours, theirs = router.config, tokenizer
     if list(ours.levels) != list(theirs.levels) or ours.num_blocks != theirs.num_blocks:
         raise UserError(

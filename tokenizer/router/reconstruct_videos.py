@@ -119,7 +119,7 @@ def price_of_the_set(walk: ClipWalk, router: TrainedRouter | None, budget: Budge
     """
     if router is None or budget.average_tokens is None:
         return PricedSet()
-    inputs = json.dumps([walk.digest(), router.sha256, budget.text])
+    inputs = json.dumps([walk.digest(), router.sha256, router.quality_weight, budget.text])
     made_from = hashlib.sha256(inputs.encode()).hexdigest()
     if stored := folder.load_scores(made_from):
         return PricedSet(*stored)

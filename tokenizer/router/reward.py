@@ -1,15 +1,11 @@
-"""The reward of an assignment (paper.md section 1; eq. 6 with the sign that rewards good quality). Pure functions.
+"""The quality table of stage 2, the reward of an assignment, and the labels that a router learns from.
 
     R(x, a) = w_q * Q(x, a) - w_l * L(a),      w_l = 2 - w_q
     Q = (mean LPIPS - LPIPS(x, a)) / std LPIPS,      L = (tokens(a) - mean tokens) / std tokens
 
-Letters: B clips, A assignments (rows).
-
-The quality table of stage 2: how well the proxy reconstructs each clip under each assignment (paper.md section 1).
-
-One table serves every trade-off, because the weights of quality and length are applied afterwards (reward.py).
-
-What a router learns, made from the rewards of a stored table; no label is stored, so one table serves every w_q.
+This is arXiv 2603.12267, eq. 6, with the sign that rewards good quality. The table holds how well the proxy
+reconstructs each clip under each assignment; rewards and labels are made from it when they are needed, so one table
+serves every w_q.
 
 Letters: B clips, A assignments (rows).
 """
@@ -46,13 +42,10 @@ class RewardStats:
 
 
 def stats_of(table: QualityTable) -> RewardStats:
-    """The statistics of a table, each (clip, assignment) that was measured counting once.
-
-    Raises UserError where LPIPS has no spread.
-    """
+    """The statistics of a table over all measured pairs of clip and assignment. UserError if LPIPS has no spread."""
     lpips_BA = table.lpips_BA.double()
-    lpips_BA = lpips_BA[lpips_BA.isfinite()]
-    tokens_A = table.space.tokens_A.double()
+    lpips_BA = lpips_BA[lpips_BA.isfinite()]  # NaN: not measured
+    tokens_A = table.space.tokens_A.double()  # [A]; every row counts once, as if rows were drawn uniformly
     stats = RewardStats(
         lpips_mean=lpips_BA.mean().item(),
         lpips_std=lpips_BA.std(correction=0).item(),
@@ -89,15 +82,16 @@ def reward_of_quality(quality_BA: Tensor, space: AssignmentSpace, quality_weight
 def _weigh(quality_BA: Tensor, length_A: Tensor, quality_weight: float) -> Tensor:
     if not 0.0 <= quality_weight <= TOTAL_WEIGHT:
         raise UserError(f"quality_weight is {quality_weight}; it must lie within [0, {TOTAL_WEIGHT:g}]")
-    return quality_weight * quality_BA - (TOTAL_WEIGHT - quality_weight) * length_A
+    return quality_weight * quality_BA - (TOTAL_WEIGHT - quality_weight) * length_A  # [B, A]; w_l = 2 - w_q
 
 
 def reward_percentile(reward_BA: Tensor, chosen_row_B: Tensor) -> float:
-    """How far the chosen rows are on the way from each clip's worst row (0) to its best (1), on the mean over clips.
+    """Position of the chosen rows between each clip's worst row (0) and its best (1), of the means over clips.
 
-    (E R(chosen) - E R(worst)) / (E R(best) - E R(worst)), the paper's table 8; 1 where best and worst are the same.
+    (E R(chosen) - E R(worst)) / (E R(best) - E R(worst)), arXiv 2603.12267, table 8; 1 if best and worst are equal.
     """
-    chosen = reward_BA.gather(1, chosen_row_B[:, None]).mean()
+    chosen = reward_BA.gather(1, chosen_row_B[:, None]).mean()  # [B, A] -> [B, 1] -> scalar
+    # A ratio of means, not a mean of ratios: a clip whose rows are all alike must not count as much as the others.
     worst, best = reward_BA.amin(dim=1).mean(), reward_BA.amax(dim=1).mean()
     if best == worst:
         return 1.0
@@ -105,7 +99,7 @@ def reward_percentile(reward_BA: Tensor, chosen_row_B: Tensor) -> float:
 
 
 def best_uniform(reward_BA: Tensor, space: AssignmentSpace) -> tuple[int, float]:
-    """The level that does best when all blocks of all clips get it, and its reward percentile."""
+    """The level with the highest reward percentile if all blocks of all clips get it, and that percentile."""
     num_clips = len(reward_BA)
     percentiles = {
         level: reward_percentile(reward_BA, torch.full((num_clips,), space.uniform_row(level), device=reward_BA.device))
@@ -173,7 +167,7 @@ class QualityTable:
     def load(path: str | Path) -> QualityTable:
         """Read what `save` wrote.
 
-        Raises UserError for a missing, damaged or foreign file, and for one of rendered scenes that look otherwise now.
+        Raises UserError for a missing, damaged or foreign file, and for scenes that are now rendered differently.
         """
         if not Path(path).is_file():
             raise UserError(f"{path}: no such quality table; scripts/train/2_curate_router_data.sh makes it")
@@ -204,21 +198,21 @@ def hard_labels(reward_BA: Tensor) -> Tensor:
 def threshold_labels(lpips_BA: Tensor, tokens_A: Tensor, threshold: float) -> Tensor:
     """row_B: the fewest tokens whose LPIPS is at most `threshold`, the best of equally many; else the longest row.
 
-    The baseline that the reward is compared with (paper.md section 6). UserError where the threshold is not above 0.
+    A baseline of arXiv 2603.12267. UserError unless the threshold is above 0.
     """
     if not threshold > 0:
         raise UserError(f"threshold is {threshold}; it must be above 0")
-    fits_BA = lpips_BA <= threshold
-    fewest_B1 = tokens_A.where(fits_BA, int(tokens_A.max()) + 1).amin(dim=1, keepdim=True)
+    fits_BA = lpips_BA <= threshold  # bool
+    fewest_B1 = tokens_A.where(fits_BA, int(tokens_A.max()) + 1).amin(dim=1, keepdim=True)  # no row fits: too many
     best_B = lpips_BA.where(fits_BA & (tokens_A == fewest_B1), torch.inf).argmin(dim=1)
-    return best_B.where(fits_BA.any(dim=1), int(tokens_A.argmax()))
+    return best_B.where(fits_BA.any(dim=1), int(tokens_A.argmax()))  # no row fits: the longest
 
 
 def soft_labels(reward_BA: Tensor, temperature: float) -> Tensor:
-    """prob_BA = softmax(reward / temperature): rows nearly as good as the best share its label (paper.md section 8).
+    """prob_BA = softmax(reward / temperature): rows nearly as good as the best share its label.
 
-    Cross-entropy against it is least where the router's logits are reward / temperature plus a constant for each clip:
-    every row of the table teaches, not only the best one. UserError where the temperature is not above 0.
+    Cross-entropy with it is least if the router's logits are reward / temperature plus a constant per clip: every row
+    of the table teaches, not only the best one. Not in the paper. UserError unless the temperature is above 0.
     """
     if not temperature > 0:
         raise UserError(f"temperature is {temperature}; it must be above 0")

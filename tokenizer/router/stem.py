@@ -1,18 +1,16 @@
-"""What a router looks at: the pixels themselves, or what a frozen V-JEPA 2 sees in them (paper.md section 4).
+"""The input of a router: pixels, or the features of a frozen V-JEPA 2 (arXiv 2603.12267).
 
     look = build_stem(config, device)
     logits_BA = router(look(video_BCTHW))
 
-Letters: B clips, C T H W, S places of a clip, E width of a feature, A assignments.
-
-Features of clips on disk, each computed once: for a router that sees the same clips in every epoch.
+A FeatureCache keeps features on disk, for a router that sees the same clips in every epoch:
 
     <folder>/<weights' sha256>-<precision>/<first two letters>/<sha256 of the clip's pixels>.safetensors
 
-The name of a file says what is in it, so any number of runs and machines may share a folder; nothing in it goes stale.
-Of V-JEPA 2-L a clip takes 4 MiB in bf16.
+A file's name identifies its content, so runs and machines may share a folder and nothing in it goes stale. A clip takes
+4 MiB with V-JEPA 2-L in bf16.
 
-Letters: B clips, C T H W, S places of a clip, E width of a feature.
+Letters: B clips, C T H W, S places of a clip, E width of a feature, A assignments.
 """
 
 from __future__ import annotations
@@ -37,29 +35,29 @@ logger = logging.getLogger(__name__)
 
 
 class FeatureCache:
-    """Stands where a FrozenVJEPA2 stands: `features`, from the disk where they are there."""
+    """The `features` of a FrozenVJEPA2, read from disk if they were computed before."""
 
     def __init__(self, encoder: FrozenVJEPA2, folder: str | Path) -> None:
         self.encoder = encoder
         self.folder = Path(folder) / f"{encoder.sha256}-{str(encoder.dtype).removeprefix('torch.')}"
 
     def features(self, video_BCTHW: Tensor) -> Tensor:
-        """As FrozenVJEPA2.features of each clip by itself: no file may depend, in its last bit, on a batch."""
-        return torch.stack([self._of_clip(clip) for clip in video_BCTHW]).to(video_BCTHW.device)
+        """feature_BSE, as FrozenVJEPA2.features of each clip alone: no file may depend on a batch in its last bit."""
+        return torch.stack([self._of_clip(clip) for clip in video_BCTHW]).to(video_BCTHW.device)  # [B, S, E]
 
     def _of_clip(self, video_CTHW: Tensor) -> Tensor:
         path = self.path_of(video_CTHW)
         feature_SE = _read(path)
         if feature_SE is None:
-            feature_SE = self.encoder.features(video_CTHW[None])[0].cpu()
+            feature_SE = self.encoder.features(video_CTHW[None])[0].cpu()  # [1, C, T, H, W] -> [S, E]
             path.parent.mkdir(parents=True, exist_ok=True)
             # in the encoder's precision: the features have no more digits than that
             atomic_write(path, save({"feature_SE": feature_SE.to(self.encoder.dtype)}))
         return feature_SE
 
     def path_of(self, video_CTHW: Tensor) -> Path:
-        """Where the features of this very clip lie."""
-        pixels = video_CTHW.detach().float().cpu().contiguous()
+        """The file of the features of exactly these pixels."""
+        pixels = video_CTHW.detach().float().cpu().contiguous()  # shape is hashed too: equal bytes, other clips
         name = hashlib.sha256(repr(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
@@ -70,13 +68,13 @@ def _read(path: Path) -> Tensor | None:
     try:
         return load_file(path)["feature_SE"].float()
     except SafetensorError as error:
-        logger.warning("%s is damaged (%s) and made again", path, error)
+        logger.warning("%s is damaged (%s) and is computed again", path, error)
         return None
 
 
 @dataclass(frozen=True)
 class Stem:
-    """Clips in [0, 1] -> the input of a router; of V-JEPA 2 also the sha256 of its weights."""
+    """Clips in [0, 1] -> the input of a router; `sha256` of the V-JEPA 2 weights, empty for pixels."""
 
     look: Callable[[Tensor], Tensor]
     sha256: str = ""
@@ -86,27 +84,27 @@ class Stem:
         return self.look(video_BCTHW)
 
     def sign(self, router: Router) -> None:
-        """Write into the router whose features it learns from."""
+        """Write into the router which weights made the features it learns from."""
         if self.sha256:
             router.encoder_sha256.copy_(_digest(self.sha256))
 
     def check(self, router: Router, origin: str) -> None:
-        """UserError where the router learned from the features of other weights."""
+        """UserError if the router learned from the features of other weights."""
         if self.sha256 and not torch.equal(router.encoder_sha256.cpu(), _digest(self.sha256)):
             learned = bytes(router.encoder_sha256.tolist()).hex()
             raise UserError(
-                f"{origin}: learned from V-JEPA 2 weights {learned[:12]}, but those at hand are {self.sha256[:12]}: "
-                "point model.vjepa2.encoder.weights of its config at the right ones"
+                f"{origin}: learned from V-JEPA 2 weights {learned[:12]}, but those found are {self.sha256[:12]}: "
+                "set model.vjepa2.encoder.weights of its config to the right ones"
             )
 
 
 def build_stem(config: RouterConfig, device: torch.device | str, cache: str = "") -> Stem:
-    """The stem of a config. `cache`: a folder for features, for clips that come again unchanged.
+    """The stem of a config. `cache`: a folder for the features of clips that come again unchanged.
 
-    Raises UserError where weights are absent or give features of another shape than the config says.
+    Raises UserError if weights are absent or give features of another shape than the config has.
     """
     if config.stem == "raw":
-        return Stem(lambda video_BCTHW: video_BCTHW)
+        return Stem(lambda video_BCTHW: video_BCTHW)  # the router patchifies pixels itself
     encoder = FrozenVJEPA2(config.vjepa2.encoder).to(device)
     wanted, found = config.input_shape, encoder.shape_of(config.num_frames)
     if found != wanted:

@@ -27,7 +27,7 @@ PACKAGES = ("evatok", "torch", "av", "numpy")
 
 def means(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean of every measure over the clips; None if a clip lacks it (lpips without weights)."""
-    columns = {key: [record[key] for record in records] for key in MEASURES}
+    columns = {key: [record[key] for record in records] for key in MEASURES}  # [S] each
     return {key: None if None in column else float(np.mean(column)) for key, column in columns.items()}
 
 
@@ -69,11 +69,11 @@ def rank_correlation(x_S: Sequence[float], y_S: Sequence[float]) -> float | None
     """Spearman's coefficient, -1 to 1, equal values sharing their mean rank. None if all values of a side are equal."""
     if len(set(x_S)) < 2 or len(set(y_S)) < 2:
         return None
-    return float(spearmanr(x_S, y_S).statistic)
+    return float(spearmanr(x_S, y_S).statistic)  # ties get mean ranks
 
 
 def codebook_use(token_files: Iterable[Path], codebook_size: int) -> dict[str, Any]:
-    """How evenly the codes were used, read from saved tokens one file at a time.
+    """How evenly the codes are used, read from saved tokens one file at a time.
 
     `share_used` of the codebook, `perplexity` (1 .. V; V when all codes are equally frequent), `num_drawn` codes in
     all, and `curve`: frequencies from the commonest code down, at evenly spaced ranks, relative to an even use.
@@ -81,14 +81,14 @@ def codebook_use(token_files: Iterable[Path], codebook_size: int) -> dict[str, A
     count_V = np.zeros(codebook_size, np.int64)
     for path in token_files:
         count_V += np.bincount(VideoTokens.load(path).code_L.numpy(), minlength=codebook_size)
-    share_V = np.sort(count_V / max(1, count_V.sum()))[::-1]
+    share_V = np.sort(count_V / max(1, count_V.sum()))[::-1]  # commonest first
     used = share_V[share_V > 0]
     at = np.linspace(0, codebook_size - 1, min(CURVE_POINTS, codebook_size)).round().astype(int)
     return {
         "size": codebook_size,
         "num_drawn": int(count_V.sum()),
         "share_used": len(used) / codebook_size,
-        "perplexity": float(np.exp(-(used * np.log(used)).sum())),
+        "perplexity": float(np.exp(-(used * np.log(used)).sum())),  # exp of the entropy in nats
         "curve": (share_V[at] * codebook_size).tolist(),
     }
 
