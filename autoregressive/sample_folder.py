@@ -1,16 +1,14 @@
-"""The results folder of a sampling command: one finished clip after the other, by any number of processes.
+"""The results folder of a sampling command and its report: filled clip by clip, by any number of processes.
 
-    settings.json      what decides a clip; a run with other settings is refused
+    settings.json      what affects a clip; a run with other settings is refused
     samples/<name>/    sample.mp4  frames.npy (uint8 THWC, lossless, for scoring)  tokens.safetensors  record.json
-                       and where frames were given: original.mp4  original.npy  side_by_side.mp4
+                       and if frames were given: original.mp4  original.npy  side_by_side.mp4
     grids/<title>.mp4  .png      all clips of a class together
-    samples.json       the records of all clips and what sums them up
-    report.html        the first clips of every class at play, on one page
+    samples.json       the records of all clips and their summary
+    report.html        the first clips of every class as films, with the tokens of each block
 
-A folder under samples/ is written aside and renamed, so it is there entirely or not at all, and each belongs to one
-process. A stopped run goes on from what is there.
-
-report.html of a sampling command: the sampled clips at play, the tokens of each block, what they came from.
+A folder under samples/ is written aside and renamed, so it is complete or absent, and each belongs to one process.
+Rerun the same command to resume.
 """
 
 from __future__ import annotations

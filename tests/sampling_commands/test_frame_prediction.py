@@ -1,5 +1,6 @@
 """Frame prediction as users type it, on a folder of real files; and the pictures of both commands."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from sampling_files import CLASSES, contents, num_frames
 
 from autoregressive.model import GPT
+from autoregressive.sample_folder import Card, sample_page
 from autoregressive.sample_grid import sample_grid
 from autoregressive.sampler import Request, SamplingConfig
 from tokenizer.common.errors import UserError
@@ -98,6 +100,15 @@ def test_mistakes_of_frame_prediction(
 ) -> None:
     with pytest.raises(UserError, match=words):
         frame_prediction(tmp_path / "out", *(flag.format(videos=videos) for flag in flags))
+
+
+def test_names_cannot_reach_the_page_as_html() -> None:
+    frames_THWC = np.zeros((16, 32, 32, 3), np.uint8)
+    cards = [Card("<script>alert(1)</script>", '<img src="x">', ShownClip(frames_THWC, (2, 4, 8, 2)))]
+    settings = {"<b>": "</style><script>"}
+    facts = {"num_samples": 1, "mean_tokens": 16.0, "num_broken": 0, "gpt_model": "<i>", "gpt": "<u>", "tokenizer": "t"}
+    page = sample_page({**facts, "settings": settings}, cards, 8)
+    assert not re.search("<(script|img|b|i|u)[ >]", page.replace("<i style=", "")) and "&lt;script&gt;alert" in page
 
 
 def test_grid_of_a_validation(models: Path, tmp_path: Path) -> None:

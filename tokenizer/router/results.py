@@ -196,6 +196,8 @@ class ResultsFolder:
     def _read_journal(self) -> list[dict[str, Any]]:
         """The finished clips; a last line that a kill cut short is dropped, from the file too."""
         if not self._journal.is_file():
+            if self._journal.exists():  # appending to a pipe would block
+                raise UserError(f"{self._journal}: not a regular file; {_START_AGAIN}")
             return []
         lines = self._journal.read_bytes().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):
