@@ -115,7 +115,7 @@ class GPTTraining:
 
     def train_step(self, batch: TokenBatch) -> Values:
         """One step, see `tokenizer.training.train_step`."""
-        return train_step(self.config.run, self.config.optim, self.state, batch, self.loss)
+        return train_step(self.config.run, self.state, batch, self.loss)
 
     def loss(self, batch: TokenBatch, step: int) -> tuple[Summed, dict[str, Tensor | float]]:
         """See `gpt_loss`."""
@@ -123,7 +123,7 @@ class GPTTraining:
 
     def validate(self, step: int) -> dict[str, float]:
         """Loss, perplexity and how often the most probable length is the true one, on held-out clips."""
-        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        sums: dict[str, Any] = defaultdict(lambda: [0.0, 0.0])
         for packed in self._validation_batches():
             logits_WV, target_W = read(self.model, packed)
             measured = by_kind(cross_entropy(logits_WV, target_W), target_W, self.layout)
@@ -131,7 +131,10 @@ class GPTTraining:
             for name, (total, num) in measured.items():
                 sums[name][0] += float(total)
                 sums[name][1] += float(num)
-        # over tokens, never a mean of the batches' means
+        # over tokens of all processes, never a mean of means
+        names = (*KINDS, "length_accuracy")
+        total_K2 = distributed.sum_over_ranks(torch.tensor([sums[name] for name in names], dtype=torch.float64))
+        sums = dict(zip(names, total_K2.tolist(), strict=True))
         loss = sum(sums[kind][0] for kind in KINDS) / sum(sums[kind][1] for kind in KINDS)
         perplexity = float(torch.tensor(loss).exp())  # inf where Python would raise
         self._sample(step)
@@ -178,9 +181,9 @@ class GPTTraining:
     def _validation_batches(self) -> Iterator[PackedSequences]:
         num = min(self.config.val_clips, len(self.val_archive))
         chosen = [i * len(self.val_archive) // num for i in range(num)]
-        at_once = portion(self.config.run)
-        for start in range(0, num, at_once):
-            clips = [self.val_archive.clip(i) for i in chosen[start : start + at_once]]
+        at_once, own = portion(self.config.run), distributed.own_part(num)
+        for start in range(own.start, own.stop, at_once):
+            clips = [self.val_archive.clip(i) for i in chosen[start : min(start + at_once, own.stop)]]
             yield pack_sequences(self.layout, [self.layout.encode(clip) for clip in clips])
 
 

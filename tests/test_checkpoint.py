@@ -1,6 +1,7 @@
 """Files on disk: equal bytes for equal models, strict loading, damage found, a full disk that costs nothing."""
 
 import errno
+import json
 import logging
 import os
 import resource
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from tokenizer.common import checkpoint
@@ -202,3 +204,52 @@ def test_run_cli_says_one_line(capsys: pytest.CaptureFixture[str], error: BaseEx
         run_cli(main)
     stderr = capsys.readouterr().err
     assert left.value.code == code and stderr.startswith(line) and stderr.count("\n") == 1
+
+
+def test_any_flipped_byte_of_a_weights_file_shows_without_a_file_beside_it(tmp_path: Path) -> None:
+    """The digest inside covers everything: tensors, names, config, padding and the digest itself."""
+    path, damaged = tmp_path / "m.safetensors", tmp_path / "d.safetensors"
+    save_model(path, {"weight": torch.arange(4.0), "bias": torch.ones(1)}, {"optim": {"lr": 1e-05}}, {"kind": "toy"})
+    good = path.read_bytes()
+    assert read_model(path).card == {"kind": "toy"}
+    for place in range(len(good)):
+        for bit in (0, 3, 5):
+            damaged.write_bytes(good[:place] + bytes([good[place] ^ 1 << bit]) + good[place + 1 :])
+            with pytest.raises(UserError, match=str(damaged)):
+                read_model(damaged)
+
+
+def test_a_file_of_before_the_digest_is_read_with_sums_or_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "old.safetensors"
+    card = json.dumps({"config": CONFIG, "card": {"kind": "toy"}}, sort_keys=True)
+    save_file({"weight": torch.ones(2)}, path, metadata={"model_card": card})
+    assert read_model(path).config == CONFIG and "no sha256 inside or beside it" in caplog.text
+    caplog.clear()
+    (tmp_path / "SHA256SUMS").write_text(f"{checkpoint.file_sha256(path)}  old.safetensors\n")
+    assert read_model(path).config == CONFIG and not caplog.text
+
+
+def test_a_checkpoint_holds_exactly_what_its_manifest_lists(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = filled(tmp_path, 1)
+    filled(tmp_path, 2)
+    (tmp_path / "00000002" / "discriminator.safetensors").write_bytes(b"")
+    latest = store.load_latest()
+    assert latest is not None and latest.step == 1
+    assert "00000002 is damaged (its manifest and its files differ in discriminator.safetensors)" in caplog.text
+    (tmp_path / "00000001" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        store.load_latest()
+
+
+def test_written_files_obey_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_model(tmp_path / "m.safetensors", tensors(1), CONFIG)
+        filled(tmp_path / "c", 1)
+        atomic_write(tmp_path / "a.json", b"{}")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 4 and {path.stat().st_mode & 0o777 for path in files} == {0o640}

@@ -83,7 +83,7 @@ def train(folder: Path, nan_at: tuple[int, int] | None = None, **changes) -> nn.
         total = error_L.sum() * (math.nan if nan_at == (step, distributed.rank()) else 1)
         return Summed(total, len(error_L)), {"error": error_L.mean().detach(), "lengths": torch.tensor([len(error_L)])}
 
-    step_fn = partial(train_step, run, optim, state, loss_fn=loss_fn)
+    step_fn = partial(train_step, run, state, loss_fn=loss_fn)
     fit(run, {"run": {"dir": str(folder)}}, state, own_batches, step_fn, lambda step: {"out": 1.0})
     return model
 

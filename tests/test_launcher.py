@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
 
 from tokenizer.common.device import pick_device
 from tokenizer.common.distributed import _check_gpus, adopt_slurm, first_node
 from tokenizer.common.errors import UserError
+from tokenizer.training import train_state
+from tokenizer.training.optim import OptimConfig
+from tokenizer.training.train_state import RunConfig
 
 
-def test_slurm_is_read_where_srun_started_several_tasks() -> None:
+def test_slurm_is_read_where_srun_started_several_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM itself expands its list of hosts; without it, MASTER_ADDR has to be given."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$3" = "gpu[03-04,9],login1" ] && printf "gpu03\\ngpu04\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     step = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "41007"}
     step |= {"SLURM_STEP_NODELIST": "gpu[03-04,9],login1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
     adopt_slurm(step)
@@ -18,7 +29,11 @@ def test_slurm_is_read_where_srun_started_several_tasks() -> None:
         step[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     ]
     assert found == ["9", "16", "1", "8", "gpu03", "21007"]
-    assert first_node("a1,b2") == "a1" and first_node("n[007]-ib") == "n007-ib"
+    scontrol.unlink()
+    with pytest.raises(UserError, match="set MASTER_ADDR to the machine of rank 0"):
+        first_node("a1,b2")
+    given = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "a[1-2]"}
+    adopt_slurm(given | {"MASTER_ADDR": "a1"})
     alone = {"SLURM_NTASKS": "16", "SLURM_PROCID": "0"}  # the batch script itself
     adopt_slurm(alone)
     assert "RANK" not in alone
@@ -59,3 +74,16 @@ def test_training_wants_a_gpu_for_each_process() -> None:
     for visible, more in ((4, {}), (1, {}), (4, {"SLURM_LOCALID": "5"})):
         with pytest.raises(UserError, match=f"8 processes on this machine, but torch sees {visible} GPUs"):
             _check_gpus({"LOCAL_WORLD_SIZE": "8", **more}, visible)
+
+
+def test_ddp_names_the_gpu_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One visible GPU a task: the model is on cuda:0 whatever the local rank, and so is DDP."""
+    made = {}
+    monkeypatch.setattr(train_state.distributed, "num_ranks", lambda: 8)
+    monkeypatch.setattr(train_state, "DistributedDataParallel", lambda module, **settings: made.update(settings))
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: self)
+    run, optim = RunConfig(), OptimConfig()
+    train_state.Trainable("model", nn.Linear(1, 1), optim, run, torch.device("cuda", 0))
+    assert made == {"device_ids": [0], "broadcast_buffers": False}
+    train_state.Trainable("model", nn.Linear(1, 1), optim, run, torch.device("cpu"))
+    assert made["device_ids"] is None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ def train(folder: Path, steps: int = 12, **changes) -> Path:
         return loss, {"discriminator/accuracy": 0.99, "discriminator/logit_gap": 7.0, "levels": torch.tensor([3, 1])}
 
     state = TrainState.start(model, run, optim)
-    fit(run, {"run": {"dir": str(folder)}}, state, numbers, partial(train_step, run, optim, state, loss_fn=loss_fn))
+    fit(run, {"run": {"dir": str(folder)}}, state, numbers, partial(train_step, run, state, loss_fn=loss_fn))
     return folder / "metrics.jsonl"
 
 
@@ -134,6 +135,42 @@ def test_tensorboard_is_fed_and_an_absent_package_is_one_sentence(
     ]
     with pytest.raises(UserError, match=r"run\.trackers=\['aim'\]: choose from tensorboard, wandb"):
         RunConfig(trackers=["aim"])
+
+
+def test_trackers_get_every_step_once_and_wandb_an_id_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash after step 5, with the last checkpoint at 4: the resumed run sends 6 and later; the id stays."""
+    sent: list[tuple[str, int]] = []
+
+    class Tracker:
+        def __init__(self, **settings: object) -> None: ...
+
+        def init_trackers(self, project: str, config: object, init_kwargs: dict) -> None:
+            self.id = init_kwargs["wandb"]["id"]
+
+        def log(self, values: dict, step: int) -> None:
+            sent.append((self.id, step))
+            if step == 5 and not crashed:
+                crashed.append(True)
+                raise RuntimeError("crash")
+
+        def end_training(self) -> None: ...
+
+    crashed: list[bool] = []
+    monkeypatch.setattr(logger.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(logger, "Accelerator", Tracker)
+    settings = {"trackers": ["wandb"], "checkpoint_every": 2}
+    with pytest.raises(RuntimeError, match="crash"):
+        train(tmp_path / "run", steps=8, **settings)
+    (tmp_path / "run" / "tracking" / "last_step").write_text("5")  # the crash came after the step was sent
+    train(tmp_path / "run", steps=8, **settings)
+    assert [step for _, step in sent] == [1, 2, 3, 4, 5, 6, 7, 8] and len({id for id, _ in sent}) == 1
+    first = sent[0][0]
+    sent.clear()
+    shutil.rmtree(tmp_path / "run")
+    train(tmp_path / "run", steps=2, **settings)  # another run at the same path
+    assert [step for _, step in sent] == [1, 2] and sent[0][0] != first
 
 
 def test_one_batch_again_and_again(tmp_path: Path) -> None:

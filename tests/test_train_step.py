@@ -46,7 +46,7 @@ def numbers(start: int) -> Iterator[Tensor]:
 
 def toy_fit(run: RunConfig, model: nn.Module, loss_fn: Callable) -> TrainState:
     state = TrainState.start(model, run, OPTIM)
-    fit(run, {}, state, numbers, partial(train_step, run, OPTIM, state, loss_fn=loss_fn))
+    fit(run, {}, state, numbers, partial(train_step, run, state, loss_fn=loss_fn))
     return state
 
 
@@ -323,10 +323,10 @@ def test_skips_are_forgotten_after_a_hundred_updates() -> None:
     batch = next(numbers(0))
     for step in (0, 100, 200):
         state.step = step
-        train_step(run, OPTIM, state, batch, nan_at(model, {step}))
+        train_step(run, state, batch, nan_at(model, {step}))
     state.step = 250
     with pytest.raises(UserError, match="2 of the last 100 updates"):
-        train_step(run, OPTIM, state, batch, nan_at(model, {250}))
+        train_step(run, state, batch, nan_at(model, {250}))
     assert state.main.skipped_at == [200, 250] and state.main.skipped == 4
 
 
@@ -355,7 +355,7 @@ def test_parts_of_unequal_counts_add_up_to_the_whole(num_parts: int) -> None:
             return Summed(error_L.sum(), len(tokens)), {"error": error_L.mean().detach(), "counts": counts}
 
         for step in range(3):
-            values = train_step(run, OPTIM, state, Ragged([next(numbers(step))]), loss)
+            values = train_step(run, state, Ragged([next(numbers(step))]), loss)
         return values, model.weight.detach()
 
     whole, weight = update(1)
@@ -368,14 +368,14 @@ def test_parts_of_unequal_counts_add_up_to_the_whole(num_parts: int) -> None:
 def test_batches_that_cannot_be_split_are_refused() -> None:
     run = run_config(accumulate=2)
     with pytest.raises(UserError, match=r"run\.accumulate=2: the batches of this stage cannot be split"):
-        train_step(run, OPTIM, TrainState.start(nn.Linear(3, 1), run, OPTIM), [1, 2], lambda batch, step: (1, {}))  # type: ignore
+        train_step(run, TrainState.start(nn.Linear(3, 1), run, OPTIM), [1, 2], lambda batch, step: (1, {}))  # type: ignore
 
 
 def test_batch_norm_of_a_skipped_step_is_restored() -> None:
     run, model = run_config(max_skipped=1), nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     state = TrainState.start(model, run, OPTIM)
     before = bits(model)
-    train_step(run, OPTIM, state, next(numbers(0)) * math.inf, lambda x, step: (model(x).square().mean(), {}))
+    train_step(run, state, next(numbers(0)) * math.inf, lambda x, step: (model(x).square().mean(), {}))
     assert bits(model) == before and isinstance(state.main, Trainable)
 
 

@@ -22,8 +22,10 @@ from tokenizer.common import checkpoint
 from tokenizer.common.checkpoint import read_model
 from tokenizer.common.device import generator_for, slow_precision
 from tokenizer.common.errors import UserError
+from tokenizer.common.work_units import WorkUnits, claim_folder
+from tokenizer.training.cli import missing
 from tokenizer.training.logger import MetricsLog
-from tokenizer.training.optim import OptimConfig
+from tokenizer.training.optim import OptimConfig, learning_rate
 from tokenizer.training.trainer import RunConfig, TrainState, claim, fit, train_step
 
 STEPS = 12
@@ -65,7 +67,7 @@ def train(folder: Path, at_batch: Callable[[int], None] = lambda step: None, lr:
         return {"out": float(state.model(torch.ones(2, 5)).mean())}
 
     config = {"run": {"dir": str(folder), **changes}, "optim": {"lr": lr}}
-    fit(run, config, state, batches, partial(train_step, run, optim, state, loss_fn=loss_fn), validate)
+    fit(run, config, state, batches, partial(train_step, run, state, loss_fn=loss_fn), validate)
     return state
 
 
@@ -245,6 +247,44 @@ def test_other_config_is_refused_and_steps_may_grow(tmp_path: Path) -> None:
     assert train(tmp_path, steps=4, num_threads=1, log_every=2).step == 4
 
 
+def test_more_steps_on_a_resume_never_jump_the_learning_rate_silently(tmp_path: Path) -> None:
+    """A cosine over 8 steps that ends low, then one over 16: refused, or over run.rewarm steps, also after a kill."""
+    train(tmp_path, steps=8)
+    with pytest.raises(
+        UserError, match=r"run\.steps=8 there, 16 here: .*rate of the model would jump from .* run\.rewarm"
+    ):
+        train(tmp_path, steps=16)
+    with pytest.raises(UserError, match="would jump"):  # a refusal is not forgotten
+        train(tmp_path, steps=16)
+
+    def killed() -> None:
+        train(tmp_path, steps=16, rewarm=4, at_batch=lambda step: die() if step == 8 else None)
+
+    assert in_child(killed) == -signal.SIGKILL
+    train(tmp_path, steps=16, rewarm=4)
+    rates = {line["step"] - 1: line["lr"] for line in lines(tmp_path) if "lr" in line}
+    optim = OptimConfig(lr=0.05, warmup_steps=2, clip_norm=0.5)
+    old, new = ([learning_rate(step, steps, optim) for step in range(16)] for steps in (8, 16))
+    wanted = old[:8] + [old[7] + (new[step] - old[7]) * (step - 7) / 4 for step in range(8, 12)] + new[12:]
+    assert [rates[step] for step in range(16)] == pytest.approx(wanted)
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*others: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", none)
+    monkeypatch.setattr("fcntl.lockf", none)
+    words = r"this file system has no locks \(Function not implemented\), .* use a folder on another one"
+    with pytest.raises(UserError, match=words):
+        train(tmp_path, steps=1)
+    with pytest.raises(UserError, match=words):
+        WorkUnits(tmp_path / "units", 1).work(lambda unit: None, lambda: None, None)
+    with pytest.raises(UserError, match=words):
+        claim_folder(tmp_path / "made", {})
+    assert [line for line in missing(RunConfig(dir=str(tmp_path / "x")), 0.0) if line.startswith("locks: ")]
+
+
 def test_a_run_goes_on_with_other_settings_where_that_is_allowed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,7 +307,7 @@ def test_nan_loss_names_step_and_term(tmp_path: Path) -> None:
         return entropy, {"fine": torch.ones(()), "entropy": entropy.detach()}
 
     with pytest.raises(UserError, match="step 2: entropy is nan"):
-        step_fn = partial(train_step, run, optim, state, loss_fn=loss_fn)
+        step_fn = partial(train_step, run, state, loss_fn=loss_fn)
         fit(run, {}, state, lambda start: iter([torch.ones(2, 5)] * 9), step_fn)
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["00000001", "00000002"]
     assert all(p.isfinite().all() for p in state.model.parameters())
@@ -281,7 +321,7 @@ def test_nan_gradient_names_step_and_parameter(tmp_path: Path) -> None:
         return (state.model(batch) * 0).sqrt().sum(), {}  # the slope of sqrt at 0 is infinite
 
     with pytest.raises(UserError, match="step 0: the gradient of weight is nan"):
-        step_fn = partial(train_step, run, optim, state, loss_fn=loss_fn)
+        step_fn = partial(train_step, run, state, loss_fn=loss_fn)
         fit(run, {}, state, lambda start: iter([torch.ones(1, 2)] * 3), step_fn)
 
 

@@ -32,6 +32,8 @@ from torch import Tensor
 
 from tokenizer.assignment import AssignmentSpace, pack
 from tokenizer.blocks.quantizer import code_usage
+from tokenizer.common import distributed
+from tokenizer.common.checkpoint import init_from
 from tokenizer.common.config import to_dict
 from tokenizer.common.device import generator_for
 from tokenizer.common.distributed import Places
@@ -50,7 +52,7 @@ from tokenizer.training.cli import parse_training_arguments, rehearse
 from tokenizer.training.optim import OptimConfig
 from tokenizer.training.train_state import Trainable
 from tokenizer.training.train_step import Tally, Terms, Update, Values, commit, split
-from tokenizer.training.trainer import RunConfig, TrainState, fit, portion, start_run
+from tokenizer.training.trainer import RunConfig, TrainState, fit, portion, resumes, start_run
 from tokenizer.viz.frames import save_comparison
 
 
@@ -136,6 +138,7 @@ class TokenizerTrainConfig:
     )
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)  # with loss.align
     optim: OptimConfig = field(default_factory=OptimConfig)
+    init_from: str = ""  # another tokenizer to start from, of the same shape: .safetensors file or run folder
     val_clips: int = 64  # held-out clips that a validation looks at, spread evenly over val_data
 
     def __post_init__(self) -> None:
@@ -169,9 +172,13 @@ class TokenizerTraining:
         self.model = VideoTokenizer(config.model).to(self.device)
         self.model.quantizer.has_entropy = config.loss.entropy != 0
         shape = (config.model.num_frames, config.model.size)
+        self.source_sha256 = ""
         self.gan = Gan(config.discriminator, *shape, run.seed, self.device) if config.loss.gan > 0 else None
         self.alignment = Alignment(config.alignment, config.model, self.device) if config.loss.align > 0 else None
-        self.start_codebook()
+        if config.init_from:
+            self.source_sha256 = init_from(self.model, config.init_from)
+        elif not resumes(run):  # a resumed run has its codebook already
+            self.start_codebook()
         head = self.alignment.head if self.alignment else None
         discriminator = None
         if self.gan is not None:
@@ -207,7 +214,7 @@ class TokenizerTraining:
         """
         run, gan, step = self.config.run, self.gan, self.state.step
         parts = split(batch, run.accumulate)
-        generator = Update(self.state.main, run, self.config.optim, step)
+        generator = Update(self.state.main, run, step)
         updates, fakes = [generator], []
 
         # generator: reconstruction, quantiser, alignment, and high logits for the reconstructions
@@ -225,10 +232,10 @@ class TokenizerTraining:
 
         # discriminator, every few steps: the clips of this step against their reconstructions
         if gan is not None and self.state.discriminator is not None and gan.learns(step):
-            discriminator = Update(self.state.discriminator, run, gan.config.optim, step)
+            discriminator = Update(self.state.discriminator, run, step)
             for number, (part, fake_BCTHW) in enumerate(zip(parts, fakes, strict=True)):
                 with discriminator.forward(number, len(parts)):
-                    real_BK = gan.judge(part.video_BCTHW.to(self.device), "real", step, part.places)
+                    real_BK = gan.judge(part.video(self.device), "real", step, part.places)
                     fake_BK = gan.judge(fake_BCTHW, "fake", step, part.places)
                     loss, terms = gan.loss(real_BK, fake_BK, step, part.places)
                 discriminator.backward(loss, terms)
@@ -273,31 +280,38 @@ class TokenizerTraining:
 
     @torch.no_grad()
     def start_codebook(self) -> None:
-        """Begin the codes at latents of training clips, so that none is dead from the start (paper.md section 2)."""
-        generator = generator_for(self.config.run.seed, "codebook")
+        """Put every code on a latent of a training clip, so that none is dead at the start.
+
+        Processes encode their shares of the batches of the first steps, as many as the codebook needs and no more.
+        """
+        run, needed = self.config.run, self.config.model.codebook_size
+        generator = generator_for(run.seed, "codebook")
         latents: list[Tensor] = []
-        run = self.config.run
-        everything = batches(self.data, run.batch_size, run.seed, 0, run.num_workers, whole=True)
-        for batch in itertools.islice(everything, _START_BATCHES):
-            video_BCTHW = batch.video(self.device)
-            length_BN = self.policy(video_BCTHW, generator)
-            latents.append(self.model.encode_latents(video_BCTHW, pack(length_BN)))
-            if sum(map(len, latents)) >= self.config.model.codebook_size:
-                break
+        found = step = 0
+        while found < needed and step < _START_BATCHES:
+            # the first batch tells how many tokens a batch gives
+            num = 1 if step == 0 else min(-(-(needed - found) * step // found), _START_BATCHES - step)
+            for batch in batches(self.data, run.batch_size, run.seed, step, run.num_workers, steps=num):
+                video_BCTHW = batch.video(self.device)
+                length_BN = self.policy(video_BCTHW, generator, batch.places)
+                latents.append(distributed.rows_of_all(self.model.encode_latents(video_BCTHW, pack(length_BN))))
+            found, step = sum(map(len, latents)), step + num
         self.model.quantizer.start_from(torch.cat(latents), generator)
 
     def validate(self, step: int) -> dict[str, float]:
-        """PSNR and perceptual distance of held-out clips at each uniform level and under the run's own policy."""
-        config, measured = self.config, defaultdict[str, list[Tensor]](list)
-        generator = generator_for(config.run.seed, "validate")
-        chosen = self._validation_clips()
-        at_once = portion(config.run)
-        for start in range(0, len(chosen), at_once):
-            some = chosen[start : start + at_once]
-            real = torch.stack([self.val_data.get(i).video_CTHW for i in some]).to(self.device)
-            shape = (len(some), config.model.num_blocks)
+        """PSNR and perceptual distance of held-out clips at each uniform level and under the run's own policy.
+
+        Every process measures its part of the clips; rank 0 draws the picture.
+        """
+        config, at_once = self.config, portion(self.config.run)
+        chosen, measured = self._validation_clips(), defaultdict[str, list[Tensor]](list)
+        own = distributed.own_part(len(chosen))
+        for start in range(own.start, own.stop, at_once):
+            places = list(range(start, min(start + at_once, own.stop)))
+            real = torch.stack([self.val_data.get(chosen[place]).video_CTHW for place in places]).to(self.device)
+            shape, generator = (len(places), config.model.num_blocks), generator_for(config.run.seed, "validate")
             assignments = {f"at_{level}": torch.full(shape, level) for level in config.model.levels}
-            assignments["policy"] = self.policy(real, generator)
+            assignments["policy"] = self.policy(real, generator, Places(places, len(chosen)))
             for name, length_BN in assignments.items():
                 ours = self.model(real, length_BN).video_BCTHW.clamp(0, 1)
                 measured[f"psnr_{name}"].append(psnr(ours, real))
@@ -307,12 +321,17 @@ class TokenizerTraining:
             if start == 0:  # `ours` and `length_BN` are those of the policy, the last assignment above
                 picture, seen = Path(config.run.dir) / "samples" / f"{step:08d}.png", slice(_PICTURED)
                 save_comparison(picture, real[seen], ours[seen], length_BN[seen], config.model.levels[-1])
-        return {name: float(torch.cat(values).mean()) for name, values in measured.items()} | self.mark
+        names = distributed.from_main(list(measured))  # a process may have no clip; rank 0 has the first
+        rows = (torch.cat(measured[name]) if measured[name] else torch.zeros(0) for name in names)
+        return {
+            name: float(distributed.rows_of_all(row).mean()) for name, row in zip(names, rows, strict=True)
+        } | self.mark
 
     def fit(self) -> None:
         """Train to the end of `run.steps`, from wherever `run.dir` stands."""
         config = self.config
-        fit(config.run, to_dict(config), self.state, self.batches, self.train_step, self.validate)
+        stored = to_dict(config) | ({"init_from_sha256": self.source_sha256} if self.source_sha256 else {})
+        fit(config.run, stored, self.state, self.batches, self.train_step, self.validate)
 
     def rehearse(self) -> None:
         """`--dry-run`: a few steps, nothing written."""

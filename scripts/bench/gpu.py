@@ -151,7 +151,7 @@ def time_steps(
     state = TrainState.start(model, run, optim)
 
     def step() -> None:
-        train_step(run, optim, state, batch, loss)
+        train_step(run, state, batch, loss)
 
     with FlopCount() as count:
         step()

@@ -76,7 +76,7 @@ def step(quick: bool) -> Part:
         return tokenizer_loss(config, model(batch, length_BN), batch, None, torch.Generator())
 
     with FlopCount() as count:  # this step also pays for the allocations
-        train_step(run, optim, state, video_BCTHW, loss)
+        train_step(run, state, video_BCTHW, loss)
     seconds, roofs = [], []
     for _ in range(REPEATS):
         seconds.append(thread_seconds(train_step, run, optim, state, video_BCTHW, loss))

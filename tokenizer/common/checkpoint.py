@@ -1,6 +1,8 @@
 """Weights and resume states on disk: safetensors only, written whole or not at all, checked by sha256, loaded strictly.
 
-A model file is one `.safetensors` with its config inside. A resume state is a folder:
+A model file is one `.safetensors` with its config inside, and with a sha256 of itself: that of all its bytes, with the
+digest's own 64 digits as zeros. Reading checks it, so damage shows without any file beside it. A resume state is a
+folder:
 
     checkpoints/00000200/{model,ema,optimizer}.safetensors  state.json  manifest.json
 
@@ -36,6 +38,8 @@ _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
 # safetensors writes several metadata keys in random order: one key keeps equal models equal in sha256
 _METADATA_KEY = "model_card"
+_DIGEST_KEY = "file_sha256"
+_ZEROS = "0" * 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +80,18 @@ def save_model(
     """One `.safetensors` at `path` with `config` and `card` inside; equal contents give equal bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {_METADATA_KEY: json.dumps({"config": config, "card": dict(card or {})}, sort_keys=True)}
+    inside = {"config": config, "card": dict(card or {}), _DIGEST_KEY: _ZEROS}
     with _written_aside(path) as aside:
-        _write_tensors(aside, tensors, metadata)
+        _write_tensors(aside, tensors, {_METADATA_KEY: json.dumps(inside, sort_keys=True)})
+        _write_digest(aside)
 
 
 def read_model(path: str | Path) -> ModelFile:
     """Read a model file, or the model of a run folder: its `final/`, else the newest good checkpoint.
 
-    A sha256 in a neighbouring `SHA256SUMS` or `<file>.sha256` is verified. Raises UserError for a missing, pickled,
-    truncated or altered file, naming it.
+    Checked are the digest inside and a sha256 in a neighbouring `SHA256SUMS` or `<file>.sha256`; a file of before the
+    digest that has neither is read with a warning. Raises UserError for a missing, pickled, truncated or altered file,
+    naming it.
     """
     path = Path(path)
     if path.is_dir():
@@ -106,7 +112,35 @@ def read_model(path: str | Path) -> ModelFile:
         raise UserError(f"{path}: damaged or not a safetensors file ({_one_line(error)}); fetch it again") from error
     if inside is None:
         raise UserError(f"{path}: holds tensors but no config of ours; save it with tokenizer.common.checkpoint")
+    if not isinstance(inside, dict) or not {"config", "card"} <= inside.keys() <= {"config", "card", _DIGEST_KEY}:
+        raise UserError(f"{path}: damaged: its card is not one of ours; fetch it again")
+    digest = inside.get(_DIGEST_KEY)
+    if digest is not None and (len(str(digest)) != 64 or digest != _digest(path, str(digest))):
+        raise UserError(f"{path}: damaged: its bytes do not have the sha256 that it states; fetch it again")
+    if digest is None and expected is None:
+        logger.warning("%s: no sha256 inside or beside it; damage would not show", path)
     return ModelFile(tensors, inside["config"], inside["card"], sha256)
+
+
+def _digest(path: Path, stated: str) -> str:
+    """The sha256 of a model file whose stated digest is replaced by zeros."""
+    with open(path, "rb") as file:
+        size = file.read(8)
+        header = file.read(int.from_bytes(size, "little")).replace(stated.encode(), _ZEROS.encode(), 1)
+        digest = hashlib.sha256(size + header)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write_digest(path: Path) -> None:
+    """Put the digest of a model file in the place of its zeros."""
+    digest = _digest(path, _ZEROS)
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size)
+        file.seek(8 + header.index(_ZEROS.encode(), header.rindex(_DIGEST_KEY.encode())))
+        file.write(digest.encode())
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], origin: str | Path) -> None:
@@ -123,6 +157,13 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], origin: str | 
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(f"{origin}: does not fit the model: {'; '.join(wrong[:5])}{more}; use the config it came with")
     module.load_state_dict(dict(tensors))
+
+
+def init_from(module: nn.Module, path: str | Path) -> str:
+    """Start from the weights of another run of the same shape -> their sha256. A run that resumes replaces them."""
+    source = read_model(path)
+    load_strict(module, source.tensors, f"init_from={path}")
+    return source.sha256
 
 
 class CheckpointStore:
@@ -173,9 +214,10 @@ class CheckpointStore:
         return None if folder is None else self.read(folder)
 
     def read(self, folder: Path) -> Checkpoint:
-        """The state in a folder that `newest_good` found."""
+        """The state in a folder that `newest_good` found, with the groups that its manifest lists."""
         body = _read_json(folder / "state.json")
-        groups = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+        files = sorted(name for name in _read_json(folder / "manifest.json") if name.endswith(".safetensors"))
+        groups = {name.removesuffix(".safetensors"): load_file(folder / name) for name in files}
         return Checkpoint(body["step"], groups, body["state"], body["config"])
 
     def newest_good(self) -> Path | None:
@@ -222,6 +264,8 @@ def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
         sums = _read_json(folder / "manifest.json")
+        if listed := sums.keys() ^ {file.name for file in folder.iterdir()} - {"manifest.json"}:
+            return f"its manifest and its files differ in {', '.join(sorted(listed))}"
         for name, expected in sums.items():
             if file_sha256(folder / name) != expected:
                 return f"{name} differs from its sha256"
@@ -260,8 +304,11 @@ def _refuse_pickle(path: Path) -> None:
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
     try:
         save_file(plain, path, metadata=metadata)
+        path.chmod(mode)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))  # a full disk must look like one to the caller
         if number is None:

@@ -1,17 +1,13 @@
-"""How the clips of one update are shared out: equal counts for every process and part, and work as equal as can be.
+"""Ranks, collectives and load balancing for the processes of one run.
 
-What the launcher of a process has written into its environment: torchrun, srun, or run_workers of the scripts.
-
-Which process of how many this is (its rank), and the few things that the processes of one run tell each other.
-
-`join` finds the others however they were started: `torchrun`, `accelerate launch`, MPI or plain `srun`. With one
-process everything here is the identity, so code that calls it needs no second path.
+`join` finds the other processes, started by `torchrun`, `accelerate launch`, MPI or plain `srun`. With one process
+every collective is the identity, so code that calls it needs no second path.
 """
 
 from __future__ import annotations
 
 import os
-import re
+import subprocess
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
@@ -46,21 +42,27 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
     environment["LOCAL_WORLD_SIZE"] = environment.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].split(",")[0]
-    environment.setdefault("MASTER_ADDR", first_node(nodes))
+    if "MASTER_ADDR" not in environment:
+        environment["MASTER_ADDR"] = first_node(nodes)
     environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
 
 
 def first_node(nodes: str) -> str:
-    """The first host of SLURM's short list: `gpu[03-06,9],login1` -> gpu03."""
-    match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
-    if match is None:
-        raise UserError(f"SLURM_STEP_NODELIST={nodes!r}: no host name at its start; set MASTER_ADDR")
-    return "".join(part or "" for part in match.groups())
+    """The first host of SLURM's short list, as `scontrol show hostnames` expands it: `gpu[03-06,9],login1` -> gpu03."""
+    try:
+        command = ["scontrol", "show", "hostnames", nodes]
+        hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        return hosts[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(
+            f"`scontrol show hostnames {nodes}` gives no host ({type(error).__name__}): set MASTER_ADDR to the machine "
+            "of rank 0"
+        ) from error
 
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(hours=2)  # the others wait while rank 0 validates
+_PATIENCE = timedelta(hours=2)  # the others wait while rank 0 reads and writes checkpoints
 
 
 def join(on_cpu: bool) -> PartialState:
@@ -148,6 +150,39 @@ def copy_from_main(tensors: Iterable[Tensor]) -> None:
     if _several():
         for tensor in tensors:
             distributed.broadcast(tensor, src=0)
+
+
+def rows_of_all(x: Tensor) -> Tensor:
+    """The rows of all ranks' `x`, rank after rank, without gradients; ranks may hold unequal numbers of rows."""
+    if not _several():
+        return x.detach()
+    device, own = PartialState().device, torch.zeros(num_ranks(), dtype=torch.long)
+    own[rank()] = len(x)
+    counts = sum_over_ranks(own).tolist()
+    padded = torch.zeros(max(counts), *x.shape[1:], dtype=x.dtype, device=device)
+    padded[: len(x)] = x.detach()
+    parts = [torch.empty_like(padded) for _ in counts]
+    distributed.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(x.device)
+
+
+def own_part(num: int) -> range:
+    """This rank's part of 0 .. num - 1: consecutive, together with the other ranks' all of it."""
+    return range(num * rank() // num_ranks(), num * (rank() + 1) // num_ranks())
+
+
+def tensors_from_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rank 0's tensors by name, everywhere; what the others pass is not used."""
+    if not _several():
+        return dict(tensors)
+    device = PartialState().device
+    kinds = from_main({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
+    found = {}
+    for name, (shape, dtype) in kinds.items():
+        tensor = tensors[name].to(device) if is_main() else torch.empty(shape, dtype=dtype, device=device)
+        distributed.broadcast(tensor, src=0)
+        found[name] = tensor
+    return found
 
 
 def wait_for_all() -> None:

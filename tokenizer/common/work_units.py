@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -108,8 +109,8 @@ def lock(path: Path, flags: int = 0, shared: bool = False) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        except OSError as error:  # some network file systems are mounted without locks
-            raise UserError(f"{path}: this file system has no locks ({error.strerror}); use another folder") from error
+        except OSError as error:
+            raise no_locks(path.parent, error) from error
         yield True
 
 
@@ -120,3 +121,26 @@ def only_job_in(folder: Path, way_out: str) -> Iterator[None]:
         if not free:
             raise UserError(f"{folder}: another job is writing here; wait for it, or {way_out}")
         yield
+
+
+def no_locks(folder: Path, error: OSError) -> UserError:
+    """The error of a folder whose file system gives no locks: Lustre without -o flock, some NFS and FUSE mounts."""
+    return UserError(
+        f"{folder}: this file system has no locks ({error.strerror}), so two jobs could damage each other's files; use "
+        "a folder on another one, or have it mounted with locks (Lustre: -o flock)"
+    )
+
+
+def check_locks(folder: Path) -> str | None:
+    """The same error as text if locks do not work where `folder` is or will be; for --dry-run. Leaves no file."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_UN)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return str(no_locks(place, error))
+    return None

@@ -142,8 +142,10 @@ def _write(path: Path, parts: dict[str, np.ndarray], clips: Sequence[StoredClip]
     aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
     try:
         tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
+        aside.touch()
+        mode = aside.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
         save_file(tensors, aside, metadata={_KIND: json.dumps(known, sort_keys=True)})
-        os.chmod(aside, 0o644)
+        aside.chmod(mode)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -35,7 +35,7 @@ if __name__ == "__main__":
 import contextlib
 import hashlib
 import json
-import tempfile
+import uuid
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -78,12 +78,10 @@ def prepare_video(source: Path, target: Path, rule: PrepareRule) -> list[str]:
     # Frame by frame: memory does not grow with the video, and none of its end is lost to a whole number of clips.
     frames = decode_clips(source, 1, None, rule.fps, all_clips=True, backend=rule.backend)
     timing = timing_of(source) if rule.fps is None else None
-    handle, aside = tempfile.mkstemp(suffix=".mp4", prefix=".writing-", dir=target.parent)
-    os.close(handle)
+    aside = target.with_name(f".writing-{uuid.uuid4().hex}.mp4")
     try:
         with contextlib.closing(frames):
-            notes = _encode(frames, Path(aside), rule, None if timing is None or timing.is_constant() else timing)
-        os.chmod(aside, 0o644)
+            notes = _encode(frames, aside, rule, None if timing is None or timing.is_constant() else timing)
         os.replace(aside, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import uuid
 from collections.abc import Generator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -249,8 +249,7 @@ def write_video(
     options = {"qp": "0"} if lossless else {"crf": "18"}
     # Without the parameter equal frames now and then give other bytes: x264's fast rate control is not exact.
     options |= {"preset": preset, "x264-params": "cpu-independent=1"}
-    handle, aside = tempfile.mkstemp(suffix=target.suffix, prefix=".writing-", dir=target.parent)
-    os.close(handle)
+    aside = target.with_name(f".writing-{uuid.uuid4().hex}{target.suffix}")
     try:
         with av.open(aside, "w") as container:
             rate = exact_rate(fps)
@@ -262,7 +261,6 @@ def write_video(
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
-        os.chmod(aside, 0o644)
         os.replace(aside, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizer.assignment import AssignmentSpace
-from tokenizer.common.checkpoint import file_sha256
+from tokenizer.common import distributed
+from tokenizer.common.checkpoint import file_sha256, init_from
 from tokenizer.common.config import to_dict
 from tokenizer.common.device import generator_for
 from tokenizer.common.distributed import Places
@@ -131,6 +132,7 @@ class RouterTrainConfig:
     data: DataConfig = field(default_factory=DataConfig)  # the sources that `table` was made from
     val_data: DataConfig = field(default_factory=lambda: DataConfig(sources=["bundled:heldout"], augment=False))
     optim: OptimConfig = field(default_factory=OptimConfig)
+    init_from: str = ""  # another router to start from, of the same shape: .safetensors file or run folder
     table: str = ""  # the quality table of `data`, from stage 2
     val_table: str = ""  # the quality table of `val_data`
     quality_weight: float = 1.2  # w_q; the length weighs 2 - w_q
@@ -236,6 +238,7 @@ class RouterTraining:
         self.row_of = {name: row for row, name in enumerate(table.names)}
         self.stem = build_stem(config.model, start_run(run), config.feature_cache)
         router = Router(config.model)
+        self.source_sha256 = init_from(router, config.init_from) if config.init_from else ""
         self.stem.sign(router)
         kind = marked("router", ["V-JEPA 2"] if self.stem.is_random else [])
         self.state = TrainState.start(router, run, config.optim, kind)
@@ -246,7 +249,7 @@ class RouterTraining:
 
     def train_step(self, batch: ClipBatch) -> Values:
         """One step, see `tokenizer.training.train_step`."""
-        return train_step(self.config.run, self.config.optim, self.state, batch, self.loss)
+        return train_step(self.config.run, self.state, batch, self.loss)
 
     def loss(self, batch: ClipBatch, step: int) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of the scores against the labels, soft or hard; of qualities the mean squared error."""
@@ -271,18 +274,20 @@ class RouterTraining:
     def validate(self, step: int) -> dict[str, float]:
         """What the router does on the clips of the validation table, see `measure`."""
         num, at_once = len(self.val_clips), portion(self.config.run)
+        own = distributed.own_part(num)
         readable: list[int] = []
-        scores: list[Tensor] = []
-        for start in range(0, num, at_once):
-            clips = self._validation_clips(range(start, min(start + at_once, num)))
+        scores: list[Tensor] = [torch.zeros(0, self.space.num_rows)]
+        for start in range(own.start, own.stop, at_once):
+            clips = self._validation_clips(range(start, min(start + at_once, own.stop)))
             if clips:
                 readable += clips
                 seen = self.stem(torch.stack([*clips.values()]).to(self.state.device))
                 scores.append(self.state.model(seen).float().cpu())
+        score_SA = distributed.rows_of_all(torch.cat(scores))
+        readable = distributed.rows_of_all(torch.tensor(readable, dtype=torch.long)).tolist()
         if not readable:
             raise UserError(f"val_data: not one of {num} clips can be read; make it name the clips of val_table")
         lost = {"unreadable": float(num - len(readable))} if len(readable) < num else {}
-        score_SA = torch.cat(scores)
         if self.config.labels == "quality":
             score_SA = reward_of_quality(score_SA, self.space, self.config.quality_weight)
         return measure(score_SA, self.val_reward_SA[readable], self.space) | lost | self.mark
@@ -292,7 +297,8 @@ class RouterTraining:
         config = self.config
         for clips in (self.clips, self.val_clips):
             clips.keep_in(Path(config.clip_cache or f"{config.run.dir}/clips"))
-        fit(config.run, to_dict(config), self.state, self.batches, self.train_step, self.validate)
+        stored = to_dict(config) | ({"init_from_sha256": self.source_sha256} if self.source_sha256 else {})
+        fit(config.run, stored, self.state, self.batches, self.train_step, self.validate)
 
     def rehearse(self) -> None:
         """`--dry-run`: a few steps, nothing written."""

@@ -15,6 +15,7 @@ from tokenizer.common.cli import training_parser, work_parser
 from tokenizer.common.config import load_config
 from tokenizer.common.device import pick_dtype, slow_precision
 from tokenizer.common.errors import UserError
+from tokenizer.common.work_units import check_locks
 from tokenizer.training.profiling import FlopCount, gemm_roof, peak_memory
 from tokenizer.training.train_step import StepFn, Values
 from tokenizer.training.trainer import RunConfig, TrainState, num_clips
@@ -48,6 +49,8 @@ def parse_work_arguments(schema: type[T], stage: str, description: str) -> tuple
     args = work_parser(description).parse_intermixed_args()
     config: Any = load_config(schema, args.config, args.overrides)
     config.dir = config.dir or f"results/{stage}/{args.config.name.removesuffix('.yaml')}"
+    if args.dry_run and (no_locks := check_locks(Path(config.dir))):
+        raise UserError(no_locks)
     return config, args.dry_run
 
 
@@ -106,6 +109,8 @@ def missing(run: RunConfig, weights_gib: float) -> list[str]:
     lacks = [f"the package {name} of run.trackers" for name in run.trackers if importlib.util.find_spec(name) is None]
     if run.reference and not Path(run.reference).is_file():
         lacks.append(f"the file run.reference={run.reference}")
+    if no_locks := check_locks(Path(run.dir)):
+        lacks.append(f"locks: {no_locks}")
     place = Path(run.dir).absolute()
     if (place / "config.yaml").exists():
         lacks.append(

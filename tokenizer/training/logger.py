@@ -5,13 +5,13 @@ Warnings tell of a discriminator that wins, dies or is fooled, and of a loss tha
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import math
 import os
 import sys
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -223,6 +223,9 @@ class Reporter:
         self.discriminator = DiscriminatorHealth()
         self.reference = ReferenceCurve(run.reference) if run.reference else None
         self.trackers = start_trackers(run, config) if run.trackers else None
+        # trackers keep what they got before a crash: those steps are not sent again
+        self._tracked_file = Path(run.dir) / "tracking" / "last_step"
+        self._tracked = int(self._tracked_file.read_text()) if self._tracked_file.exists() else -1
         self.device = device
         self._stalled = 0.0
         self._clips = 0  # since the last line
@@ -283,14 +286,15 @@ class Reporter:
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         self.log.write(step, values)
-        if self.trackers is not None:
+        if self.trackers is not None and step > self._tracked:
             self.trackers.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
+            self._tracked_file.write_text(str(step))
 
 
 def start_trackers(run: RunConfig, config: Mapping[str, Any]) -> Accelerator | None:
-    """TensorBoard files in `run.dir/tracking`, or wandb, which stays offline unless a key or WANDB_MODE says otherwise.
+    """TensorBoard files in `run.dir/tracking`, or wandb, offline unless there is a key or WANDB_MODE.
 
-    None on the ranks that are silent. UserError where a package is absent.
+    None on ranks other than 0. UserError if a package is not installed.
     """
     for name in run.trackers:
         if importlib.util.find_spec(name) is None:
@@ -301,8 +305,11 @@ def start_trackers(run: RunConfig, config: Mapping[str, Any]) -> Accelerator | N
         os.environ.setdefault("WANDB_MODE", "offline")
     folder = Path(run.dir).absolute()
     accelerator = Accelerator(mixed_precision="no", log_with=list(run.trackers), project_dir=folder / "tracking")
-    same = hashlib.sha256(str(folder).encode()).hexdigest()[:16]  # the same run after a resume
-    wandb = {"name": folder.name, "id": same, "resume": "allow", "dir": str(folder)}
+    (folder / "tracking").mkdir(exist_ok=True)
+    stored = folder / "tracking" / "wandb_id"  # random, but the same after a resume
+    if not stored.exists():
+        atomic_write(stored, uuid.uuid4().hex[:16].encode())
+    wandb = {"name": folder.name, "id": stored.read_text(), "resume": "allow", "dir": str(folder)}
     flat = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in _flat(config)}
     accelerator.init_trackers("evatok", config=flat, init_kwargs={"wandb": wandb} if "wandb" in run.trackers else {})
     return accelerator

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ SCHEDULES = ("cosine", "wsd")
 
 @dataclass
 class OptimConfig:
-    """The optimiser of every stage; the defaults are the tokenizer's (paper, section on training)."""
+    """The optimizer of every stage; the defaults are the tokenizer's."""
 
     lr: float = 1e-4  # the peak, reached after the warm-up
     min_lr: float = 1e-6  # where the schedule ends
@@ -34,7 +34,7 @@ class OptimConfig:
     warmup_steps: int = 5000  # linear from lr / warmup_steps
     clip_norm: float = 1.0  # the gradient's largest global norm
     schedule: str = "cosine"  # cosine | wsd (warm-up, stable, decay with 1 - sqrt)
-    decay_fraction: float = 0.2  # wsd: the last share of the steps that decays
+    decay_fraction: float = 0.2  # wsd alone: the last share of the steps, which decays
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -45,6 +45,13 @@ class OptimConfig:
             raise UserError(f"optim.min_lr={self.min_lr}: must lie between 0 and optim.lr={self.lr}")
         if not 0 < self.decay_fraction <= 1:
             raise UserError(f"optim.decay_fraction={self.decay_fraction}: must lie in (0, 1]")
+        if self.schedule != "wsd" and self.decay_fraction != OptimConfig.decay_fraction:
+            raise UserError(
+                f"optim.decay_fraction={self.decay_fraction} is not used by optim.schedule={self.schedule!r}: set "
+                "optim.schedule=wsd, or leave it out"
+            )
+        if self.weight_decay < 0:
+            raise UserError(f"optim.weight_decay={self.weight_decay}: must be >= 0")
         if self.clip_norm <= 0 or self.warmup_steps < 0:
             raise UserError(f"optim.clip_norm={self.clip_norm} must be > 0, warmup_steps={self.warmup_steps} >= 0")
 
@@ -65,12 +72,25 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=fused)
 
 
-def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
+class Rewarm(NamedTuple):
+    """A run of `steps_before` steps that was made longer or shorter after `step` of them."""
+
+    step: int
+    steps_before: int
+    over: int  # steps from the old rate to the new schedule
+
+
+def learning_rate(step: int, total_steps: int, config: OptimConfig, rewarm: Rewarm | None = None) -> float:
     """The rate of update number `step` (from 0) of `total_steps`; a pure function, so resume needs no scheduler.
 
     Linear warm-up, then either half a cosine down to `min_lr`, or the peak held until the last `decay_fraction` of
-    the steps, which fall to `min_lr` as 1 - sqrt(progress).
+    the steps, which fall to `min_lr` as 1 - sqrt(progress). rewarm: starts from the rate of its last step before and
+    moves linearly to this schedule.
     """
+    if rewarm is not None and step < rewarm.step + rewarm.over:
+        old = learning_rate(rewarm.step - 1, rewarm.steps_before, config)
+        new = learning_rate(step, total_steps, config)
+        return old + (new - old) * (step - rewarm.step + 1) / rewarm.over
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     start = config.warmup_steps

@@ -19,14 +19,22 @@ from tokenizer.common import distributed
 from tokenizer.common.checkpoint import CheckpointStore, load_strict
 from tokenizer.common.device import compile_layers, pick_device, pick_dtype
 from tokenizer.common.errors import UserError
-from tokenizer.training.optim import Ema, OptimConfig, build_optimizer, load_optimizer_tensors, optimizer_tensors
+from tokenizer.training.optim import (
+    Ema,
+    OptimConfig,
+    Rewarm,
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
 
 # what may change between two starts of one run: none of it changes what a step computes (steps: the user's choice)
 FREE_TO_CHANGE = {
     f"run.{name}"
     for name in (
         *("dir", "steps", "device", "compile", "num_workers", "num_threads", "keep_last", "keep_every", "accumulate"),
-        *("log_every", "validate_every", "checkpoint_every", "max_skipped", "trackers", "reference", "allow_changes"),
+        *("log_every", "validate_every", "checkpoint_every", "max_skipped", "trackers", "reference", "rewarm"),
+        "allow_changes",
     )
 } | {"val_clips", "samples"}
 NEVER_TO_CHANGE = ("model", "tokens")  # sections: the weights, and the ids that they have learned
@@ -55,6 +63,7 @@ class RunConfig:
     num_threads: int | None = None  # threads of torch; None leaves torch's own choice
     ema_decay: float = 0.9999
     max_skipped: int = 0  # of the last 100 updates of a network, how many may be skipped as not finite; 0 stops at once
+    rewarm: int = 0  # steps over which the learning rate moves to a new schedule if run.steps was changed on a resume
     allow_changes: bool = False  # go on in a run folder with other settings than those it was begun with
     overfit_one_batch: bool = False  # train on the first batch again and again: can the model learn at all?
     trackers: list[str] = field(default_factory=list)  # tensorboard | wandb, beside metrics.jsonl; none by default
@@ -64,7 +73,7 @@ class RunConfig:
         for name in ("batch_size", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise UserError(f"run.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("steps", "num_workers", "keep_every", "max_skipped"):
+        for name in ("steps", "num_workers", "keep_every", "max_skipped", "rewarm"):
             if getattr(self, name) < 0:
                 raise UserError(f"run.{name}={getattr(self, name)}: must be at least 0")
         if (self.num_threads or 1) < 1:
@@ -111,7 +120,7 @@ class Trainable:
         self, name: str, module: nn.Module, optim: OptimConfig, run: RunConfig, device: torch.device, every: int = 1
     ) -> None:
         """name: "model" or "discriminator". every: steps from one update to the next."""
-        self.name, self.module, self.every = name, module.to(device), every
+        self.name, self.module, self.optim, self.every = name, module.to(device), optim, every
         if run.compile:
             compile_layers(module, device, "run.compile=true", "train without it")
         self.optimizer = build_optimizer(module, optim)
@@ -159,6 +168,7 @@ class TrainState:
     kind: str = "model"  # what the weights are (tokenizer, router, ..), for the cards of the files
     head: nn.Module | None = None
     discriminator: Trainable | None = None
+    rewarm: Rewarm | None = None  # after a change of run.steps; in the run folder's schedule.json, see follow_schedule
     unlogged: dict[str, Any] = field(default_factory=dict)  # the discriminator's last figures, until a line has them
 
     @classmethod
@@ -227,19 +237,21 @@ class TrainState:
         folder: Path | None = distributed.from_main(store.newest_good() if distributed.is_main() else None)
         if folder is None:
             return False
-        saved = store.read(folder)
+        saved = store.read(folder) if distributed.is_main() else None  # once, not once a process
+        facts: Any = distributed.from_main((saved.step, list(saved.groups), saved.state) if saved else None)
+        step, kinds, state = facts
+        groups = {name: distributed.tensors_from_main(saved.groups[name] if saved else {}) for name in kinds}
         beside = {"head": self.head, "discriminator": self.discriminator}
         for name in ("model", "ema", "optimizer", *(name for name, there in beside.items() if there is not None)):
-            if name not in saved.groups:
+            if name not in groups:
                 raise UserError(f"{folder}: holds no {name}; use the config it came with, or choose run.dir=OTHER")
-        load_strict(self.model, saved.groups["model"], f"{store.folder} (model)")
-        self.ema.load(saved.groups["ema"], f"{store.folder} (ema)")
+        load_strict(self.model, groups["model"], f"{store.folder} (model)")
+        self.ema.load(groups["ema"], f"{store.folder} (ema)")
         if self.head is not None:
-            load_strict(self.head, saved.groups["head"], f"{store.folder} (head)")
+            load_strict(self.head, groups["head"], f"{store.folder} (head)")
         if self.discriminator is not None:
-            load_strict(self.discriminator.module, saved.groups["discriminator"], f"{store.folder} (discriminator)")
+            load_strict(self.discriminator.module, groups["discriminator"], f"{store.folder} (discriminator)")
         for trainable, name in zip(self.trainables, ("optimizer", "discriminator_optimizer"), strict=False):
-            counts = saved.state.get(trainable.name, {})
-            trainable.load(saved.groups.get(name, {}), counts, f"{store.folder} ({name})")
-        self.step, self.unlogged = saved.step, saved.state.get("unlogged", {})
+            trainable.load(groups.get(name, {}), state.get(trainable.name, {}), f"{store.folder} ({name})")
+        self.step, self.unlogged = step, state.get("unlogged", {})
         return True

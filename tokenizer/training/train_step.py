@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tokenizer.common import distributed
 from tokenizer.common.device import autocast, derive_seed
 from tokenizer.common.errors import UserError
-from tokenizer.training.optim import OptimConfig, learning_rate
+from tokenizer.training.optim import Rewarm, learning_rate
 from tokenizer.training.train_state import SKIP_WINDOW, RunConfig, Trainable, TrainState
 
 log = logging.getLogger(__name__)
@@ -66,9 +66,9 @@ class TooManySkipped(UserError):
     """More updates were skipped than run.max_skipped allows; the weights are those of the last good update."""
 
 
-def train_step(run: RunConfig, optim: OptimConfig, state: TrainState, batch: Any, loss_fn: LossFn) -> Values:
+def train_step(run: RunConfig, state: TrainState, batch: Any, loss_fn: LossFn) -> Values:
     """One step of the model alone; returns its loss and terms, learning rate and gradient norm before clipping."""
-    update = Update(state.main, run, optim, state.step)
+    update = Update(state.main, run, state.step)
     parts = split(batch, run.accumulate)
     for number, part in enumerate(parts):
         with update.forward(number, len(parts)):
@@ -95,7 +95,7 @@ def commit(run: RunConfig, state: TrainState, updates: Sequence[Update]) -> Valu
     """
     try:
         for update in updates:
-            update.finish()
+            update.finish(state.rewarm)
     except NotFinite as problem:
         for update in updates:
             update.drop()
@@ -116,8 +116,8 @@ def commit(run: RunConfig, state: TrainState, updates: Sequence[Update]) -> Valu
 class Update:
     """The gradients of one network in one step, until they are applied or dropped."""
 
-    def __init__(self, network: Trainable, run: RunConfig, optim: OptimConfig, step: int) -> None:
-        self.network, self.run, self.optim, self.step = network, run, optim, step
+    def __init__(self, network: Trainable, run: RunConfig, step: int) -> None:
+        self.network, self.run, self.step = network, run, step
         self.figures = _Figures()
         self.overflowed = False
         self._part, self._num_parts = 0, 1
@@ -146,8 +146,8 @@ class Update:
         # DDP averages over the processes, but the sum is wanted
         self.network.backward(total * (distributed.num_ranks() / self._assumed), self._part == self._num_parts - 1)
 
-    def finish(self) -> None:
-        """Scale and clip the gradients. Raises NotFinite, on all processes alike."""
+    def finish(self, rewarm: Rewarm | None = None) -> None:
+        """Scale and clip the gradients, find the learning rate. Raises NotFinite, on all processes alike."""
         network, named = self.network, self.network.module.named_parameters()
         for name, value in self.figures.blamed():
             if not math.isfinite(value):
@@ -158,8 +158,8 @@ class Update:
                     parameter.grad.mul_(self._assumed / self.figures.weight)
         network.scaler.unscale_(network.optimizer)
         self._unscaled = True
-        self._rate = learning_rate(self.step, self.run.steps, self.optim)
-        self._norm = float(nn.utils.clip_grad_norm_(network.module.parameters(), self.optim.clip_norm))
+        self._rate = learning_rate(self.step, self.run.steps, network.optim, rewarm)
+        self._norm = float(nn.utils.clip_grad_norm_(network.module.parameters(), network.optim.clip_norm))
         if math.isfinite(self._norm):
             return
         if network.scaler.is_enabled() and network.scaler.get_scale() >= 1:

@@ -31,7 +31,9 @@ from tokenizer.common.checkpoint import CheckpointStore, atomic_write, file_sha2
 from tokenizer.common.config import differences, dump_yaml, read_yaml
 from tokenizer.common.device import pick_device, set_deterministic, slow_precision
 from tokenizer.common.errors import UserError
+from tokenizer.common.work_units import no_locks
 from tokenizer.training.logger import Reporter
+from tokenizer.training.optim import Rewarm, learning_rate
 from tokenizer.training.train_state import FREE_TO_CHANGE, NEVER_TO_CHANGE, RunConfig, TrainState
 from tokenizer.training.train_step import LossFn, StepFn, Summed, TooManySkipped, train_step
 
@@ -106,14 +108,16 @@ def only_run_in(folder: Path) -> Iterator[None]:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers would inherit it
         except (BlockingIOError, PermissionError) as error:
             raise UserError(f"{folder}: another run is writing here; wait for it or choose run.dir=OTHER") from error
+        except OSError as error:
+            raise no_locks(folder, error) from error
         yield
 
 
-def claim(folder: Path, config: Mapping[str, Any], allow_changes: bool = False) -> None:
-    """Write `config.yaml`. UserError for a folder that was made with another config.
+def claim(folder: Path, config: Mapping[str, Any], allow_changes: bool = False, write: bool = True) -> None:
+    """Write `config.yaml`, or only check it. UserError for a folder that was made with another config.
 
-    With `allow_changes` what differs is said, the old config is kept as `config.<n>.yaml`, and only another model or
-    other tokens are refused.
+    With `allow_changes` the differences are printed, the old config is kept as `config.<n>.yaml`, and only another
+    model or other tokens are refused.
     """
     text = dump_yaml(config)
     path = folder / "config.yaml"
@@ -126,11 +130,40 @@ def claim(folder: Path, config: Mapping[str, Any], allow_changes: bool = False) 
             raise UserError(
                 f"{folder}: was made with another config (there / here): {'; '.join(fatal or changed)}; {way_out}"
             )
-        if changed:
+        if changed and write:
             kept = folder / f"config.{len(list(folder.glob('config.*.yaml'))) + 1}.yaml"
             atomic_write(kept, path.read_bytes())
             print(f"{folder}: goes on with changes (before / now): {'; '.join(changed)}; {kept.name} is the old config")
-    atomic_write(path, text.encode())
+    if write:
+        atomic_write(path, text.encode())
+
+
+def follow_schedule(folder: Path, run: RunConfig, state: TrainState) -> Rewarm | None:
+    """The transition to the present learning-rate schedule, if run.steps was changed on a resume; see `Rewarm`.
+
+    UserError if the learning rate would jump by more than 1 % and run.rewarm does not say how fast it may change.
+    """
+    path, config = folder / "schedule.json", folder / "config.yaml"
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    before = ((read_yaml(config) if config.exists() else {}).get("run") or {}).get("steps", run.steps)
+    last = Rewarm(*entries[-1]) if entries else None
+    if before == run.steps or not 0 < state.step < run.steps:
+        return last
+    for trainable in state.trainables:
+        was = learning_rate(state.step - 1, before, trainable.optim, last)
+        would = learning_rate(state.step - 1, run.steps, trainable.optim)
+        if abs(would - was) <= 0.01 * was:
+            continue
+        if not run.rewarm:
+            raise UserError(
+                f"{folder}: run.steps={before} there, {run.steps} here: after step {state.step} the learning rate of "
+                f"the {trainable.name} would jump from {was:.3g} to {would:.3g}. Set run.rewarm=N to move there over N "
+                "steps (run.rewarm=1 jumps), or choose run.dir=OTHER"
+            )
+        entries.append(Rewarm(state.step, before, run.rewarm))
+        atomic_write(path, json.dumps(entries).encode())
+        return entries[-1]
+    return last
 
 
 def note_unreadable(folder: Path, batch: Any) -> None:
@@ -142,7 +175,10 @@ def note_unreadable(folder: Path, batch: Any) -> None:
     if not met:
         return
     with open(folder / "quarantine.jsonl", "a+", encoding="utf-8") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)  # until the file is closed
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX)  # until the file is closed
+        except OSError as error:
+            raise no_locks(folder, error) from error
         file.seek(0)
         known = {json.loads(line)["file"] for line in file if line.endswith("}\n")}
         for name, reason in met.items():
@@ -158,6 +194,7 @@ __all__ = [
     "fit",
     "num_clips",
     "portion",
+    "resumes",
     "start_run",
     "train_step",
 ]
@@ -170,6 +207,11 @@ def start_run(run: RunConfig) -> torch.device:
         torch.set_num_threads(run.num_threads)
     set_deterministic(run.seed)
     return pick_device(run.device)
+
+
+def resumes(run: RunConfig) -> bool:
+    """Whether `run.dir` holds a checkpoint, the same answer on all processes."""
+    return distributed.from_main(any((Path(run.dir) / "checkpoints").glob("*/state.json")) if run.dir else False)
 
 
 def fit(
@@ -187,7 +229,8 @@ def fit(
     the batches from step s on. `step_fn(batch)` makes one whole step of `state` (`train_step`, or the tokenizer's own
     with its discriminator) and returns what to log; it draws from `generator_for(seed, name, step)` or from torch's
     global generator, which is seeded at every step.
-    `validate(step)` and `finish()` run with the averaged weights, in eval mode, without gradients.
+    `validate(step)` runs on every process, which share its clips and return the same figures; `finish()` on rank 0.
+    Both run with the averaged weights, in eval mode, without gradients.
 
     Raises UserError for a folder of another run and for a loss or gradient that is not finite (naming step and term),
     KeyboardInterrupt after SIGINT or SIGTERM, once a checkpoint is saved.
@@ -199,12 +242,16 @@ def fit(
     start_run(run)
     with only_run_in(folder) if distributed.is_main() else nullcontext():
         if distributed.is_main():
-            claim(folder, config, run.allow_changes)
+            claim(folder, config, run.allow_changes, write=False)
             if warning := slow_precision(state.device, run.precision):
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
         store = CheckpointStore(folder / "checkpoints", run.keep_last, run.keep_every)
         if state.load(store) and distributed.is_main():
             print(f"resuming {folder} after step {state.step}", file=sys.stderr, flush=True)
+        if distributed.is_main():
+            state.rewarm = follow_schedule(folder, run, state)
+            claim(folder, config, run.allow_changes)
+        state.rewarm = distributed.from_main(state.rewarm)
         reporter = Reporter(run, config, state.step, state.device)
         with closing(reporter):
             if state.step < run.steps:
@@ -248,15 +295,16 @@ def _train(
             # log
             reporter.step(state.step, values, state.unlogged, num_clips(batch, run))
 
-            # validate: on rank 0, while the others wait in their next step
-            if validate is not None and distributed.is_main() and (state.step % run.validate_every == 0 or last):
+            # validate, on all processes
+            if validate is not None and (state.step % run.validate_every == 0 or last):
                 try:
                     with _averaged_weights(state):
                         measured = validate(state.step)
                 except Exception:  # of memory, say: it must not cost the steps before it
                     _save(state, config, reporter, writer)
                     raise
-                reporter.validated(state.step, measured)
+                if distributed.is_main():
+                    reporter.validated(state.step, measured)
 
             # save
             stopped = distributed.any_rank(bool(stop))
