@@ -132,7 +132,6 @@ class RouterTrainConfig:
     data: DataConfig = field(default_factory=DataConfig)  # the sources that `table` was made from
     val_data: DataConfig = field(default_factory=lambda: DataConfig(sources=["bundled:heldout"], augment=False))
     optim: OptimConfig = field(default_factory=OptimConfig)
-    init_from: str = ""  # another router to start from, of the same shape: .safetensors file or run folder
     table: str = ""  # the quality table of `data`, from stage 2
     val_table: str = ""  # the quality table of `val_data`
     quality_weight: float = 1.2  # w_q; the length weighs 2 - w_q
@@ -145,6 +144,7 @@ class RouterTrainConfig:
     seen_patches: float = 1.0  # share of the patches that a training step shows; small tables: 0.1 to 0.25
     feature_cache: str = ""  # with model.stem = vjepa2: a folder for the features, 4 MiB a clip
     clip_cache: str = ""  # folder for the decoded clips, 768 KiB each at 16x128x128; default run.dir/clips
+    init_from: str = ""  # another router to start from, of the same shape: .safetensors file or run folder
     table_sha256: str = ""  # of `table`; a run fills it in, so that it never resumes with other labels
 
     def __post_init__(self) -> None:
