@@ -105,10 +105,10 @@ def test_mistakes_of_frame_prediction(
 def test_names_cannot_reach_the_page_as_html() -> None:
     frames_THWC = np.zeros((16, 32, 32, 3), np.uint8)
     cards = [Card("<script>alert(1)</script>", '<img src="x">', ShownClip(frames_THWC, (2, 4, 8, 2)))]
-    settings = {"<b>": "</style><script>"}
-    facts = {"num_samples": 1, "mean_tokens": 16.0, "num_broken": 0, "gpt_model": "<i>", "gpt": "<u>", "tokenizer": "t"}
+    settings = {"<u>": "</style><script>"}
+    facts = {"num_samples": 1, "mean_tokens": 16.0, "num_broken": 0, "gpt_model": "<u>", "gpt": "<u>", "tokenizer": "t"}
     page = sample_page({**facts, "settings": settings}, cards, 8)
-    assert not re.search("<(script|img|b|i|u)[ >]", page.replace("<i style=", "")) and "&lt;script&gt;alert" in page
+    assert not re.search("<(script|img|u)[ >]", page) and "&lt;script&gt;alert" in page and page.count("</style>") == 1
 
 
 def test_grid_of_a_validation(models: Path, tmp_path: Path) -> None:
