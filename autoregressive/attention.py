@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from autoregressive import cpu_kernel
 from autoregressive.decode_kernel import attend_live
 from tokenizer.blocks.attention import varlen_kernel
 from tokenizer.common.errors import UserError
@@ -135,6 +136,8 @@ class KVCache:
         k_SGhQe, v_SGhQe = self.k_SGhQe[layer], self.v_SGhQe[layer]
         if live is None:
             return attend_live(q_Rhe, k_Rhe, v_Rhe, k_SGhQe, v_SGhQe, position_S)
+        if not isinstance(live, int) and cpu_kernel.takes_cache(k_SGhQe):
+            return cpu_kernel.attend(q_Rhe, k_Rhe, v_Rhe, k_SGhQe, v_SGhQe, torch.tensor(live))
         q_SGhe, k_SGhe, v_SGhe = (x.unflatten(0, k_SGhQe.shape[:2]) for x in (q_Rhe, k_Rhe, v_Rhe))
         k_SGhQe[self.slot_S, :, :, position_S] = k_SGhe
         v_SGhQe[self.slot_S, :, :, position_S] = v_SGhe

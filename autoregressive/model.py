@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoregressive.attention import KVCache, Live, attend_causal, bytes_per_slot
+from autoregressive.cpu_kernel import linear as few_rows
 from autoregressive.sequence import SequenceLayout, block_positions
 from tokenizer.common.errors import UserError
 from tokenizer.common.hub import HubModel
@@ -83,12 +84,13 @@ class Block(nn.Module):
 
     def forward(self, x_LD: Tensor, attention: _Attention) -> Tensor:
         """[L, D] -> [L, D]"""
-        qkv = self.to_qkv(self.attention_norm(x_LD))
+        qkv = few_rows(self.to_qkv, self.attention_norm(x_LD))
         q, k, v = rearrange(qkv, "L (three h e) -> three L h e", three=3, h=self.heads)
         mixed_Lhe = attention(q, k, v)
-        x_LD = x_LD + self.dropout(self.to_out(rearrange(mixed_Lhe, "L h e -> L (h e)")))
-        gate, value = self.to_hidden(self.feed_norm(x_LD)).chunk(2, dim=-1)
-        return x_LD + self.dropout(self.from_hidden(F.silu(gate) * value))
+        mixed_LD = rearrange(mixed_Lhe, "L h e -> L (h e)")
+        x_LD = x_LD + self.dropout(few_rows(self.to_out, mixed_LD))
+        gate, value = few_rows(self.to_hidden, self.feed_norm(x_LD)).chunk(2, dim=-1)
+        return x_LD + self.dropout(few_rows(self.from_hidden, F.silu(gate) * value))
 
 
 class _Attention:
@@ -199,7 +201,7 @@ class GPT(HubModel, nn.Module):
         """
         missing = -self.layout.num_ids % 8
         if not x_LD.is_cuda or not missing:
-            return self.head(x_LD)
+            return few_rows(self.head, x_LD)
         weight_WD = F.pad(self.head.weight, (0, 0, 0, missing))
         return F.linear(x_LD, weight_WD)[:, : self.layout.num_ids]
 
