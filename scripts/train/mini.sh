@@ -52,10 +52,12 @@ train_tokenizer() { # train_tokenizer SCRIPT NAME: all its steps, or within its 
   set -- "$@" "$processes" run.precision="$precision" "${faster[@]}"
   [ -n "${MINUTES:-}" ] || { train "$@" && return; }
   [ -z "$(done_already "$2")" ] || { done_already "$2" && return; }
-  # Five sixths of the time at a constant rate until SIGTERM, which saves; then as many more steps as that takes a sixth for.
-  GPUS=$processes timeout --signal=TERM "$((MINUTES * 60 * 28 / 120))" \
+  # Five sixths of the time at a constant rate until SIGTERM, which saves; then a fifth more steps to anneal.
+  # --foreground: the signal is for the training alone, not for the processes that load its clips.
+  GPUS=$processes timeout --foreground --signal=TERM "$((MINUTES * 60 * 28 / 120))" \
     bash "scripts/train/$1" "configs/$recipe/$2.yaml" run.dir="$results/$2" run.steps=$most run.validate_every=$most \
     run.allow_changes=true "${@:4}" || [ $? -eq 124 ] || die "$2 failed"
+  [ -d "$results/$2/checkpoints" ] || die "MINUTES=$MINUTES is too little for a step of $2"
   steps=$(find "$results/$2/checkpoints" -maxdepth 1 -name '[0-9]*[0-9]' -printf '%f\n' | sort | tail -n 1)
   steps=$((10#$steps * 6 / 5))
   train "$@" run.steps="$steps" optim.decay_fraction=0.1667 run.validate_every="$steps" run.allow_changes=true
