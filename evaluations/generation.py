@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class Generator:
         self.config = sampling_config(args, guidance)
         self.rule = length_rule_of(args, self.layout)
         self.request_of: MakeRequest | None = None
+        self.slots_in_use = 0.0  # share of the sampler's slots, over the steps of its fullest stream
         self._sampler: Sampler | None = None
 
     @property
@@ -76,9 +77,14 @@ class Generator:
 
         if self._sampler is None:
             self._sampler = Sampler(self.gpt.model, self.config, longest_sequence(self.layout, self.rule))
+        before = replace(self._sampler.counts)
         for sample in self._sampler.run(requests()):
             reason = None if sample.broken is None else f"breaks the grammar: {sample.broken}"
             yield Draft(waiting.pop(sample.request.key), sample, reason)
+        counts = self._sampler.counts
+        if steps := counts.steps - before.steps:
+            in_use = (counts.row_steps - before.row_steps) / (steps * self.config.slots)
+            self.slots_in_use = max(self.slots_in_use, in_use)
 
     def finish(self, drafts: Sequence[Draft]) -> list[Made]:
         """Decode a batch."""
@@ -90,11 +96,6 @@ class Generator:
             Made(draft.source, to_uint8(video_CTHW), token_figures(sample.lengths))
             for draft, sample, video_CTHW in zip(drafts, samples, video_BCTHW, strict=True)
         ]
-
-    @property
-    def slots_in_use(self) -> float:
-        """Share of the sampler's slots that were in use, over all its steps."""
-        return 0.0 if self._sampler is None else self._sampler.counts.utilisation(self.config.slots)
 
 
 def length_rule_of(args: argparse.Namespace, layout: SequenceLayout) -> LengthRule:

@@ -188,17 +188,18 @@ class Evaluation:
         """Frames of the best, the median and the worst clip, the real ones above."""
         pictures = self.folder.folder / "pictures"
         pictures.mkdir(exist_ok=True)
-        for place, index in shown.items():
-            drafts = [draft for draft in self._drafts(system, [index], {}) if draft.skipped is None]
-            for made in system.finish(drafts):
-                if made.ours_THWC is None:
-                    continue
-                try:
-                    real = made.source.real or made.source.clip.read()
-                except VideoError as error:
-                    print(f"no picture of {made.source.clip.name}: {error.reason}", file=sys.stderr)
-                    continue
-                filmstrip(real.frames_THWC, made.ours_THWC).save(pictures / f"{place}_{index:06d}.png")
+        drafts = [draft for draft in self._drafts(system, set(shown.values()), {}) if draft.skipped is None]
+        for made in (each for draft in drafts for each in system.finish([draft])):
+            clip = made.source.clip
+            if made.ours_THWC is None:
+                continue
+            try:
+                real = made.source.real or clip.read()
+            except VideoError as error:
+                print(f"no picture of {clip.name}: {error.reason}", file=sys.stderr)
+                continue
+            for place in (place for place, index in shown.items() if index == clip.index):
+                filmstrip(real.frames_THWC, made.ours_THWC).save(pictures / f"{place}_{clip.index:06d}.png")
 
     def _real_cache(self) -> RealCache:
         """Keyed by the content of the clips and by all that decides a feature."""
