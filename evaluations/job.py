@@ -83,7 +83,8 @@ class Evaluation:
 
             def score(places: Iterator[int]) -> Iterator[Scored]:
                 batches = in_batches(self._drafts(system, places, known), self.scorer.batch_size, total)
-                for scored in _beside(lambda batch: self._score(system, batch, known), batches):
+                threads = scoring_threads(self.device)
+                for scored in _beside(lambda batch: self._score(system, batch, known), batches, threads):
                     yield scored
                     bar.update()
 
@@ -219,9 +220,16 @@ def _record(draft: Draft, made: dict[int, Made]) -> Record:
     return record | found.figures | ({"num_padded": real.num_padded} if real and real.num_padded else {})
 
 
-def _beside(work: Callable[[list[Draft]], list[Scored]], batches: Iterable[list[Draft]]) -> Iterator[Scored]:
-    """The results of all batches in order, worked on in one thread while the next batches come together."""
-    with ThreadPoolExecutor(1, "scoring") as pool:
+def scoring_threads(device: torch.device) -> int:
+    """Two on a GPU: the host's part of one batch then runs while the GPU computes another."""
+    return 1 if device.type == "cpu" else 2
+
+
+def _beside(
+    work: Callable[[list[Draft]], list[Scored]], batches: Iterable[list[Draft]], num_threads: int
+) -> Iterator[Scored]:
+    """The results of all batches in order, worked on in threads while the next batches come together."""
+    with ThreadPoolExecutor(num_threads, "scoring") as pool:
         waiting: deque[Future[list[Scored]]] = deque()
         try:
             for batch in batches:

@@ -38,7 +38,7 @@ from torch import Tensor
 from autoregressive.model import GPT
 from autoregressive.presets import PRESETS
 from autoregressive.sampler import Sampler
-from evaluations import scoring
+from evaluations import job, scoring
 from evaluations.generation import Generator
 from evaluations.metrics.extractors import Extractor
 from evaluations.protocols import PROTOCOLS
@@ -121,6 +121,7 @@ def on_the_stand_in() -> Iterator[tuple[StandIn, list[Generator]]]:
             (VideoTokenizer, "decode", on_device(VideoTokenizer.decode)),
             (scoring, "score_clips", scores),
             (scoring, "load_extractor", lambda *_: extractor),
+            (job, "scoring_threads", lambda _: 2),  # as on a GPU
         ):
             patches.enter_context(patch.object(target, name, new))
         yield device, generators
