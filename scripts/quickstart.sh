@@ -22,7 +22,7 @@ cp ckpts/mini/SHA256SUMS results/.quickstart_weights
 cp tokenizer/data/bundled/{bottle,tree}_*.mp4 results/quickstart_clips/
 "$VENV/bin/python" tokenizer/router/reconstruction_qual_with_router.py --vid_path results/quickstart_clips --save_dir results/quickstart \
   --router_config configs/mini/router.yaml --router_ckpt ckpts/mini/router.safetensors \
-  --tok_config configs/mini/final.yaml --vq_ckpt ckpts/mini/final.safetensors
+  --tok_config configs/mini/final.yaml --vq_ckpt ckpts/mini/final.safetensors --compare-uniform
 bash scripts/test/sample_c2v_visualization.sh --tok-config configs/mini/final.yaml --vq-ckpt ckpts/mini/final.safetensors \
   --gpt-model GPT-mini --gpt-ckpt ckpts/mini/gpt_c2v.safetensors --sample-dir results/quickstart_samples --cfg-scale 2.25 \
   --qual-num 2 --class-idx "disc still,disc slide fast,bar pulse fast,real" --check-special-token-mask

@@ -163,6 +163,19 @@ def test_without_videos_the_figures_and_tokens_are_the_same(job: Callable[..., P
     assert len(list(bare.rglob("*.mp4"))) == 15
 
 
+def test_the_same_clips_at_uniform_tokens(job: Callable[..., Path], tmp_path: Path) -> None:
+    """Of every clip the nearest uniform total, measured as a run with that budget measures it."""
+    out = job("--compare-uniform", "--batch-size", "1", budget="fixed:4,2,2,4")
+    metrics = read(out)
+    uniform = read(job("--batch-size", "1", save_dir=tmp_path / "uniform", budget="uniform:2"))
+    assert [clip["uniform_tokens"] for clip in metrics["clips"]] == [8] * 5  # 12 lies between 8 and 16: the cheaper
+    for ours, theirs in zip(metrics["clips"], uniform["clips"], strict=True):
+        assert ours["uniform_psnr"] == theirs["psnr"] and ours["uniform_ssim"] == theirs["ssim"]
+    assert metrics["mean_uniform"]["uniform_psnr"] == uniform["mean"]["psnr"]
+    page = (out / "report.html").read_text()
+    assert "<small>uniform</small>" in page and "The same clips at the nearest uniform assignment: 8.0 tokens" in page
+
+
 def test_special_files_are_skipped(job: Callable[..., Path], videos: Path, tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()

@@ -36,6 +36,7 @@ class Reconstruction:
     frames_THWC: np.ndarray
     tokens: VideoTokens
     figures: dict[str, Any]
+    uniform_THWC: np.ndarray | None = None  # the clip at about as many tokens, the same in every block
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Reconstructor:
     budget: Budget
     price: float | None  # of `average:N`, for the whole set; None for the other budgets
     perceptual: PerceptualDistance | None
+    compare_uniform: bool = False  # reconstruct every clip a second time, at the nearest uniform assignment
 
     @torch.inference_mode()
     def __call__(self, clips: Sequence[DecodedClip], score_BA: Tensor | None = None) -> list[Reconstruction]:
@@ -64,6 +66,10 @@ class Reconstructor:
         tokens = self.tokenizer.encode(video_BCTHW, space.lengths_of(row_B))  # lengths [B, N] -> codes [L]
         ours_BCTHW = self.tokenizer.decode(tokens)  # float32 in [0, 1]
         measured = self._measure(ours_BCTHW, video_BCTHW.to(ours_BCTHW.device))  # key -> [B]
+        uniform_BCTHW: Tensor | None = None
+        uniform_figures: list[dict[str, Any]] = [{} for _ in clips]
+        if self.compare_uniform:
+            uniform_BCTHW, uniform_figures = self._at_uniform(video_BCTHW, space.tokens_A[row_B])
         results = []
         for b, clip in enumerate(clips):
             figures: dict[str, Any] = {
@@ -71,11 +77,26 @@ class Reconstructor:
                 "tokens": int(space.tokens_A[row_B[b]]),
             }
             figures |= {key: None if value_B is None else float(value_B[b]) for key, value_B in measured.items()}
-            figures |= motion_figures(clip.frames_THWC, space.num_blocks)
+            figures |= motion_figures(clip.frames_THWC, space.num_blocks) | uniform_figures[b]
             if score_BA is not None:
                 figures |= self._router_figures(score_BA[b], int(row_B[b]))
-            results.append(Reconstruction(to_uint8(ours_BCTHW[b]), tokens.clip(b), figures))
+            uniform_THWC = None if uniform_BCTHW is None else to_uint8(uniform_BCTHW[b])
+            results.append(Reconstruction(to_uint8(ours_BCTHW[b]), tokens.clip(b), figures, uniform_THWC))
         return results
+
+    def _at_uniform(self, video_BCTHW: Tensor, tokens_B: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Each clip at the uniform assignment whose tokens are nearest to `tokens_B`, and what that gives."""
+        space = self.tokenizer.space
+        level_B = [min(space.levels, key=lambda k: abs(k * space.num_blocks - int(tokens))) for tokens in tokens_B]
+        row_B = torch.tensor([space.uniform_row(level) for level in level_B])
+        uniform_BCTHW = self.tokenizer.decode(self.tokenizer.encode(video_BCTHW, space.lengths_of(row_B)))
+        measured = self._measure(uniform_BCTHW, video_BCTHW.to(uniform_BCTHW.device))
+        figures = [
+            {f"uniform_{key}": None if value_B is None else float(value_B[b]) for key, value_B in measured.items()}
+            | {"uniform_tokens": level * space.num_blocks}
+            for b, level in enumerate(level_B)
+        ]
+        return uniform_BCTHW, figures
 
     def _measure(self, ours_BCTHW: Tensor, real_BCTHW: Tensor) -> dict[str, Tensor | None]:
         return {

@@ -31,6 +31,7 @@ from tokenizer.router.predict import TrainedRouter, check_router_fits, load_rout
 from tokenizer.router.reconstruct import Reconstruction, Reconstructor, pick_perceptual
 from tokenizer.router.results import ResultsFolder
 from tokenizer.router.summary import (
+    UNIFORM_MEASURES,
     assignment_use,
     codebook_use,
     means,
@@ -40,7 +41,7 @@ from tokenizer.router.summary import (
     tokens_by_motion,
     versions,
 )
-from tokenizer.viz.report import padding_sentence, write_report
+from tokenizer.viz.report import padding_sentence, uniform_sentence, write_report
 
 _MOST_KEPT = 1 << 30  # bytes of decoded clips that the scoring pass of average:N may hand to the second pass
 
@@ -63,10 +64,11 @@ def reconstruct_videos(args: argparse.Namespace) -> None:
         "fps": args.fps,
         "backend": args.backend,
         "lpips_backbone": perceptual.name if perceptual else None,
+        "compare_uniform": args.compare_uniform,
     }
     with folder.start(settings, args.overwrite):
         priced = price_of_the_set(walk, router, budget, folder)
-        reconstruct = Reconstructor(tokenizer, router, budget, priced.price, perceptual)
+        reconstruct = Reconstructor(tokenizer, router, budget, priced.price, perceptual, args.compare_uniform)
         facts = {**protocol_facts(args, reconstruct), "lpips_reason": no_lpips}
         done: list[str] = []
         try:
@@ -202,6 +204,7 @@ def protocol_facts(args: argparse.Namespace, made_by: Reconstructor) -> dict[str
         "lpips_backbone": perceptual.name if perceptual else None,
         "budget": args.budget,
         "price": made_by.price,
+        "compare_uniform": made_by.compare_uniform,
         "tokenizer": {**files(args.vq_ckpt, args.tok_config), **tokenizer_facts(tokenizer)},
         "router": router and {**files(args.router_ckpt, args.router_config), "sha256": router.sha256},
         "input": {
@@ -226,6 +229,7 @@ def finish(folder: ResultsFolder, names: list[str], walk: ClipWalk, facts: dict[
     metrics = {
         "clips": records,
         "mean": means(records),
+        "mean_uniform": means(records, UNIFORM_MEASURES) if facts["compare_uniform"] else None,
         "padding": padding(records),
         "assignments": assignment_use(records, len(tokenizer["levels"]) ** tokenizer["num_blocks"]),
         "tokens_by_motion": tokens_by_motion(records),
@@ -258,6 +262,8 @@ def closing_lines(metrics: Mapping[str, Any], report: Path) -> str:
         lines.append(f"motion and tokens, clips in {len(thirds)} groups from still to lively: {each}{rank}")
     if padded := padding_sentence(metrics):
         lines.append(padded)
+    if compared := uniform_sentence(metrics):
+        lines.append(compared)
     left_out = f", {metrics['frames_left_out']} frame(s) at their ends left out" if metrics["frames_left_out"] else ""
     lpips = "" if mean["lpips"] is None else f", {metrics['lpips_backbone']} {mean['lpips']:.4f}"
     lines.append(

@@ -48,6 +48,11 @@ def parse_arguments() -> argparse.Namespace:
         help=f"processes that decode ahead, and threads that write videos (default: as many as cores, here {cores})",
     )
     add("--no-videos", action="store_true", help="write tokens, figures and the report, but no mp4 files")
+    add(
+        "--compare-uniform",
+        action="store_true",
+        help="reconstruct each clip also at about as many tokens, the same in every block (twice the model time)",
+    )
     add("--overwrite", action="store_true", help="remove the earlier results in --save_dir and start again")
     add("--backend", choices=("pyav", "decord"), default="pyav", help="video reader (default: pyav)")
     networks = "lpips_vgg | lpips_alex | stlpips_vgg | stlpips_alex | none | auto (lpips_vgg or stlpips_alex; default)"

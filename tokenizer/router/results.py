@@ -122,7 +122,8 @@ class ResultsFolder:
             write_video(aside / "reconstruction.mp4", ours, decoded.fps)
             both = side_by_side(real, ours, lengths, longest)
             write_video(aside / "side_by_side.mp4", both, decoded.fps, preset="veryfast")
-        filmstrip(real, ours, error_map(real, ours)).save(aside / "film.jpg", quality=90, subsampling=0)
+        uniform = [] if result.uniform_THWC is None else [result.uniform_THWC]
+        filmstrip(real, ours, *uniform, error_map(real, ours)).save(aside / "film.jpg", quality=90, subsampling=0)
         result.tokens.save(aside / _TOKENS)
         remove_child(self.clips, clip.name)  # of a file that has since been replaced
         os.replace(aside, target)

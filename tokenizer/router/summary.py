@@ -21,13 +21,14 @@ from tokenizer.presets import PRESETS
 from tokenizer.tokens import VideoTokens
 
 MEASURES = ("tokens", "psnr", "ssim", "lpips", "motion")
+UNIFORM_MEASURES = ("uniform_tokens", "uniform_psnr", "uniform_ssim", "uniform_lpips")  # with --compare-uniform
 CURVE_POINTS = 129
 PACKAGES = ("evatok", "torch", "av", "numpy")
 
 
-def means(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def means(records: Sequence[Mapping[str, Any]], measures: Sequence[str] = MEASURES) -> dict[str, Any]:
     """Mean of every measure over the clips; None if a clip lacks it (lpips without weights)."""
-    columns = {key: [record[key] for record in records] for key in MEASURES}  # [S] each
+    columns = {key: [record[key] for record in records] for key in measures}  # [S] each
     return {key: None if None in column else float(np.mean(column)) for key, column in columns.items()}
 
 

@@ -22,7 +22,6 @@ MOST_FILMS = 60  # 60 films of 128x128 clips are about 12 MB
 NUM_EXTREMES = 3  # a row of the page
 MOST_DOTS = 2000
 MOST_ASSIGNMENTS = 10
-FILM_ROWS = 3  # original, reconstruction, error
 
 Record = Mapping[str, Any]
 
@@ -48,6 +47,7 @@ def report_page(folder: Path, metrics: Mapping[str, Any], skipped: Sequence[Mapp
         for heading, note, group in groups
     ]
     pictures = {key: (folder / "clips" / name / "film.jpg").read_bytes() for name, key in keys.items()}
+    captions = ["original", "reconstruction", *(["uniform"] if metrics["compare_uniform"] else []), "error"]
     length_SN = np.array([r["assignment"] for r in records])
     return render(
         "reconstruction.html",
@@ -62,7 +62,8 @@ def report_page(folder: Path, metrics: Mapping[str, Any], skipped: Sequence[Mapp
         num_blocks=tok["num_blocks"],
         longest=tok["levels"][-1],
         groups=cards,
-        films=film_sheet(pictures, tok["num_frames"], FILM_ROWS),
+        captions=captions,
+        films=film_sheet(pictures, tok["num_frames"], len(captions)),
         skipped=skipped,
         protocol=protocol(metrics),
         played_fps=PLAYED_FPS,
@@ -106,6 +107,8 @@ def card(r: Record, key: str, budget: str, motions: Sequence[float]) -> dict[str
     if r["lpips"] is not None:
         numbers["LPIPS"] = f"{r['lpips']:.3f}"
     numbers["motion, grey levels"] = f"{r['motion']:.1f}"
+    if "uniform_psnr" in r:
+        numbers[f"uniform, {r['uniform_tokens']}"] = f"{r['uniform_psnr']:.1f} dB"
     return {
         "key": key,
         "file": r["file"],
@@ -259,6 +262,8 @@ def notes(metrics: Mapping[str, Any]) -> list[str]:
         found.append("The run was stopped: the report covers the clips it finished.")
     if padded := padding_sentence(metrics):
         found.append(padded)
+    if compared := uniform_sentence(metrics):
+        found.append(compared)
     tokenizer = metrics["tokenizer"]
     if not tokenizer["paper_size"]:
         clip = f"{tokenizer['num_frames']}×{tokenizer['size']}×{tokenizer['size']}"
@@ -285,6 +290,18 @@ def padding_sentence(metrics: Mapping[str, Any]) -> str | None:
     return (
         f"{text} Without them: {without['tokens']:.1f} tokens per clip, PSNR {without['psnr']:.2f} dB, "
         f"SSIM {without['ssim']:.4f}{lpips}."
+    )
+
+
+def uniform_sentence(metrics: Mapping[str, Any]) -> str | None:
+    """The mean figures at the nearest uniform assignment of each clip; None if they were not asked for."""
+    uniform = metrics["mean_uniform"]
+    if uniform is None:
+        return None
+    lpips = "" if uniform["uniform_lpips"] is None else f", LPIPS {uniform['uniform_lpips']:.4f}"
+    return (
+        f"The same clips at the nearest uniform assignment: {uniform['uniform_tokens']:.1f} tokens each, "
+        f"PSNR {uniform['uniform_psnr']:.2f} dB, SSIM {uniform['uniform_ssim']:.4f}{lpips}."
     )
 
 
