@@ -108,7 +108,7 @@ def card(r: Record, key: str, budget: str, motions: Sequence[float]) -> dict[str
         numbers["LPIPS"] = f"{r['lpips']:.3f}"
     numbers["motion, grey levels"] = f"{r['motion']:.1f}"
     if "uniform_psnr" in r:
-        numbers[f"uniform, {r['uniform_tokens']}"] = f"{r['uniform_psnr']:.1f} dB"
+        numbers[f"uniform, {r['uniform_tokens']} tokens"] = f"{r['uniform_psnr']:.1f} dB"
     return {
         "key": key,
         "file": r["file"],
