@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor
 
 from autoregressive import cpu_kernel
-from autoregressive.decode_kernel import attend_live
+from autoregressive.decode_kernel import attend_decode
 from tokenizer.blocks.attention import varlen_kernel
 from tokenizer.common.errors import UserError
 
@@ -73,7 +73,7 @@ Live = Sequence[int] | int | None
 [n, ..]  the first n of each slot (0: idle), slot by slot, so that a row's result is a function of the row: the way of a
          CPU, and the reference
 n        the first n of every slot, those after its position masked: for a GPU without Triton
-None     those up to each slot's position, which the kernel finds itself (live_kernel.py): the way of a GPU
+None     those up to each slot's position, which the kernel finds itself (decode_kernel.py): the way of a GPU
 """
 
 
@@ -135,7 +135,7 @@ class KVCache:
         """Write one new token a row at its slot's position, then attend to all that lives -> [R, h, e]."""
         k_SGhQe, v_SGhQe = self.k_SGhQe[layer], self.v_SGhQe[layer]
         if live is None:
-            return attend_live(q_Rhe, k_Rhe, v_Rhe, k_SGhQe, v_SGhQe, position_S)
+            return attend_decode(q_Rhe, k_Rhe, v_Rhe, k_SGhQe, v_SGhQe, position_S)
         if not isinstance(live, int) and cpu_kernel.takes_cache(k_SGhQe):
             return cpu_kernel.attend(q_Rhe, k_Rhe, v_Rhe, k_SGhQe, v_SGhQe, torch.tensor(live))
         q_SGhe, k_SGhe, v_SGhe = (x.unflatten(0, k_SGhQe.shape[:2]) for x in (q_Rhe, k_Rhe, v_Rhe))

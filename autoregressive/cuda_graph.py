@@ -3,7 +3,7 @@
 A step is told how many cached keys it reads ("live") and returns nothing: all that it reads and writes stays where it
 is, and its noise comes from keys, not from a generator. So nothing has to be copied into a graph or out of it. There is
 one graph for each number of keys, recorded when it first occurs; they share their memory, because no two run at once
-and none leaves anything there for another. With Triton the kernel finds the number itself (live_kernel.py), and there
+and none leaves anything there for another. With Triton the kernel finds the number itself (decode_kernel.py), and there
 is one graph. The recorded kernels are those of the plain step, so its clips are the same to the bit.
 """
 
@@ -27,7 +27,7 @@ run."""
 _REHEARSALS = 2  # before recording: kernels are compiled, and set themselves up, when they first run
 
 
-class RecordedStep:
+class GraphedStep:
     """`advance(live)`, recorded. `moving`: the tensors that take a step from one place to the next.
 
     A step from the same `moving` does the same again, so putting them back undoes it: whatever else was written is
@@ -39,7 +39,7 @@ class RecordedStep:
         self._replay_of: dict[Live, Run] = {}
 
     @property
-    def num_recorded(self) -> int:
+    def num_graphs(self) -> int:
         """Graphs that were recorded so far."""
         return len(self._replay_of)
 

@@ -79,7 +79,7 @@ def keep_top_p(logits_SV: Tensor, p: float) -> Tensor:
     return logits_SV.masked_fill(drop_SV, -torch.inf)
 
 
-def pick(
+def draw_ids(
     logits_SV: Tensor, bias_SV: Tensor, noise_SV: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:
     """Draw an id for every slot, int64 [S]. `bias_SV`: 0 where the grammar allows an id, -inf elsewhere.

@@ -146,7 +146,7 @@ _REALIGNED = ("embedding.weight", "positions")
 
 
 @torch.no_grad()
-def begin_from(model: GPT, class_names: Sequence[str], tokenizer_sha256: str, other: TrainedGPT) -> str:
+def init_weights_from(model: GPT, class_names: Sequence[str], tokenizer_sha256: str, other: TrainedGPT) -> str:
     """Overwrite the weights of `model`, all but those that `other` has none for. Returns a line that says which.
 
     positions     counted from the condition on (class, or separator); those that `other` lacks stay as they are

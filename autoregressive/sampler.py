@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from autoregressive.attention import Live, check_memory
-from autoregressive.cuda_graph import CudaGraphs, RecordedStep, weakly
-from autoregressive.logits import guide, gumbel, id_words, key_words, pick
+from autoregressive.cuda_graph import CudaGraphs, GraphedStep, weakly
+from autoregressive.logits import draw_ids, guide, gumbel, id_words, key_words
 from autoregressive.model import GPT
 from autoregressive.sequence import ClipCodes, Grammar, LengthRule, SequenceLayout, block_positions, longest_sequence
 from tokenizer.common.device import compile_layers, has_triton
@@ -178,7 +178,7 @@ class Sampler:
         self._kernel_sees = device.type == "cuda" and has_triton()
         self._run_step: Callable[[Live], None] = weakly(self._advance)
         if device.type == "cuda":
-            self._run_step = RecordedStep(self._run_step, self._moving, CudaGraphs(device))
+            self._run_step = GraphedStep(self._run_step, self._moving, CudaGraphs(device))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Samples in the order in which they end. Stopping early frees all slots."""
@@ -289,7 +289,7 @@ class Sampler:
         logits_RV = self.model.step(self._input_SG.flatten(), position_S, live, self._cache, self._inner_S)
         logits_SV = guide(logits_RV.unflatten(0, self._input_SG.shape), self._scale_S)
         noise_SV = gumbel(self._key_S2, position_S, self._word_V)
-        next_S = pick(logits_SV, self._bias_SV, noise_SV, c.temperature, c.top_k, c.top_p)
+        next_S = draw_ids(logits_SV, self._bias_SV, noise_SV, c.temperature, c.top_k, c.top_p)
         self._input_SG.copy_(next_S[:, None].expand_as(self._input_SG))
         self._inner_S.copy_(self._block_positions.after(self._inner_S, next_S))
         self._sequence_SQ.scatter_(1, position_S[:, None] + 1, next_S[:, None])

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from autoregressive.batches import BatchRule, TokenBatch, token_batches
 from autoregressive.model import GPT, GPTConfig
-from autoregressive.presets import begin_from, check_vocabulary, load_gpt
+from autoregressive.presets import check_vocabulary, init_weights_from, load_gpt
 from autoregressive.sample_grid import sample_grid
 from autoregressive.sampler import Request, SamplingConfig
 from autoregressive.sequence import PackedSequences, SequenceLayout, length_rule, pack_sequences
@@ -96,7 +96,7 @@ class GPTTraining:
         self.tokenizer = load_tokenizer(config.tokenizer, self.device)
         self.archive, self.val_archive = open_archives(config, self.tokenizer)
         self.model = GPT(config.model)
-        self.source_sha256 = self._begin_from(config.init_from) if config.init_from else ""
+        self.source_sha256 = self._init_from(config.init_from) if config.init_from else ""
         self.state = TrainState.start(self.model, config.run, config.optim, kind="gpt")
 
     def batches(self, start_step: int) -> Iterator[TokenBatch]:
@@ -159,10 +159,10 @@ class GPTTraining:
         """What the weights file says of the tokens: which tokenizer reads them, what the class numbers mean."""
         return {**to_dict(self.archive.facts), "archive_sha256": self.archive.sha256}
 
-    def _begin_from(self, path: str) -> str:
+    def _init_from(self, path: str) -> str:
         """Take up the weights of another GPT -> its sha256. A run that resumes replaces them by its own."""
         source = load_gpt(path)
-        done = begin_from(self.model, self.archive.facts.class_names, self.tokenizer.sha256, source)
+        done = init_weights_from(self.model, self.archive.facts.class_names, self.tokenizer.sha256, source)
         if distributed.is_main():
             print(done, file=sys.stderr, flush=True)
         return source.sha256

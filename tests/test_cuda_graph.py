@@ -8,7 +8,7 @@ import torch
 
 from autoregressive import sampler as sampler_module
 from autoregressive.attention import Live
-from autoregressive.cuda_graph import RecordedStep, Run
+from autoregressive.cuda_graph import GraphedStep, Run
 from autoregressive.model import GPT
 from autoregressive.presets import PRESETS
 from autoregressive.sampler import Request, Sampler, SamplingConfig
@@ -65,7 +65,7 @@ class AsOnAGPU(Sampler):
     def __init__(self, model: GPT, config: SamplingConfig) -> None:
         super().__init__(model, config)
         self.record = StandIn()
-        self._run_step = RecordedStep(self._advance, self._moving, self.record)
+        self._run_step = GraphedStep(self._advance, self._moving, self.record)
 
     def _live(self) -> None:
         return None
@@ -98,4 +98,4 @@ def test_recorded_clips_are_those_of_the_plain_step(
     assert clips(recorded, requests) == clips(plain, requests)
     assert recorded.counts == plain.counts, "a recorded step waits for nothing"
     assert len(recorded.record.replays) in recordings and sum(recorded.record.replays) == recorded.counts.steps
-    assert recorded._run_step.num_recorded == len(recorded.record.replays)
+    assert recorded._run_step.num_graphs == len(recorded.record.replays)

@@ -22,7 +22,14 @@ from autoregressive.attention import (
     free_bytes,
 )
 from autoregressive.model import GPT, GPTConfig
-from autoregressive.presets import FRAME_PREDICTION, PRESETS, TrainedGPT, begin_from, check_tokenizer_fits, load_gpt
+from autoregressive.presets import (
+    FRAME_PREDICTION,
+    PRESETS,
+    TrainedGPT,
+    check_tokenizer_fits,
+    init_weights_from,
+    load_gpt,
+)
 from autoregressive.sequence import BlockPositions, ClipCodes
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
@@ -242,7 +249,7 @@ def test_a_gpt_begins_from_one_with_other_conditions(gpt: GPT) -> None:
     """Classes by name, a new one as the open condition; positions counted from the condition on."""
     source = TrainedGPT(gpt, tuple("abcdefghijk"), "ab" * 32, "cd" * 32, "source")
     ours = GPT(replace(DEBUG, num_classes=3)).eval()
-    done = begin_from(ours, ("k", "new", "b"), "ab" * 32, source)
+    done = init_weights_from(ours, ("k", "new", "b"), "ab" * 32, source)
     assert done.endswith("37 of 37 positions, 2 of 3 classes, everything else")
     length, codes = DEBUG.layout.length_id(2), [5, 3]
     for label, number in ((0, 10), (1, None), (2, 1), (None, None)):
@@ -255,13 +262,13 @@ def test_a_gpt_begins_from_one_with_other_conditions(gpt: GPT) -> None:
     frames = GPT(replace(DEBUG, num_classes=0, condition_lengths=[4, 2]))
     before = frames.positions.detach().clone()
     given = 6
-    done = begin_from(frames, (), "ab" * 32, source)
+    done = init_weights_from(frames, (), "ab" * 32, source)
     assert done.endswith(f"{len(before) - given} of {len(before)} positions, 0 of 0 classes, everything else")
     assert torch.equal(frames.positions[:given], before[:given])
     assert torch.equal(frames.positions[given:], gpt.positions[: len(before) - given])
     assert torch.equal(frames.embedding.weight[frames.layout.open_id], gpt.embedding.weight[gpt.layout.open_id])
     back = GPT(DEBUG)
-    begin_from(back, source.class_names, "ab" * 32, TrainedGPT(frames, (), "ab" * 32, "", "frames"))
+    init_weights_from(back, source.class_names, "ab" * 32, TrainedGPT(frames, (), "ab" * 32, "", "frames"))
     assert torch.equal(back.positions[: len(before) - given], gpt.positions[: len(before) - given])
 
 
@@ -278,7 +285,7 @@ def test_a_gpt_does_not_begin_from_what_does_not_fit(
 ) -> None:
     source = TrainedGPT(gpt, (), "ab" * 32, "", "source")
     with pytest.raises(UserError, match=words):
-        begin_from(GPT(replace(DEBUG, **changes)), (), tokenizer_sha256, source)
+        init_weights_from(GPT(replace(DEBUG, **changes)), (), tokenizer_sha256, source)
 
 
 @pytest.mark.parametrize(
@@ -292,3 +299,14 @@ def test_a_gpt_does_not_begin_from_what_does_not_fit(
 def test_impossible_shapes_are_refused(changes: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         GPTConfig(**changes)
+
+
+def test_the_padded_head_is_made_once_for_the_same_weights(gpt: GPT) -> None:
+    with torch.no_grad():
+        padded = gpt.padded_head()
+        assert len(padded) % 8 == 0 and torch.equal(padded[: gpt.layout.num_ids], gpt.head.weight)
+        assert not padded[gpt.layout.num_ids :].any() and gpt.padded_head() is padded
+        gpt.head.weight.mul_(2)
+        assert torch.equal(gpt.padded_head()[: gpt.layout.num_ids], gpt.head.weight)
+        gpt.head.weight.div_(2)
+    assert gpt.padded_head().requires_grad

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autoregressive.attention import KVCache, attend_by_length
 from autoregressive.attention import attend_varlen as attend_varlen_causal
-from autoregressive.cuda_graph import RecordedStep
+from autoregressive.cuda_graph import GraphedStep
 from autoregressive.model import GPT
 from autoregressive.presets import PRESETS
 from autoregressive.sampler import Request, Sampler, SamplingConfig
@@ -76,9 +76,9 @@ def test_causal_kernels_equal_the_loop(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("width", [16, 48, 64])
 def test_the_kernel_over_the_live_cache_equals_the_loop(width: int, dtype: torch.dtype) -> None:
     """What lies behind a slot's position is poison, and is not read."""
-    live = [1, 64, 200, 65]
+    live = [1, 64, 600, 257]  # of one split, of three, of one key more than a split
     q, k, v = torch.randn(8, 3, 3, width, device=CUDA).unbind(1)
-    exact, ours = (KVCache(1, 3, width, 4, 2, 200, kind, CUDA) for kind in (torch.float32, dtype))
+    exact, ours = (KVCache(1, 3, width, 4, 2, 600, kind, CUDA) for kind in (torch.float32, dtype))
     position_S = torch.tensor(live, device=CUDA) - 1
     for filled in (exact, ours):
         torch.manual_seed(0)
@@ -150,7 +150,7 @@ def test_one_recorded_graph_gives_the_clips_of_the_plain_step(compiled: bool) ->
     model = gpt("cuda")
     sampler = Sampler(model, replace(CONFIG, compile=compiled))
     ours = {each.request.key: each.id_Q.tolist() for each in sampler.run(requests_of(8))}
-    assert isinstance(sampler._run_step, RecordedStep) and sampler._run_step.num_recorded == 1
+    assert isinstance(sampler._run_step, GraphedStep) and sampler._run_step.num_graphs == 1
     plain = Sampler(model, CONFIG)
     plain._run_step = plain._advance
     with torch.compiler.set_stance("force_eager"):

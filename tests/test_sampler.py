@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoregressive.logits import guide, gumbel, id_words, keep_top_k, keep_top_p, key_words, pick
+from autoregressive.logits import draw_ids, guide, gumbel, id_words, keep_top_k, keep_top_p, key_words
 from autoregressive.model import GPT, GPTConfig
 from autoregressive.presets import PRESETS
 from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig
@@ -69,7 +69,7 @@ def recompute(model: GPT, config: SamplingConfig, request: Request) -> Tensor:
         logits_1V = guide(logits_GV[None], torch.tensor([config.scale_of(block)]))
         bias_V = torch.zeros(layout.num_ids).masked_fill(~grammar.allowed_ids(), -torch.inf)
         noise_1V = gumbel(key_12, torch.tensor([num - 1]), word_V)
-        drawn = pick(logits_1V, bias_V, noise_1V, config.temperature, config.top_k, config.top_p)
+        drawn = draw_ids(logits_1V, bias_V, noise_1V, config.temperature, config.top_k, config.top_p)
         grammar.advance(int(drawn))
         id_GQ = torch.cat([id_GQ, drawn.expand(len(heads), 1)], dim=1)
     return id_GQ[0]
@@ -252,7 +252,7 @@ def test_draws_follow_the_probabilities() -> None:
     num = 20_000
     key_S2 = torch.tensor([key_words(3, "sample")]).expand(num, 2)
     noise_SV = gumbel(key_S2, torch.arange(num), id_words(4))
-    drawn_S = pick(probability_V.log().expand(num, 4), torch.zeros(4), noise_SV)
+    drawn_S = draw_ids(probability_V.log().expand(num, 4), torch.zeros(4), noise_SV)
     share_V = torch.bincount(drawn_S, minlength=4) / num
     torch.testing.assert_close(share_V, probability_V, atol=0.015, rtol=0)
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from _bench import report, thread_seconds
 
-from autoregressive.logits import guide, gumbel, id_words, key_words, pick
+from autoregressive.logits import draw_ids, guide, gumbel, id_words, key_words
 from autoregressive.model import GPT
 from autoregressive.presets import PRESETS
 from autoregressive.sampler import Request, Sampler, SamplingConfig
@@ -123,7 +123,7 @@ def pad_to_maximum(model: GPT, config: SamplingConfig, batch: list[Request], pla
         position_S = torch.full((slots,), place, device=device)
         logits_RV = model.step(input_SG.flatten(), position_S, layout.max_length, cache, torch.zeros_like(position_S))
         logits_SV = guide(logits_RV.unflatten(0, input_SG.shape), scale_S)
-        next_S = pick(logits_SV, bias_SV, gumbel(key_S2, position_S, word_V))
+        next_S = draw_ids(logits_SV, bias_SV, gumbel(key_S2, position_S, word_V))
         written.append(next_S.tolist())  # the look at every step
         input_SG = next_S[:, None].expand_as(input_SG)
 
