@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from av.video.reformatter import Colorspace
 
-from tokenizer.data import video_io
+from tokenizer.data import cutting, video_io
 from tokenizer.data.clip_stream import ClipRule, ClipWalk, find_sources
 from tokenizer.data.files import fingerprint, list_videos
+from tokenizer.data.readers import PyAvReader
 from tokenizer.data.safe_decode import decode_clips
 from tokenizer.data.video_io import VideoError, iter_clips, probe, read_clip_at
 
@@ -163,19 +164,44 @@ def test_a_file_with_fewer_pictures_than_its_header_counts_is_noted(tmp_path: Pa
     assert "truncated" in read_clip_at(tmp_path / "cut.avi", 0.0, 4, 16).notes[0]
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_a_random_clip_reads_a_part_of_the_file_and_opens_it_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    path = tmp_path / "long.mp4"
+    path = tmp_path / f"long{suffix}"
     write(path, noise(240, 96, 128), "libx264", "yuv420p", options={"g": "12", "qp": "10"})
+    every = np.concatenate([clip.frames_THWC for clip in iter_clips(path, 1, 32, all_clips=True)])
     opened = []
     original = av.open
     monkeypatch.setattr(av, "open", lambda *a, **k: opened.append(a) or original(*a, **k))
     before = _bytes_read()
-    clip = read_clip_at(path, 0.8, 8, 32)
+    clip = read_clip_at(path, 0.8, 8, 32, any_phase=True)
     read = _bytes_read() - before
     assert clip.start == int(0.8 * 233) and len(opened) == 1
     assert read < path.stat().st_size / 3, (read, path.stat().st_size)
+    np.testing.assert_array_equal(clip.frames_THWC, every[clip.start : clip.start + 8])
+    for position in (0.0, 0.37, 0.999):
+        fine, coarse = (read_clip_at(path, position, 8, 32, fps, any_phase=True) for fps in (20.0, 3.0))
+        assert fine.num_padded == coarse.num_padded == 0
+        first = position * (24 - 1e-3 - 7 / 3)
+        shown = [int((first + k / 3 + 1e-3) * 10) for k in range(8)]
+        np.testing.assert_array_equal(coarse.frames_THWC, every[shown])
+
+
+def test_a_clip_that_time_alone_does_not_find_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A header may promise more time than there are pictures."""
+    path = write(tmp_path / "long.mkv", noise(40), "libx264", "yuv420p", options={"g": "8", "qp": "10"})
+    expected = read_clip_at(path, 0.9, 8, 16, any_phase=True)
+    near = cutting._near
+
+    def promised_too_much(reader: PyAvReader, *rest: float) -> None:
+        reader.duration = 8.0
+        assert near(reader, *rest) is None
+
+    monkeypatch.setattr(cutting, "_near", promised_too_much)
+    found = read_clip_at(path, 0.9, 8, 16, any_phase=True)
+    assert found.start == expected.start and found.num_padded == 0
+    np.testing.assert_array_equal(found.frames_THWC, expected.frames_THWC)
 
 
 def _bytes_read() -> int:

@@ -217,6 +217,23 @@ def test_check_finds_each_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert run(monkeypatch, "check", tmp_path / "none.csv") == 2
 
 
+def test_check_finds_pictures_that_the_header_promises(tmp_path: Path) -> None:
+    path = tmp_path / "whole.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 24, 32, "bgr0"
+        for _ in range(40):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((24, 32, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        end = list(container.streams.video[0].index_entries)[30].pos
+    (tmp_path / "cut.avi").write_bytes(path.read_bytes()[:end])
+    write_rows(tmp_path / "m.csv", map(ManifestRow, ("whole.avi", "cut.avi")))
+    checked = check_manifest(tmp_path / "m.csv", CheckRule(decode="all"))
+    found = [(p.row.path, p.kind, p.detail) for _, problems in checked for p in problems]
+    assert found == [("cut.avi", "truncated", "the header counts 40 pictures, the file holds 30")]
+
+
 def test_prepared_videos_keep_every_frame(tmp_path: Path) -> None:
     copy = tmp_path / "copy.mp4"
     prepare_video(video(tmp_path / "a.mp4", num=19), copy, PrepareRule(short_side=20))

@@ -21,12 +21,19 @@ for line in project["dependencies"]:
         print(f"{name}=={floor}")
 PYTHON
 )
+numpy=$("$PY" -c 'import re; print(re.search(r"\"numpy>=([\w.]+)\"", open("pyproject.toml").read())[1])')
 failed=0
 for spec in $floors; do
     there=$out/$spec
+    case $spec in  # what such a version brings along, by its own requirements
+        scipy==* | matplotlib==*) more="numpy==$numpy" ;;
+        omegaconf==*) more="antlr4-python3-runtime==4.9.3" ;;
+        *) more="" ;;
+    esac
     if [ ! -d "$there" ]; then
-        "$PY" -m pip install -q --disable-pip-version-check --no-deps --only-binary :all: --target "$there" "$spec" \
-            || { echo "$spec: there is no wheel of it for this Python"; failed=1; rm -rf "$there"; continue; }
+        # shellcheck disable=SC2086  # `more` may be nothing
+        "$PY" -m pip install -q --disable-pip-version-check --no-deps --target "$there" "$spec" $more \
+            || { echo "$spec: cannot be installed for this Python"; failed=1; rm -rf "$there"; continue; }
     fi
     if PYTHONPATH=$there:$PWD "$PY" tokenizer/router/reconstruction_qual_with_router.py --overwrite --device cpu \
         --vid_path tokenizer/data/bundled/tree_000.mp4 --save_dir "$out/run" \

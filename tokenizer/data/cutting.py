@@ -7,6 +7,7 @@ Letters: T pictures.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Generator, Iterator
@@ -18,6 +19,7 @@ from tokenizer.data.files import Span, VideoError
 from tokenizer.data.readers import Image, Picture, PyAvReader, Reader, no_beat, open_reader
 
 _TIME_SLACK = 1e-3  # seconds; containers round time stamps to a millisecond
+_LAST_PICTURE = 1.0  # seconds; the last picture of a file stays on show
 
 
 class Shown(NamedTuple):
@@ -53,7 +55,8 @@ ClipEvents = Generator[Event, None, StreamEnd]
 class Place(NamedTuple):
     """Where a clip begins: at frame `start`, or at `position` in [0, 1) of all possible starts.
 
-    any_phase: with a given rate, between the frames that evaluation sees too; every start time is equally likely.
+    any_phase: for random clips. With a given rate, a clip may begin between the frames of that rate; and in a container
+    without a list of its pictures (Matroska) `position` is a part of its duration, so that it need not be read whole.
     """
 
     start: int | None = None
@@ -136,8 +139,13 @@ def clip_at_events(
 ) -> ClipEvents:
     """The one clip at `place`, by keyframe seek. VideoError if it would begin past the end."""
     with open_reader(path, backend, span, beat) as reader:
-        start, wanted = _wanted(path, reader, place, num_frames, fps)
-        yield from _pick(reader, wanted)
+        near = _near(reader, place.position, num_frames, fps) if place.any_phase else None
+        if near is not None:
+            start, shown = near
+            yield from (Shown(picture.to_rgb(), times) for picture, times in shown)
+        else:
+            start, wanted = _wanted(path, reader, place, num_frames, fps)
+            yield from _pick(reader, wanted)
         yield ClipFacts(start, fps or float(reader.rate), tuple(reader.notes))
         return StreamEnd(0, tuple(reader.notes))
 
@@ -165,6 +173,49 @@ def picture_timing(path: str | os.PathLike[str], beat: Callable[[], None] = no_b
             return None
         rate, tick = reader.rate.as_integer_ratio(), reader.tick.as_integer_ratio()
         return Timing(rate, tick, (pts - pts[0]).tolist())
+
+
+def _near(
+    reader: Reader, position: float, num_frames: int, fps: float | None
+) -> tuple[int, list[tuple[Picture, int]]] | None:
+    """(first frame, pictures with the number of frames that show each) of a clip found by time alone.
+
+    None if the container lists its pictures, or if the clip would not be whole: then they are counted.
+    """
+    rate = fps or float(reader.rate)
+    if reader.duration is None or reader.duration * rate < num_frames:
+        return None
+    end = reader.duration - _TIME_SLACK
+    if fps is None:
+        start = int(position * max(1, round(reader.duration * rate) - num_frames + 1))
+        moments = [start / rate - 0.5 / rate]  # the first picture from here on, and those that follow it
+    else:
+        first = position * max(0.0, end - (num_frames - 1) / rate)
+        start, moments = int(first * rate), [first + k / rate for k in range(num_frames)]
+    pictures = reader.pictures_near(max(0.0, moments[0]))
+    if pictures is None:
+        return None
+    if fps is None:
+        following = itertools.dropwhile(lambda picture: picture.time < moments[0], pictures)
+        found = [(picture, 1) for picture in itertools.islice(following, num_frames)]
+    else:
+        found = _on_show_near(pictures, moments)
+    return (start, found) if sum(times for _, times in found) == num_frames else None
+
+
+def _on_show_near(pictures: Iterator[Picture], moments: list[float]) -> list[tuple[Picture, int]]:
+    """The picture on show at each moment, with the number of moments; all that there are if the file ends before."""
+    found: list[tuple[Picture, int]] = []
+    current = next(pictures, None)
+    while current is not None and moments:
+        following = next(pictures, None)
+        until = following.time - _TIME_SLACK if following else current.time + _LAST_PICTURE
+        count = sum(moment < until for moment in moments)
+        if count:
+            found.append((current, count))
+            moments = moments[count:]
+        current = following
+    return found
 
 
 def _wanted(

@@ -75,7 +75,7 @@ from tokenizer.data.manifest_table import ManifestRow, no_formula, path_for, rea
 from tokenizer.data.safe_decode import decode_clips, map_ahead
 from tokenizer.data.video_io import VideoError, display_name, list_videos
 
-PROBLEMS = ("missing", "unreadable", "too short", "altered", "duplicate", "overlap")
+PROBLEMS = ("missing", "unreadable", "too short", "truncated", "altered", "duplicate", "overlap")
 _MOST_EXAMPLES = 5
 _SIDE = 32  # frames are made this small before they come over from the decoding process
 
@@ -190,7 +190,13 @@ def _decode(row: ManifestRow, file: Path, rule: CheckRule) -> list[Problem]:
     try:
         clips = decode_clips(file, rule.num_frames, _SIDE, rule.fps, all_clips=every, backend=rule.backend)
         with contextlib.closing(clips):
-            for clip in clips:
+            while True:
+                try:
+                    clip = next(clips)
+                except StopIteration as end:
+                    short = (note for note in end.value.notes if note.startswith("truncated"))
+                    problems += [Problem(row, "truncated", note.partition(": ")[2]) for note in short]
+                    break
                 if clip.num_padded:
                     have = rule.num_frames - clip.num_padded
                     problems.append(Problem(row, "too short", f"has {have} frames of {rule.num_frames}"))

@@ -33,6 +33,7 @@ from tokenizer.data.files import Span, VideoError, check_regular, display_name
 
 DEFAULT_RATE = Fraction(25)  # for the few streams that state no rate at all (raw elementary streams)
 _INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "avi")  # containers whose index lists every picture
+_KEYED = ("matroska,webm",)  # containers whose index lists keyframes only, with seeks that end at one
 _HD_LINES = 720  # untagged video of so many lines is BT.709, as players take it
 _UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
 _HDR = {16: "PQ", 18: "HLG"}  # AVCOL_TRC_SMPTE2084, AVCOL_TRC_ARIB_STD_B67
@@ -65,6 +66,7 @@ class Reader(Protocol):
 
     rate: Fraction  # frames per second
     num_frames: int | None  # what the header claims; None if it claims nothing
+    duration: float | None  # in seconds, if the header has it
     notes: dict[str, None]  # what is not handled, "kind: detail" each, in the order found
 
     def times(self) -> np.ndarray:
@@ -73,6 +75,10 @@ class Reader(Protocol):
 
     def pictures(self, first: int = 0) -> Iterator[Picture]:
         """The pictures from index `first` on; a later start seeks instead of decoding everything before it."""
+        ...
+
+    def pictures_near(self, seconds: float) -> Iterator[Picture] | None:
+        """Pictures from the keyframe at or before a time on, for containers that list no pictures; else None."""
         ...
 
     def close(self) -> None:
@@ -125,6 +131,7 @@ class PyAvReader:
         self.num_frames = self._stream.frames or None
         self.notes: dict[str, None] = {}
         self.tick = self._stream.time_base or Fraction(1, 1000)
+        self.duration = self._container.duration / 1e6 if self._container.duration else None  # of all its streams
         self._is_fresh = True  # nothing was read from the container yet
         # Such a file keeps no presentation times, and what FFmpeg makes up for them is out of order.
         self.untimed = self._container.format.name == "avi" and self._stream.codec_context.has_b_frames
@@ -157,6 +164,14 @@ class PyAvReader:
                 return self._as_pictures(found, int(pts[0]))
             self._reopen()  # the index of the file lies: count from the start instead
         return itertools.islice(self._as_pictures(self._from_start(), None), first, None)
+
+    def pictures_near(self, seconds: float) -> Iterator[Picture] | None:
+        start = self._stream.start_time
+        if self._container.format.name not in _KEYED or start is None:
+            return None
+        self._is_fresh = False
+        self._container.seek(start + round(seconds / self.tick), stream=self._stream, backward=True)
+        return self._as_pictures(self._decoded(), start)
 
     # Opening, and the pictures that the container lists
 
@@ -221,6 +236,8 @@ class PyAvReader:
 
     def _packet_pts(self) -> np.ndarray | None:
         """The same from all packets, read without decoding: the whole file is read."""
+        if not self._is_fresh:
+            self._reopen()
         pts, num_packets = [], 0
         for packet in self._container.demux(self._stream):
             self._beat()
@@ -374,10 +391,14 @@ class DecordReader:
         self._video = decord.VideoReader(source, ctx=decord.cpu(0), num_threads=1)
         self._beat = beat
         self.num_frames: int | None = len(self._video)
+        self.duration: float | None = None
         self.notes: dict[str, None] = {}
 
     def close(self) -> None:
         del self._video
+
+    def pictures_near(self, seconds: float) -> None:
+        return None
 
     def times(self) -> np.ndarray:
         if self._untimed:
