@@ -210,6 +210,11 @@ class Extraction:
 
     def _check_fits(self) -> None:
         c, t = self.config, self.tokenizer.config
+        if not t.is_discrete:
+            raise UserError(
+                f"{c.tokenizer} has model.bottleneck = {t.bottleneck!r}, which is continuous: a GPT needs codes, "
+                "so give a tokenizer with 'vq' or 'fsq'"
+            )
         if (c.data.num_frames, c.data.size) != (t.num_frames, t.size):
             raise UserError(
                 f"data gives clips of {c.data.num_frames} frames of {c.data.size} pixels, but {c.tokenizer} reads "

@@ -122,6 +122,11 @@ def check_tokenizer_fits(gpt: TrainedGPT, tokenizer: VideoTokenizer) -> None:
 
 def check_vocabulary(config: GPTConfig, tokenizer: TokenizerConfig, origin: str) -> None:
     """Raises UserError, naming both sides, where codes, levels or blocks differ."""
+    if not tokenizer.is_discrete:
+        raise UserError(
+            f"{origin} reads codes, but a tokenizer with model.bottleneck = {tokenizer.bottleneck!r} has none: "
+            "give one with 'vq' or 'fsq'"
+        )
     for name in ("codebook_size", "levels", "num_blocks"):
         ours, theirs = getattr(config, name), getattr(tokenizer, name)
         if ours != theirs:

@@ -39,7 +39,7 @@ def lively_tokenizer() -> VideoTokenizer:
     torch.nn.init.normal_(model.to_pixels.weight, std=0.1)
     video = heldout_scenes(6)
     packing = pack(model.space.lengths_of(torch.full((6,), model.space.num_rows - 1)))
-    model.quantizer.start_from(model.encode_latents(video, packing), torch.Generator().manual_seed(0))
+    model.quantizer.start(model.encode_latents(video, packing), torch.Generator().manual_seed(0))
     return model
 
 

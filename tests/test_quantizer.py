@@ -109,7 +109,7 @@ def test_everything_is_fp32_under_bf16_autocast() -> None:
     plain = quantizer(z_LE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = quantizer(z_LE)
-        nearest_L = quantizer.nearest(z_LE)
+        nearest_L = quantizer.encode(z_LE)
     assert torch.equal(mixed.code_L, plain.code_L) and torch.equal(nearest_L, plain.code_L)
     assert torch.equal(mixed.latent_LE, plain.latent_LE) and mixed.latent_LE.dtype == torch.float32
     for name, term in mixed.terms.items():
@@ -121,17 +121,17 @@ def test_forward_nearest_and_lookup_say_the_same() -> None:
     brute_L = torch.cdist(F.normalize(z_LE, dim=-1), F.normalize(quantizer.codebook.weight, dim=-1)).argmin(dim=-1)
     with torch.no_grad():
         out = quantizer(z_LE)
-    assert torch.equal(out.code_L, brute_L) and torch.equal(quantizer.nearest(z_LE), brute_L)
-    assert torch.equal(out.latent_LE, quantizer.lookup(out.code_L))  # codes are all that decoding needs, to the bit
+    assert torch.equal(out.code_L, brute_L) and torch.equal(quantizer.encode(z_LE), brute_L)
+    assert torch.equal(out.latent_LE, quantizer.decode(out.code_L))  # codes are all that decoding needs, to the bit
     assert out.terms == {}  # nothing to train, nothing computed
-    assert torch.equal(quantizer.nearest(z_LE.view(5, 8, 8)), brute_L.view(5, 8))
+    assert torch.equal(quantizer.encode(z_LE.view(5, 8, 8)), brute_L.view(5, 8))
 
 
 @pytest.mark.parametrize("num_latents", [100, 5])
 def test_the_codebook_starts_from_latents_that_occur(num_latents: int) -> None:
     quantizer, _ = random_case(num_codes=16)
     z_LE = torch.randn(num_latents, 8)
-    quantizer.start_from(z_LE, torch.Generator().manual_seed(1))
+    quantizer.start(z_LE, torch.Generator().manual_seed(1))
     similarity_VL = quantizer.unit_codes() @ F.normalize(z_LE, dim=-1).T
     source_V = similarity_VL.argmax(dim=1)
     torch.testing.assert_close(similarity_VL.max(dim=1).values, torch.ones(16))

@@ -22,9 +22,10 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from tokenizer.assignment import AssignmentSpace, Packing, pack, pack_uniform
+from tokenizer.blocks.bottlenecks import FiniteScalarQuantizer, KLBottleneck, NoBottleneck
 from tokenizer.blocks.patches import most_queries, packed_cells, packed_queries, patchify, pooling_pyramid, unpatchify
 from tokenizer.blocks.positions import sincos_3d
-from tokenizer.blocks.quantizer import Quantized, VectorQuantizer
+from tokenizer.blocks.quantizer import Bottleneck, Quantized, VectorQuantizer
 from tokenizer.blocks.structured_init import patch_filters, start_decoder, start_encoder
 from tokenizer.blocks.transformer import QFormer
 from tokenizer.budget import parse_budget
@@ -64,8 +65,10 @@ class TokenizerConfig:
     patch_frames: int = 4  # frames of a temporal block
     patch_size: int = 8  # pixels of a patch's side
     levels: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])  # tokens a block may get
-    codebook_size: int = 16384
-    code_width: int = 8
+    bottleneck: str = "vq"  # the paper's; or "fsq", "kl", "none", see blocks/bottlenecks.py
+    fsq_levels: list[int] = field(default_factory=list)  # for "fsq": values of each number of a code, e.g. [8, 8, 8, 5]
+    codebook_size: int = 16384  # for "vq"; for "fsq" the product of its levels
+    code_width: int = 8  # numbers in a code or a continuous latent; for "fsq" as many as it has levels
     bottleneck_width: int = 256  # between a transformer's width and the code width, on both sides
     mlp_ratio: float = 4.0
     encoder: TransformerConfig = field(default_factory=TransformerConfig)
@@ -97,8 +100,27 @@ class TokenizerConfig:
                 f"model.bottleneck_width = {self.bottleneck_width} is below model.code_width = {self.code_width}; "
                 "it must be at least as wide"
             )
+        if self.bottleneck not in ("vq", "fsq", "kl", "none"):
+            raise UserError(f"model.bottleneck = {self.bottleneck!r}: choose 'vq', 'fsq', 'kl' or 'none'")
+        if (self.bottleneck == "fsq") != bool(self.fsq_levels):
+            raise UserError(
+                f"model.bottleneck = {self.bottleneck!r} and model.fsq_levels = {self.fsq_levels} clash: "
+                "'fsq' needs levels, e.g. [8, 8, 8, 5], and no other reads them"
+            )
+        if self.fsq_levels:
+            shape = (math.prod(self.fsq_levels), len(self.fsq_levels))
+            if min(self.fsq_levels) < 2 or (self.codebook_size, self.code_width) != shape:
+                raise UserError(
+                    f"model.fsq_levels = {self.fsq_levels}: each must be at least 2, and they go with "
+                    f"model.codebook_size={shape[0]} model.code_width={shape[1]}"
+                )
         if self.init not in ("structured", "random"):
             raise UserError(f"model.init = {self.init!r}: choose 'structured' or 'random'")
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether tokens are codes, as files of tokens and GPTs need them."""
+        return self.bottleneck in ("vq", "fsq")
 
     @property
     def num_blocks(self) -> int:
@@ -152,7 +174,7 @@ class VideoTokenizer(HubModel, nn.Module):
         self.encoder_norm = nn.LayerNorm(c.encoder.width)
         self.to_latent = _two_linears(c.encoder.width, c.bottleneck_width, c.code_width)
 
-        self.quantizer = VectorQuantizer(c.codebook_size, c.code_width)
+        self.quantizer = _build_bottleneck(c)
 
         self.from_latent = _two_linears(c.code_width, c.bottleneck_width, c.decoder.width)
         self.decoder_patch_pos = nn.Parameter(torch.empty(num_patches, c.decoder.width))
@@ -168,7 +190,7 @@ class VideoTokenizer(HubModel, nn.Module):
         """How every weight begins.
 
         linear                 Xavier uniform, bias 0; the last one (to_pixels) N(0, 0.02), so that it starts grey
-        codebook               random; training replaces it by real latents (VectorQuantizer.start_from)
+        codebook               random; training replaces it by real latents (VectorQuantizer.start)
         positions, random      N(0, 1/width)
         positions, structured  3D: separable sin-cos; 1D: the mean of the 3D rows of the cells that the query pools
         the rest, structured   a coarse codec of cosine coefficients: blocks/structured_init.py
@@ -178,7 +200,10 @@ class VideoTokenizer(HubModel, nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.to_pixels.weight, std=0.02)
-        nn.init.normal_(self.quantizer.codebook.weight)
+        if isinstance(self.quantizer, VectorQuantizer):
+            nn.init.normal_(self.quantizer.codebook.weight)
+        elif isinstance(self.quantizer, KLBottleneck):
+            self.quantizer.init_weights()
         tables = [self.encoder_patch_pos, self.encoder_token_pos, self.decoder_patch_pos, self.decoder_token_pos]
         for table in tables:
             nn.init.normal_(table, std=table.shape[1] ** -0.5)
@@ -195,13 +220,20 @@ class VideoTokenizer(HubModel, nn.Module):
 
     # --- the three phases ---------------------------------------------------------------------------------------
 
-    def forward(self, video_BCTHW: Tensor, length_BN: Tensor, feature_layer: int = 0) -> TokenizerOutput:
+    def forward(
+        self,
+        video_BCTHW: Tensor,
+        length_BN: Tensor,
+        feature_layer: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> TokenizerOutput:
         """Reconstruct under the given assignment, with everything the losses need.
 
-        `feature_layer`: hand out the patches after this many decoder layers; 0 hands out none.
+        `feature_layer`: hand out the patches after this many decoder layers; 0 hands out none. generator: of the noise
+        that a KL bottleneck adds in training; without one it adds none.
         """
         packing = self._checked_packing(video_BCTHW, length_BN)
-        quantized = self.quantizer(self.encode_latents(video_BCTHW, packing))
+        quantized = self.quantizer(self.encode_latents(video_BCTHW, packing), generator)
         patch_BMD, feature_BMD = self._decode_patches(quantized.latent_LE, packing, feature_layer)
         return TokenizerOutput(self.to_video(patch_BMD), quantized, feature_BMD)
 
@@ -255,11 +287,16 @@ class VideoTokenizer(HubModel, nn.Module):
         router ("uniform:256", "fixed:256,128,64,64"). Each clip's tokens are its own: they never depend on the batch.
         Raises UserError for a wrong shape or lengths outside the levels.
         """
+        if not self.config.is_discrete:
+            raise UserError(
+                f"model.bottleneck = {self.config.bottleneck!r} is continuous, so its tokens are no codes: call "
+                "encode_latents and decode_latents, or train with 'vq' or 'fsq'"
+            )
         video_BCTHW = video_BCTHW[None] if video_BCTHW.ndim == 4 else video_BCTHW
         if length_BN is None:
             length_BN = self._chosen_lengths(video_BCTHW, router, budget)
         packing = self._checked_packing(video_BCTHW, length_BN)
-        code_L = self.quantizer.nearest(self.encode_latents(video_BCTHW.to(self.device), packing))
+        code_L = self.quantizer.encode(self.encode_latents(video_BCTHW.to(self.device), packing))
         c = self.config
         return VideoTokens(code_L.cpu(), packing.length_BN, c.num_frames, c.size, c.codebook_size, self.sha256)
 
@@ -278,7 +315,7 @@ class VideoTokenizer(HubModel, nn.Module):
                 f"{(c.num_frames, c.size, c.codebook_size)}"
             )
         self.space.rows_of(tokens.length_BN)
-        latent_LE = self.quantizer.lookup(tokens.code_L.to(self.device))
+        latent_LE = self.quantizer.decode(tokens.code_L.to(self.device))
         return self.decode_latents(latent_LE, tokens.packing).clamp(0, 1)
 
     def stream(
@@ -354,6 +391,17 @@ class VideoTokenizer(HubModel, nn.Module):
             raise UserError(f"{len(video_BCTHW)} clips but lengths for {len(length_BN)}")
         self.space.rows_of(length_BN)  # raises where a length is none of the levels
         return pack(length_BN)
+
+
+def _build_bottleneck(config: TokenizerConfig) -> Bottleneck:
+    match config.bottleneck:
+        case "fsq":
+            return FiniteScalarQuantizer(config.fsq_levels)
+        case "kl":
+            return KLBottleneck(config.code_width)
+        case "none":
+            return NoBottleneck()
+    return VectorQuantizer(config.codebook_size, config.code_width)
 
 
 def _two_linears(width_in: int, width: int, width_out: int) -> nn.Sequential:

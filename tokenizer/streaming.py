@@ -85,13 +85,13 @@ def encode_block(model: VideoTokenizer, patches: ClipPatches, t: int, length: in
     for layer, before, reference in zip(model.encoder, past.encoder, patches.references[t], strict=True):
         x_BKD, own = layer.step(x_BKD, pos_KD, before, reference)
         extended.append([*before, own])
-    return model.quantizer.nearest(model.to_latent(model.encoder_norm(x_BKD))), extended
+    return model.quantizer.encode(model.to_latent(model.encoder_norm(x_BKD))), extended
 
 
 def decode_block(model: VideoTokenizer, code_BK: Tensor, t: int, past: Past) -> tuple[Tensor, Cache, Cache]:
     """-> frames of block t, [B, 3, patch_frames, H, W] in [0, 1], and the decoder's two extended pasts."""
     c = model.config
-    token_BKD = model.from_latent(model.quantizer.lookup(code_BK))
+    token_BKD = model.from_latent(model.quantizer.decode(code_BK))
     placed_BKD = token_BKD + model.decoder_token_pos[t * c.block_queries + level_cells(code_BK.shape[1])]
     x_BmD = repeat(token_BKD[:, 0], "B D -> B m D", m=c.grid**2)
     pos_mD = model.decoder_patch_pos[t * c.grid**2 :][: c.grid**2]

@@ -29,7 +29,7 @@ from tokenizer.common.errors import UserError
 from tokenizer.common.schema import check_fields, parse_json, read_json
 from tokenizer.tokens import VideoTokens
 
-_KIND = "evatok.tokens"  # of VideoTokens
+_KIND, _VIDEO = "evatok.tokens", "evatok.video"  # keys of the metadata; the first is that of VideoTokens
 _WAY_OUT = "make it again with python -m tokenizer.tokenize"
 _COPIED_AT_ONCE = 1 << 20
 
@@ -95,13 +95,8 @@ class TokenWriter:
             ("lengths", "I32", lengths_shape, self._files["lengths"]),
             ("codes", {2: "I16", 4: "I32"}[self.facts.code_type.itemsize], [codes], self._files["codes"]),
         )
-        facts = {key: getattr(self.facts, key) for key in ("num_frames", "size", "codebook_size")}
-        meta = {
-            "kind": _KIND,
-            "facts": json.dumps(facts),
-            "tokenizer_sha256": self.facts.tokenizer_sha256,
-            "video": json.dumps(asdict(self.facts)),
-        }
+        facts = {key: getattr(self.facts, key) for key in ("num_frames", "size", "codebook_size", "tokenizer_sha256")}
+        meta = {_KIND: json.dumps(facts), _VIDEO: json.dumps(asdict(self.facts))}
         header: dict[str, Any] = {"__metadata__": meta}
         end = 0
         for name, kind, shape, file in parts:
@@ -167,14 +162,14 @@ class TokenFile:
         try:
             self._file = safe_open(str(path), framework="pt")
             meta = self._file.metadata() or {}
-            if meta.get("kind") != _KIND or "video" not in meta:
+            if _KIND not in meta or _VIDEO not in meta:
                 raise UserError(f"{path}: not the tokens of a whole video; make them with python -m tokenizer.tokenize")
             self.length_BN: Tensor = self._file.get_tensor("lengths").long()
             self.second_F: np.ndarray = self._file.get_tensor("seconds").numpy()
             self._codes = self._file.get_slice("codes")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: cannot be read as video tokens: {error}") from error
-        facts = parse_json(meta["video"], str(path), _WAY_OUT)
+        facts = parse_json(meta[_VIDEO], str(path), _WAY_OUT)
         self.facts = VideoFacts(**check_fields(facts, get_type_hints(VideoFacts), str(path), _WAY_OUT))
         self._end_B = [0, *self.length_BN.sum(dim=1).cumsum(0).tolist()]
         num_clips = -(-len(self.second_F) // self.facts.num_frames)

@@ -248,7 +248,7 @@ class TokenizerTraining:
         generator = generator_for(self.config.run.seed, "loss", step)
         video_BCTHW = batch.video(self.device)
         length_BN = self.policy(video_BCTHW, generator, batch.places)
-        output = self.model(video_BCTHW, length_BN, self.alignment.layer if self.alignment else 0)
+        output = self.model(video_BCTHW, length_BN, self.alignment.layer if self.alignment else 0, generator)
         align = None
         if self.alignment is not None and output.feature_BMD is not None:
             align = self.alignment.term(output.feature_BMD, video_BCTHW)
@@ -257,11 +257,12 @@ class TokenizerTraining:
         level_K = torch.tensor(self.config.model.levels)
         figures: Terms = {
             **terms,
-            "codes": Tally(torch.bincount(code_L.flatten(), minlength=num_codes), code_usage),
             "tokens_per_clip": float(length_BN.sum()) / len(length_BN),
             # how many blocks got each level
             "tokens_histogram": (length_BN.flatten()[:, None] == level_K).sum(dim=0),
         }
+        if self.config.model.is_discrete:
+            figures = {**figures, "codes": Tally(torch.bincount(code_L.flatten(), minlength=num_codes), code_usage)}
         return output.video_BCTHW, loss, {**figures, **self.mark}
 
     @property
@@ -284,6 +285,8 @@ class TokenizerTraining:
 
         Processes encode their shares of the batches of the first steps, as many as the codebook needs and no more.
         """
+        if self.config.model.bottleneck != "vq":
+            return
         run, needed = self.config.run, self.config.model.codebook_size
         generator = generator_for(run.seed, "codebook")
         latents: list[Tensor] = []
@@ -296,7 +299,7 @@ class TokenizerTraining:
                 length_BN = self.policy(video_BCTHW, generator, batch.places)
                 latents.append(distributed.rows_of_all(self.model.encode_latents(video_BCTHW, pack(length_BN))))
             found, step = sum(map(len, latents)), step + num
-        self.model.quantizer.start_from(torch.cat(latents), generator)
+        self.model.quantizer.start(torch.cat(latents), generator)
 
     def validate(self, step: int) -> dict[str, float]:
         """PSNR and perceptual distance of held-out clips at each uniform level and under the run's own policy.

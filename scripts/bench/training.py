@@ -207,7 +207,7 @@ def _untrained_tokenizer(levels: list[int]) -> VideoTokenizer:
     lengths = model.space.lengths_of(torch.full((len(video),), model.space.num_rows - 1))
     with torch.inference_mode():
         latents = model.encode_latents(video, pack(lengths))
-    model.quantizer.start_from(latents, torch.Generator().manual_seed(0))
+    model.quantizer.start(latents, torch.Generator().manual_seed(0))
     return model
 
 

@@ -8,6 +8,7 @@ Letters: L packed tokens, E code width, V codebook size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,15 +33,46 @@ class Quantized:
                     `has_entropy`, since it takes a tenth of a small model's step
     """
 
-    latent_LE: Tensor  # unit vectors; gradients pass straight through to the encoder
-    code_L: Tensor  # int64, 0 .. V-1
+    latent_LE: Tensor  # of a vector quantiser unit vectors; gradients pass straight through to the encoder
+    code_L: Tensor  # int64, 0 .. V-1; empty for a continuous bottleneck
     terms: dict[str, Tensor] = field(default_factory=dict)
 
 
-class VectorQuantizer(nn.Module):
-    """`num_codes` codes of `width` numbers; only their directions count."""
+class Bottleneck(nn.Module):
+    """What a token can carry from the encoder to the decoder: the paper's codes, or one of bottlenecks.py.
 
-    has_entropy = True  # whether the terms hold it; a training whose loss does not weigh it sets False
+    `encode` and `decode` are what tokens on disk need; `forward` is for training, with its own loss terms.
+    """
+
+    is_discrete = True  # whether tokens are codes; a continuous bottleneck's are the latents themselves
+    has_entropy = True  # whether the terms hold an entropy; a training whose loss does not weigh it sets False
+
+    @property
+    def bits(self) -> float:
+        """Bits of a token; infinite if it is continuous."""
+        return math.inf
+
+    def encode(self, z: Tensor) -> Tensor:
+        """Latents [..., E] -> tokens: codes, int64 [...], or latents, float32 [..., E]."""
+        raise NotImplementedError
+
+    def decode(self, token: Tensor) -> Tensor:
+        """Tokens -> latents, float32 [..., E], as the decoder reads them."""
+        raise NotImplementedError
+
+    def forward(self, z_LE: Tensor, generator: torch.Generator | None = None) -> Quantized:
+        """Latents [L, E] -> what the decoder reads, with the loss terms while gradients are recorded.
+
+        generator: of the noise of a bottleneck that draws any; without one it draws none.
+        """
+        raise NotImplementedError
+
+    def start(self, z_LE: Tensor, generator: torch.Generator) -> None:
+        """Begin at latents that really occur; does nothing if there is nothing to learn."""
+
+
+class VectorQuantizer(Bottleneck):
+    """`num_codes` codes of `width` numbers; only their directions count."""
 
     def __init__(self, num_codes: int, width: int) -> None:
         super().__init__()
@@ -50,17 +82,21 @@ class VectorQuantizer(nn.Module):
         """float32 [V, E], each of length 1."""
         return F.normalize(self.codebook.weight.float(), dim=-1)
 
-    def lookup(self, code: Tensor) -> Tensor:
+    @property
+    def bits(self) -> float:
+        return math.log2(self.codebook.num_embeddings)
+
+    def decode(self, code: Tensor) -> Tensor:
         """Codes, int64 [...] -> unit latents, float32 [..., E]; all that decoding needs."""
         return F.normalize(self.codebook(code).float(), dim=-1)
 
-    def nearest(self, z: Tensor) -> Tensor:
+    def encode(self, z: Tensor) -> Tensor:
         """Latents [..., E] -> codes, int64 [...]."""
         with torch.autocast(z.device.type, enabled=False):
             z_LE = F.normalize(z.float(), dim=-1).flatten(0, -2)
             return _nearest(z_LE, self.unit_codes()).view(z.shape[:-1])
 
-    def forward(self, z_LE: Tensor) -> Quantized:
+    def forward(self, z_LE: Tensor, generator: torch.Generator | None = None) -> Quantized:
         """Latents [L, E] -> their nearest codes, with the loss terms while gradients are recorded."""
         with torch.autocast(z_LE.device.type, enabled=False):
             z_LE = F.normalize(z_LE.float(), dim=-1)
@@ -78,7 +114,7 @@ class VectorQuantizer(nn.Module):
             return Quantized(z_LE + (nearest_LE - z_LE).detach(), code_L, terms)
 
     @torch.no_grad()
-    def start_from(self, z_LE: Tensor, generator: torch.Generator) -> None:
+    def start(self, z_LE: Tensor, generator: torch.Generator) -> None:
         """Put every code on a latent that really occurs (a random sample; repeats where there are too few)."""
         num_codes = self.codebook.num_embeddings
         rounds = -(-num_codes // len(z_LE))

@@ -80,7 +80,10 @@ class HubModel:
         figures: numbers for the card, nested, or the JSON file that holds them.
         """
         folder = Path(folder)
-        config = {**self.file_config, "model": to_dict(self.config)}  # type: ignore[attr-defined]
+        config = {"model": to_dict(self.config), **self.file_config}  # type: ignore[attr-defined]
+        kept: Any = from_dict(self.config_class, config["model"], "the config")
+        if kept != self.config:  # type: ignore[attr-defined]
+            config["model"] = to_dict(self.config)  # type: ignore[attr-defined]
         path = folder / "model.safetensors"
         save_model(path, cast("nn.Module", self).state_dict(), config, self.card or {"kind": self.kind})
         sha256 = file_sha256(path)

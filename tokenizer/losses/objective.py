@@ -27,6 +27,7 @@ class LossConfig:
     codebook: float = 1.0
     commitment: float = 0.25
     entropy: float = 0.02
+    kl: float = 1e-6  # of model.bottleneck=kl: nats a token against a standard normal
     gan: float = 0.0  # 0.3 in the paper's recipe; see the section `discriminator`
     align: float = 0.0  # 0.7 in the paper's recipe; see the section `alignment`
 
