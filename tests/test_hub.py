@@ -52,6 +52,15 @@ def test_a_folder_gives_back_the_same_bytes(trained: Path, tmp_path: Path) -> No
         load_tokenizer(folder)
 
 
+def test_changed_weights_are_written_anew(trained: Path, tmp_path: Path) -> None:
+    model = load_tokenizer(trained)
+    with torch.no_grad():
+        model.to_pixels.bias += 1
+    assert model.save_pretrained(tmp_path / "changed") != model.sha256
+    again = load_tokenizer(tmp_path / "changed")
+    assert torch.equal(again.to_pixels.bias, model.to_pixels.bias) and again.file_config["run"] == {"steps": 7}
+
+
 def test_router_and_gpt_keep_what_their_files_have_beside_weights(tmp_path: Path) -> None:
     router = Router(RouterConfig(size=32, levels=[2, 4, 8], layers=1, width=32, heads=2))
     router.save_pretrained(tmp_path / "r")
@@ -60,6 +69,7 @@ def test_router_and_gpt_keep_what_their_files_have_beside_weights(tmp_path: Path
     save_model(tmp_path / "g.safetensors", gpt.state_dict(), {"model": to_dict(gpt.config), "tokens": tokens}, {})
     GPT.from_pretrained(tmp_path / "g.safetensors").save_pretrained(tmp_path / "g")
     again = load_gpt(tmp_path / "g")
+    assert (tmp_path / "g" / "model.safetensors").read_bytes() == (tmp_path / "g.safetensors").read_bytes()
     assert (again.class_names, again.tokenizer_sha256) == (("a", "b"), "f00")
     with pytest.raises(UserError, match="not a tokenizer"):
         VideoTokenizer.from_pretrained(tmp_path / "g")

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import nn
 
-from tokenizer.common.checkpoint import ModelFile, file_sha256, load_strict, read_model, save_model
+from tokenizer.common.checkpoint import ModelFile, atomic_write, file_sha256, load_strict, read_model, save_model
 from tokenizer.common.config import from_dict, to_dict
 from tokenizer.common.errors import UserError
 
@@ -38,6 +38,7 @@ class HubModel:
     sha256: str = ""  # of the weights file; empty for a model that was not loaded from one
     file_config: Mapping[str, Any] = {}  # all of the file's config; its `model` section built the module
     card: Mapping[str, str] = {}
+    file_path: Path | None = None  # the weights file
 
     @classmethod
     def from_pretrained(
@@ -60,7 +61,7 @@ class HubModel:
         config: Any = from_dict(cls.config_class, file.config["model"], f"{name} (config inside)")
         model = cast("nn.Module", cls(config))  # type: ignore[call-arg]
         load_strict(model, file.tensors, str(name))
-        cast("HubModel", model).remember(file)
+        cast("HubModel", model).remember(file, path)
         return cast("Self", model.eval().to(device))
 
     @classmethod
@@ -69,23 +70,25 @@ class HubModel:
         if cls.config_key not in file.config.get("model", {}):
             raise UserError(f"{origin}: these weights are {file.card.get('kind', 'something')!r}, not a {cls.kind}")
 
-    def remember(self, file: ModelFile) -> None:
-        """Keep what a file has beside the weights, for `save_pretrained`."""
+    def remember(self, file: ModelFile, path: Path) -> None:
+        """Keep what a file has beside the weights, and where it is, for `save_pretrained`."""
         self.sha256, self.file_config, self.card = file.sha256, file.config, file.card
+        self.file_path = path / "final" / "model.safetensors" if path.is_dir() else path
 
     def save_pretrained(self, folder: str | Path, *, figures: Mapping[str, Any] | str | Path | None = None) -> str:
         """Write model.safetensors, SHA256SUMS and README.md into `folder`; returns the sha256 of the weights.
 
-        A model that was loaded and not changed gives the bytes that it was loaded from, if those were float32.
+        A model that was loaded and not changed gives the bytes of its file, so tokens that it made stay its own.
         figures: numbers for the card, nested, or the JSON file that holds them.
         """
         folder = Path(folder)
-        config = {"model": to_dict(self.config), **self.file_config}  # type: ignore[attr-defined]
-        kept: Any = from_dict(self.config_class, config["model"], "the config")
-        if kept != self.config:  # type: ignore[attr-defined]
-            config["model"] = to_dict(self.config)  # type: ignore[attr-defined]
         path = folder / "model.safetensors"
-        save_model(path, cast("nn.Module", self).state_dict(), config, self.card or {"kind": self.kind})
+        if self._is_unchanged():
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, cast("Path", self.file_path).read_bytes())
+        else:
+            config = {**self.file_config, "model": to_dict(self.config)}  # type: ignore[attr-defined]
+            save_model(path, cast("nn.Module", self).state_dict(), config, self.card or {"kind": self.kind})
         sha256 = file_sha256(path)
         (folder / "SHA256SUMS").write_text(f"{sha256}  {path.name}\n", encoding="utf-8")
         if isinstance(figures, str | Path):
@@ -120,6 +123,15 @@ class HubModel:
             raise
         except Exception as error:
             raise UserError(f"{repo_id}: cannot be pushed to the hub ({_first_line(error)})") from error
+
+    def _is_unchanged(self) -> bool:
+        """Whether the file that the model was loaded from still holds these very weights and this config."""
+        if self.file_path is None or not self.file_path.is_file() or file_sha256(self.file_path) != self.sha256:
+            return False
+        file, own = read_model(self.file_path), cast("nn.Module", self).state_dict()
+        config: Any = from_dict(self.config_class, file.config["model"], str(self.file_path))
+        same = all(torch.equal(own[name].cpu(), tensor.to(own[name].dtype)) for name, tensor in file.tensors.items())
+        return same and config == self.config  # type: ignore[attr-defined]
 
     def _card(self, sha256: str, figures: Mapping[str, Any]) -> str:
         """Markdown: what the hub reads at the top, how to load, the config, the figures."""
