@@ -1,14 +1,13 @@
-"""Causal attention of packed sequences, and of single new rows against a cache: no padding, no dense mask.
+"""Attention of the GPT: causal over packed sequences in training, over a KV cache in sampling.
 
-Packed sequence by sequence, every query sees the keys of its own sequence up to itself. On a CPU that is one plain call
-for each run of equal lengths; on a GPU one variable-length kernel (performance.md).
+Training. Sequences are packed one after the other, without padding or a mask. On a CPU each run of equal lengths is one
+call of scaled dot-product attention; on a GPU one variable-length kernel takes them all.
 
-Letters: L packed tokens, S slots, G streams of a slot (2 with guidance), h heads, e width of a head, Q cached tokens.
+Sampling. Keys and values of the clips in progress are allocated once and written in place. A CPU reads them by its own
+kernel (cpu_kernel.py), a GPU by Triton (decode_kernel.py); plain torch is the reference for both.
 
-Keys and values of the clips that are being sampled: allocated once, written in place, read where they live.
-
-Letters: S slots, G streams of a slot (2 with guidance: with and without the class), h heads, Q places,
-e width of a head, R = S * G rows of one step.
+Letters: L packed tokens, S slots, G streams of a slot (2 with guidance: with and without the class), R = S G rows of a
+step, h heads, e head width, Q places of the cache.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ def attend_causal(q_Lhe: Tensor, k_Lhe: Tensor, v_Lhe: Tensor, lengths: Sequence
 
 
 def attend_by_length(q_Lhe: Tensor, k_Lhe: Tensor, v_Lhe: Tensor, lengths: Sequence[int]) -> Tensor:
-    """A call for each run of neighbours of equal length. The reference that every faster path is tested against."""
+    """One call for each run of neighbours of equal length. The reference that every faster path is tested against."""
     runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
     mixed = []
     parts = (x_Lhe.split([length * num for length, num in runs]) for x_Lhe in (q_Lhe, k_Lhe, v_Lhe))
     for (_, num), *qkv in zip(runs, *parts, strict=True):
-        q, k, v = (rearrange(x, "(B Q) h e -> B h Q e", B=num) for x in qkv)
+        q, k, v = (rearrange(x, "(B Q) h e -> B h Q e", B=num) for x in qkv)  # a rectangle: equal lengths
         mixed.append(rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "B h Q e -> (B Q) h e"))
     return torch.cat(mixed)
 
@@ -63,17 +62,16 @@ def attend_varlen(
 
 @lru_cache(maxsize=4)
 def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [B + 1], where each sequence begins, and the end; the same in every layer."""
+    """int32 [B + 1], the start of each sequence, and the end; the same in every layer."""
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 Live = Sequence[int] | int | None
 """Which cached keys a step reads.
 
-[n, ..]  the first n of each slot (0: idle), slot by slot, so that a row's result is a function of the row: the way of a
-         CPU, and the reference
-n        the first n of every slot, those after its position masked: for a GPU without Triton
-None     those up to each slot's position, which the kernel finds itself (decode_kernel.py): the way of a GPU
+[n, ..]  the first n of each slot (0: idle): on a CPU, and as the reference
+n        the first n of every slot, those after its position masked: on a GPU without Triton
+None     those up to each slot's position, which the kernel reads on the device: on a GPU
 """
 
 
@@ -87,7 +85,7 @@ def attend_cached(
 
 
 def attend_by_slot(q_SGhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, live: Sequence[int]) -> Tensor:
-    """The first `live[s]` keys of each slot, slot by slot; idle slots give 0."""
+    """The first `live[s]` keys of each slot, one call a slot: a row depends on itself alone. Idle slots give 0."""
     mixed_SGhe = torch.zeros_like(q_SGhe)
     attend = F.scaled_dot_product_attention if q_SGhe.dtype == torch.float32 else attend_one
     for s, num in enumerate(live):
@@ -100,6 +98,7 @@ def attend_by_slot(q_SGhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, live: Seque
 def attend_one(q_Gh1e: Tensor, k_GhQe: Tensor, v_GhQe: Tensor) -> Tensor:
     """One query in half precision, as matrix-vector products: on a CPU 3 to 4 times faster than SDPA."""
     score_GhQ1 = k_GhQe @ (q_Gh1e * q_Gh1e.shape[-1] ** -0.5).transpose(-1, -2)
+    # softmax in fp32: 8 bits of mantissa would round away small shares of long rows
     share_Gh1Q = score_GhQ1.float().softmax(dim=-2).to(v_GhQe.dtype).transpose(-1, -2)
     return share_Gh1Q @ v_GhQe
 
@@ -116,7 +115,7 @@ _MEMINFO = Path("/proc/meminfo")  # Linux; elsewhere all memory counts as free
 
 
 class KVCache:
-    """Keys and values of each layer, [S, G, h, Q, e]. A slot's old contents need no erasing: nobody reads that far."""
+    """Keys and values of each layer, [S, G, h, Q, e]. Old contents of a slot need no erasing: they are not read."""
 
     def __init__(
         self, layers: int, heads: int, head_width: int, slots: int, streams: int, places: int,
@@ -132,7 +131,7 @@ class KVCache:
         return sum(x_SGhQe.nbytes for x_SGhQe in (*self.k_SGhQe, *self.v_SGhQe))
 
     def step(self, layer: int, q_Rhe: Tensor, k_Rhe: Tensor, v_Rhe: Tensor, position_S: Tensor, live: Live) -> Tensor:
-        """Write one new token a row at its slot's position, then attend to all that lives -> [R, h, e]."""
+        """Write one new token a row at its slot's position, then attend to the keys up to it -> [R, h, e]."""
         k_SGhQe, v_SGhQe = self.k_SGhQe[layer], self.v_SGhQe[layer]
         if live is None:
             return attend_decode(q_Rhe, k_Rhe, v_Rhe, k_SGhQe, v_SGhQe, position_S)
@@ -151,12 +150,12 @@ class KVCache:
 
 
 def bytes_per_slot(layers: int, width: int, streams: int, places: int, dtype: torch.dtype) -> int:
-    """What one slot of a KVCache takes."""
+    """Bytes of one slot of a KVCache."""
     return 2 * layers * width * streams * places * dtype.itemsize
 
 
 def check_memory(slots: int, slot_bytes: int, device: torch.device) -> None:
-    """Raises UserError, with the number of slots that would fit, where the cache is larger than the free memory."""
+    """Raises UserError, with the number of slots that would fit, if the cache is larger than the free memory."""
     free = free_bytes(device)
     if slots * slot_bytes > free:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Which clips a training step sees, packed: a pure function of (seed, step), and of the rank where there are several.
+"""The clips of a training step, packed: a pure function of (seed, step, rank).
 
-The clips stand in an endless row of shuffled epochs. A step takes either the next `clips` of them, shared out so that
-all ranks have equally much to compute, or, with a budget, as many as fit into `most_ids` ids for each rank.
+Clips come from an endless row of shuffled epochs. A step takes the next `clips` of them, shared out so that all ranks
+compute equally much, or with a budget as many as fit into `most_ids` ids on each rank.
 
 Letters: L packed ids.
 """
@@ -23,17 +23,17 @@ from tokenizer.common.device import generator_for
 from tokenizer.common.errors import UserError
 from tokenizer.data.loader import epoch_order
 
-_OPEN_BINS = 8  # batches that are filled at the same time; more of them waste less room and mix the order more
+_OPEN_BINS = 8  # filled at the same time; more of them waste less room and change the order more
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What one rank reads in one step: sequences as `SequenceLayout.encode` writes them."""
+    """Sequences of one rank in one step, as `SequenceLayout.encode` writes them."""
 
     layout: SequenceLayout
     sequences: list[Tensor]
     width: int  # of the model that reads them
-    num_in_step: int = 0  # sequences of all ranks together
+    num_in_step: int = 0  # over all ranks
     part_sizes: tuple[int, ...] = ()  # how many sequences each part has, in order; (): they are shared out by `split`
 
     @cached_property
@@ -42,7 +42,7 @@ class TokenBatch:
 
     @property
     def num_targets(self) -> int:
-        """Ids that a model is asked to say."""
+        """Ids to predict."""
         return len(self.packed.target_W)
 
     def split(self, num_parts: int) -> list[TokenBatch]:
@@ -59,7 +59,7 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class BatchRule:
-    """How steps are cut out of the endless row: `clips` a step, or where `most_ids` is not 0, so many ids a rank."""
+    """How the endless row is cut into steps: `clips` a step, or up to `most_ids` ids a rank if that is not 0."""
 
     seed: int
     clips: int
@@ -75,11 +75,11 @@ def token_batches(
 ) -> Iterator[TokenBatch]:
     """The batches of a rank from `start_step` on, without end. `width`: of the model, see `cost`.
 
-    Raises UserError where `most_ids` is less than the longest clip has, or a step has fewer clips than ranks.
+    Raises UserError if `most_ids` is below the longest clip, or a step has fewer clips than ranks.
     """
     num_inputs = [layout.num_inputs(tokens) for tokens in archive.length_SN.sum(dim=1).tolist()]
     for step, (clips, shares) in enumerate(_plan(num_inputs, width, rule, start_step), start=start_step):
-        # drawn for the whole step, so that whose class is hidden does not depend on the number of ranks
+        # drawn for the whole step, so that the number of ranks does not change which classes are hidden
         generator = generator_for(rule.seed, "class dropout", step)
         hidden = (torch.rand(len(clips), generator=generator) < rule.class_dropout).tolist()
         parts = shares[rule.rank :: rule.num_ranks]
@@ -90,12 +90,12 @@ def token_batches(
 
 
 def cost(num_ids: int, width: int) -> float:
-    """What a sequence costs in each layer, in some unit: matrices grow with its ids, attention with their square."""
+    """Cost of a sequence in each layer, in some unit: matrices grow with its ids, attention with their square."""
     return num_ids * (12.0 * width + num_ids)
 
 
 def share_out(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
-    """Indices of `costs` for each rank, so that the sums are nearly equal: the dearest first, to whom has least."""
+    """Indices of `costs` for each rank, so that the sums are nearly equal. Greedy: the most expensive first."""
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     least = [(0.0, rank) for rank in range(num_ranks)]
     for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -108,7 +108,7 @@ def share_out(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
 def fill_bins(clips: Iterable[int], size_of: Callable[[int], int], room: int) -> Iterator[list[int]]:
     """Clips in order -> bins of at most `room`: each clip goes into the first open bin that has room for it.
 
-    Where none has, the fullest of the open bins is handed out and a new one is begun.
+    If none has room, the fullest open bin is handed out and a new one opened.
     """
     bins: list[tuple[list[int], int]] = []
     for clip in clips:
@@ -129,7 +129,7 @@ def _plan(
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
     """For each step from `start_step` on: its clips, and for each part the places of its own among them.
 
-    Part p of rank r is number p x num_ranks + r: the dearest clip goes to part 0 of rank 0, the next to that of rank 1.
+    Part p of rank r is number p x num_ranks + r: the most expensive clip goes to part 0 of rank 0, the next to rank 1.
     """
     num_shares = rule.num_ranks * rule.num_parts
     if not rule.most_ids:

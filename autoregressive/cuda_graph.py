@@ -1,10 +1,10 @@
-"""A sampling step on a GPU, recorded as a CUDA graph: replaying it is one launch, without any look at the device.
+"""A sampling step on a GPU as a CUDA graph: one launch a step, and the host never waits.
 
-A step is told how many cached keys it reads ("live") and returns nothing: all that it reads and writes stays where it
-is, and its noise comes from keys, not from a generator. So nothing has to be copied into a graph or out of it. There is
-one graph for each number of keys, recorded when it first occurs; they share their memory, because no two run at once
-and none leaves anything there for another. With Triton the kernel finds the number itself (decode_kernel.py), and there
-is one graph. The recorded kernels are those of the plain step, so its clips are the same to the bit.
+A step gets the number of cached keys it reads and returns nothing: its inputs and outputs stay in place, and its noise
+comes from keys, not from a generator, so nothing is copied into or out of a graph. With Triton the kernel reads that
+number on the device (decode_kernel.py) and one graph is enough. Without it there is one graph for each number of keys,
+captured when it first occurs; they share one memory pool, because no two run at once. The captured kernels are those of
+the plain step, so the clips are equal to the bit.
 """
 
 from __future__ import annotations
@@ -20,55 +20,54 @@ from torch import Tensor
 from autoregressive.attention import Live
 
 Run = Callable[[], None]
-Record = Callable[[Run, Run], Run]
-"""(rehearsal, step) -> what replays the step. The rehearsal is a step that leaves no trace; the step is recorded, not
+Capture = Callable[[Run, Run], Run]
+"""(warm-up, step) -> a function that replays the step. The warm-up is a step without effect; the step is captured, not
 run."""
 
-_REHEARSALS = 2  # before recording: kernels are compiled, and set themselves up, when they first run
+_WARM_UPS = 2  # before a capture: kernels are compiled and allocate when they first run
 
 
 class GraphedStep:
-    """`advance(live)`, recorded. `moving`: the tensors that take a step from one place to the next.
+    """`advance(live)` as CUDA graphs. `state`: the tensors that a step reads and changes.
 
-    A step from the same `moving` does the same again, so putting them back undoes it: whatever else was written is
-    written once more.
+    A step from the same `state` writes the same again, so restoring `state` undoes a step.
     """
 
-    def __init__(self, advance: Callable[[Live], None], moving: Sequence[Tensor], record: Record) -> None:
-        self._advance, self._moving, self._record = advance, moving, record
+    def __init__(self, advance: Callable[[Live], None], state: Sequence[Tensor], capture: Capture) -> None:
+        self._advance, self._state, self._capture = advance, state, capture
         self._replay_of: dict[Live, Run] = {}
 
     @property
     def num_graphs(self) -> int:
-        """Graphs that were recorded so far."""
+        """Graphs that were captured so far."""
         return len(self._replay_of)
 
     def __call__(self, live: Live) -> None:
         if live not in self._replay_of:
             with _any_kernels():
-                self._replay_of[live] = self._record(lambda: self._rehearse(live), lambda: self._advance(live))
+                self._replay_of[live] = self._capture(lambda: self._warm_up(live), lambda: self._advance(live))
         self._replay_of[live]()
 
-    def _rehearse(self, live: Live) -> None:
-        before = [tensor.clone() for tensor in self._moving]
+    def _warm_up(self, live: Live) -> None:
+        before = [tensor.clone() for tensor in self._state]
         self._advance(live)
-        for tensor, value in zip(self._moving, before, strict=True):
+        for tensor, value in zip(self._state, before, strict=True):
             tensor.copy_(value)
 
 
 class CudaGraphs:
-    """Records on one GPU; all its graphs share a memory pool."""
+    """Captures on one GPU; all graphs share a memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
 
-    def __call__(self, rehearse: Run, step: Run) -> Run:
+    def __call__(self, warm_up: Run, step: Run) -> Run:
         with torch.cuda.device(self._device):
             here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
             aside.wait_stream(here)
             with torch.cuda.stream(aside):
-                for _ in range(_REHEARSALS):
-                    rehearse()
+                for _ in range(_WARM_UPS):
+                    warm_up()
             here.wait_stream(aside)
             graph: Any = torch.cuda.CUDAGraph()
             # thread_local: other threads (a checkpoint's writer, NCCL's watchdog) may talk to the GPU meanwhile
@@ -79,9 +78,9 @@ class CudaGraphs:
 
 @contextmanager
 def _any_kernels() -> Iterator[None]:
-    """Inside a training, whose kernels are to be deterministic: a step writes each place once, so all of them are.
+    """Inside a training that asks for deterministic kernels: a step writes each place once, so all of its kernels are.
 
-    Those that torch takes for deterministic ones sort first.
+    The ones that torch would choose instead sort first.
     """
     if not torch.are_deterministic_algorithms_enabled():
         yield
@@ -94,8 +93,8 @@ def _any_kernels() -> Iterator[None]:
         torch.use_deterministic_algorithms(True, warn_only=warns)
 
 
-def weakly(advance: Callable[[Live], None]) -> Callable[[Live], None]:
-    """A method that does not keep its sampler alive: cache and graphs are given back when nobody needs them."""
+def weak_method(advance: Callable[[Live], None]) -> Callable[[Live], None]:
+    """A method that does not keep its sampler alive, so that cache and graphs are freed with it."""
     reference = weakref.WeakMethod(advance)
 
     def call(live: Live) -> None:

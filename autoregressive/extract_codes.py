@@ -1,4 +1,4 @@
-"""Tokenize a set of clips once, into a ragged token archive that a GPT trains on (paper.md section 5).
+"""Tokenize a set of clips once, into a ragged token archive that a GPT trains on.
 
     python -m autoregressive.extract_codes configs/mini/extract_c2v.yaml       # as many at once as there are cores
 
@@ -97,7 +97,7 @@ class _Draw:
     label: str | None
 
     def read(self) -> ClipSample | None:
-        """None where it cannot be read. Each draw is tried: another view may miss a damaged spot of the same file."""
+        """None if it cannot be read. Every draw is tried: another view may miss a damaged spot of the same file."""
         try:
             return self.dataset.get_this(self.index, epoch=self.view)
         except VideoError as error:
@@ -122,7 +122,7 @@ class Extraction:
         self.units = WorkUnits(self.folder / "shards", -(-len(self.draws) // config.clips_per_shard))
 
     def run(self) -> bool:
-        """Work until no shard is free. True where the archive is complete; False where others still work on shards."""
+        """Work until no shard is free. True if the archive is complete; False if others still work on shards."""
         claim_folder(self.folder, self._made_from())
         return self.units.work(self._extract_shard, self.finish, f"tokenizing {len(self.draws)} clips")
 
@@ -196,7 +196,7 @@ class Extraction:
         )
 
     def _class_names(self) -> list[str]:
-        """Raises UserError for labels outside the given names, and where some clips have labels and others not."""
+        """Raises UserError for labels outside the given names, and if only some clips have labels."""
         found = {draw.label for draw in self.draws if draw.label is not None}
         names = self.config.class_names or class_order(found)
         for strange in sorted(found - set(names)):

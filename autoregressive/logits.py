@@ -1,14 +1,11 @@
-"""From logits to the next id: guidance, temperature, grammar, top-k, top-p, and the draw. Small verbs on plain tensors.
+"""From logits to the next id: guidance, temperature, grammar, top-k, top-p, and the draw.
 
-Letters: S slots, G streams of a slot (2 with guidance: with the class, without it), V ids that the head can say.
+The noise of a draw is a function of (seed, request, place, id): a counter-based generator without a state, so a clip is
+the same in whichever slot, batch or process it is sampled. It mixes integers and takes the logarithm of
+the result in float32, which may differ in the last bit between devices. The mixer is the two-round 32-bit hash found by
+Chris Wellons' hash-prospector; words are kept in int64, where its products cannot overflow.
 
-Random numbers for sampling that depend on (seed, sample, step, id) and on nothing else.
-
-A counter-based generator: no state that advances, so a sample is the same in whichever slot, batch or process it is
-made, and on every device (only integer operations decide). The mixer is the two-round 32-bit hash that Chris Wellons'
-hash-prospector found; words are kept in int64, where no product of it overflows.
-
-Letters: S slots, V ids that the head can say.
+Letters: S slots, G streams of a slot (2 with guidance: with and without the class), V ids of the head.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ _WORD = 0xFFFFFFFF
 
 
 def key_words(seed: int, *key: int | str) -> tuple[int, int]:
-    """The two 32-bit words that stand for a sample: `seed` is the user's, `key` names the sample."""
+    """Two 32-bit words for a sample: `seed` is the user's, `key` names the sample."""
     both = derive_seed(seed, *key)
     return both >> 32, both & _WORD
 
@@ -74,7 +71,7 @@ def keep_top_p(logits_SV: Tensor, p: float) -> Tensor:
         return logits_SV
     sorted_SV, id_SV = logits_SV.sort(dim=1, descending=True, stable=True)
     share_SV = sorted_SV.softmax(dim=1)
-    before_SV = share_SV.cumsum(dim=1) - share_SV  # of the likelier ones
+    before_SV = share_SV.cumsum(dim=1) - share_SV  # [S, V], probability of the likelier ids
     drop_SV = torch.zeros_like(logits_SV, dtype=torch.bool).scatter_(1, id_SV, before_SV >= p)
     return logits_SV.masked_fill(drop_SV, -torch.inf)
 
@@ -82,7 +79,7 @@ def keep_top_p(logits_SV: Tensor, p: float) -> Tensor:
 def draw_ids(
     logits_SV: Tensor, bias_SV: Tensor, noise_SV: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:
-    """Draw an id for every slot, int64 [S]. `bias_SV`: 0 where the grammar allows an id, -inf elsewhere.
+    """Draw an id for every slot, int64 [S]. `bias_SV`: 0 for ids that the grammar allows, else -inf.
 
     `noise_SV`: standard Gumbel noise; the largest of (logit + noise) is a draw from softmax(logits).
     """

@@ -1,11 +1,11 @@
-"""The GPT: class (or given frames) in, the next token of a clip out (paper.md section 5).
+"""The GPT: the class or given frames of a clip in, its tokens out, one after the other (arXiv 2603.12267).
 
-A plain decoder: RMSNorm, SwiGLU, no biases, learned absolute positions, untied head. Sequences are packed, never
-padded, so that a clip with fewer tokens is less work in training as well as in sampling. `block_positions` goes beyond
-the paper: beside its absolute position an id is told which code of its block comes next.
+A plain decoder: RMSNorm, SwiGLU, no biases, learned absolute positions, an untied head. Sequences are packed, never
+padded, so a clip with fewer tokens is less work in training and in sampling. `block_positions` goes beyond the paper:
+in addition to its absolute position, an id gets the place in its block of the code that comes next.
 
-Letters: L packed tokens, W those whose successor is asked for, R rows of a decoding step, S slots, D width, V ids the
-head can say, h heads, e head width.
+Letters: L packed tokens, W those whose successor is predicted, R rows of a decoding step, S slots, D width, V ids of
+the head, h heads, e head width.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class GPTConfig:
     num_blocks: int = 4
     num_classes: int = 101  # 0 for frame prediction
     condition_lengths: list[int] = field(default_factory=list)  # frame prediction: e.g. [512, 128]
-    block_positions: bool = False  # beside absolute positions, those in the block; the paper's models have none
+    block_positions: bool = False  # also learn positions inside the block; the paper's models do not
 
     def __post_init__(self) -> None:
         if min(self.layers, self.width, self.heads) < 1 or self.width % self.heads:
@@ -84,6 +84,7 @@ class Block(nn.Module):
 
     def forward(self, x_LD: Tensor, attention: _Attention) -> Tensor:
         """[L, D] -> [L, D]"""
+        # on a CPU, products of few rows are read from memory at full speed (cpu_kernel.py)
         qkv = few_rows(self.to_qkv, self.attention_norm(x_LD))
         q, k, v = rearrange(qkv, "L (three h e) -> three L h e", three=3, h=self.heads)
         mixed_Lhe = attention(q, k, v)
@@ -146,7 +147,7 @@ class GPT(HubModel, nn.Module):
     def forward(self, id_L: Tensor, lengths: Sequence[int], given: int = 0) -> Tensor:
         """Packed sequences of `lengths` ids each, int64 [L] -> logits [W, V]; each sees its own past only.
 
-        W is L, less the first `given` ids of each sequence: what follows them is not asked for.
+        W is L without the first `given` ids of each sequence: what follows them is not predicted.
         """
         position_L = torch.cat([torch.arange(length) for length in lengths]).to(id_L.device)
         attend = partial(attend_causal, lengths=lengths)
@@ -161,7 +162,7 @@ class GPT(HubModel, nn.Module):
     ) -> Tensor:
         """The next id of every row, at its slot's position -> logits [R, V]. `live`: which keys are read.
 
-        `inner_S`: where in its block the id that follows will stand (`BlockPositions`); for models that learn it.
+        `inner_S`: the place in its block of the id that follows (`BlockPositions`), for models that learn it.
         """
         streams = len(id_R) // len(position_S)
         inner_R = None if inner_S is None else inner_S.repeat_interleave(streams)
@@ -219,13 +220,13 @@ class GPT(HubModel, nn.Module):
         return self._kept_head[1]
 
     def _inner(self, id_L: Tensor, position_L: Tensor) -> Tensor | None:
-        """Positions in the blocks, of packed sequences; None where the model does not read them."""
+        """Positions in the blocks, of packed sequences; None if the model does not learn them."""
         return None if self.block_positions is None else block_positions(self.layout, id_L.device).of(id_L, position_L)
 
     def _embed(self, id_L: Tensor, position_L: Tensor, inner_L: Tensor | None) -> Tensor:
-        x_LD = self.embedding(id_L) + self.positions[position_L]
+        x_LD = self.embedding(id_L) + self.positions[position_L]  # [L, D]
         if self.block_positions is not None:
-            assert inner_L is not None, "this model learns positions in blocks: say where the next ids will stand"
+            assert inner_L is not None, "this model learns positions in blocks: give inner_S"
             x_LD = x_LD + self.block_positions[inner_L]
         return self.dropout(x_LD)
 

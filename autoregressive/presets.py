@@ -1,9 +1,8 @@
-"""Named sizes, and the doors through which a GPT is built or loaded. `python -m autoregressive.presets` lists them.
+"""Named sizes, and how a GPT is built, loaded, or started from another. `python -m autoregressive.presets` lists sizes.
 
-Begin a GPT with what another one has learnt of the same tokens: for another task, other classes, other scenes.
-
-The two may differ in their conditions alone: what stands in front of a clip moves the clip's positions, and classes
-have other numbers. Everything else is taken as it is.
+A GPT may start from one trained on the same tokens (`init_from`), for another task, other classes or other clips. The
+two may differ in their conditions alone: a condition in front of a clip shifts the clip's positions, and classes are
+matched by name.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from tokenizer.presets import print_sizes
 _K600 = {"num_classes": 0, "condition_lengths": [512, 128]}
 
 PRESETS: dict[str, GPTConfig] = {
-    # the paper's sizes, as class-to-video on UCF-101: 99.2M, 327.3M, 633.3M (paper.md section 5)
+    # the paper's sizes, as class-to-video on UCF-101: 99.2M, 327.3M, 633.3M
     "GPT-B": GPTConfig(),
     "GPT-L": GPTConfig(layers=24, width=1024, heads=16),
     "GPT-LP": GPTConfig(layers=30, width=1280, heads=20),
@@ -62,7 +61,7 @@ FRAME_PREDICTION = {
 
 @dataclass(frozen=True)
 class TrainedGPT:
-    """A GPT for sampling, with what its weights file says of the tokens it was trained on. Made by `load_gpt`."""
+    """A GPT for sampling, with the facts of the tokens it was trained on. Made by `load_gpt`."""
 
     model: GPT
     class_names: tuple[str, ...]
@@ -74,7 +73,7 @@ class TrainedGPT:
 def load_gpt(path: str | Path, device: str | torch.device = "cpu", size: str | None = None) -> TrainedGPT:
     """A trained GPT from a .safetensors file, a folder, or "owner/name" on the hub; the config is inside the file.
 
-    `size`: the preset that it must be, as `--gpt-model` names it. Raises UserError naming both where it is not, and for
+    `size`: the preset that it must be, as `--gpt-model` names it. Raises UserError naming both if it is not, and for
     damaged, pickled or foreign files.
     """
     model = GPT.from_pretrained(path, device=device)
@@ -110,7 +109,7 @@ def _size_of(config: GPTConfig) -> tuple[int, int, int]:
 
 
 def check_tokenizer_fits(gpt: TrainedGPT, tokenizer: VideoTokenizer) -> None:
-    """Raises UserError where the GPT does not speak the tokenizer's codes, naming both."""
+    """Raises UserError, naming both, if the GPT was trained on codes of another tokenizer."""
     check_vocabulary(gpt.model.config, tokenizer.config, gpt.origin)
     made_by, mine = gpt.tokenizer_sha256, tokenizer.sha256
     if made_by and mine and made_by != mine:
@@ -121,7 +120,7 @@ def check_tokenizer_fits(gpt: TrainedGPT, tokenizer: VideoTokenizer) -> None:
 
 
 def check_vocabulary(config: GPTConfig, tokenizer: TokenizerConfig, origin: str) -> None:
-    """Raises UserError, naming both sides, where codes, levels or blocks differ."""
+    """Raises UserError, naming both sides, if codes, levels or blocks differ."""
     if not tokenizer.is_discrete:
         raise UserError(
             f"{origin} reads codes, but a tokenizer with model.bottleneck = {tokenizer.bottleneck!r} has none: "
@@ -152,14 +151,13 @@ _REALIGNED = ("embedding.weight", "positions")
 
 @torch.no_grad()
 def init_weights_from(model: GPT, class_names: Sequence[str], tokenizer_sha256: str, other: TrainedGPT) -> str:
-    """Overwrite the weights of `model`, all but those that `other` has none for. Returns a line that says which.
+    """Copy the weights of `other` into `model`. Returns a line that counts what was copied.
 
-    positions     counted from the condition on (class, or separator); those that `other` lacks stay as they are
-    classes       by name; a new one begins as the open condition
+    positions     counted from the condition on (class, or separator); those that `other` lacks keep their values
+    classes       by name; a new one starts as the open condition
     the rest      equal
 
-    Raises UserError where the two differ in more than their conditions, or `other` learnt the tokens of another
-    tokenizer.
+    Raises UserError if the two differ in more than their conditions, or `other` was trained on another tokenizer.
     """
     _check(model, tokenizer_sha256, other)
     theirs, ours = other.model.state_dict(), model.state_dict()
@@ -177,7 +175,7 @@ def init_weights_from(model: GPT, class_names: Sequence[str], tokenizer_sha256: 
     new[layout.num_ids :] = old[[*(known.get(name, source.open_id) for name in class_names), source.open_id]]
     shared = sum(name in known for name in class_names)
     return (
-        f"begun from {other.origin} (sha256 {other.sha256[:12]}..): {end - first} of {layout.max_length} positions, "
+        f"started from {other.origin} (sha256 {other.sha256[:12]}..): {end - first} of {layout.max_length} positions, "
         f"{shared} of {len(class_names)} classes, everything else"
     )
 
@@ -189,6 +187,6 @@ def _check(model: GPT, tokenizer_sha256: str, other: TrainedGPT) -> None:
             raise UserError(f"init_from={other.origin} has {key} = {theirs}, but model.{key} = {ours}: set it to that")
     if other.tokenizer_sha256 != tokenizer_sha256:
         raise UserError(
-            f"init_from={other.origin} learnt the codes of tokenizer {other.tokenizer_sha256[:12]}.., this run has "
-            f"those of {tokenizer_sha256[:12]}..; begin from a GPT of the same tokenizer"
+            f"init_from={other.origin} was trained on codes of tokenizer {other.tokenizer_sha256[:12]}.., this run has "
+            f"those of {tokenizer_sha256[:12]}..; start from a GPT of the same tokenizer"
         )

@@ -3,8 +3,8 @@
     bash scripts/test/sample_c2v_visualization.sh --tok-config T.yaml --vq-ckpt T --gpt-model GPT-LP --gpt-ckpt G \\
         --sample-dir OUT --cfg-scale 2.25 --qual-num 20 --class-idx 1,JumpRope --check-special-token-mask
 
-Writes OUT/samples/<clip>/, a grid for each class in OUT/grids/, and OUT/samples.json. The same command goes on where
-it was stopped; with RANK and WORLD_SIZE set, each process makes its own share, and together the same clips.
+Writes OUT/samples/<clip>/, a grid for each class in OUT/grids/, and OUT/samples.json. Rerun the
+same command to resume. With RANK and WORLD_SIZE set, each process makes its share; together they make the same clips.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ _WRITING = ".writing-"
 
 
 class SampleFolder:
-    """What is sampled so far, and the one place where files of the job are written. `longest`: the largest level."""
+    """The samples so far, and the only writer of files. `longest`: the largest level."""
 
     def __init__(self, folder: str | Path, longest: int) -> None:
         self.folder, self.longest = Path(folder), longest
@@ -116,7 +116,7 @@ class SampleFolder:
             raise UserError(f"{self.folder}: is a file; --sample-dir must be a folder")
 
     def start(self, settings: Mapping[str, Any], overwrite: bool = False) -> None:
-        """Make the folder ready. Raises UserError where earlier samples in it were made with other settings."""
+        """Make the folder ready. Raises UserError if earlier samples in it were made with other settings."""
         try:
             self.samples.mkdir(parents=True, exist_ok=True)
             self.grids.mkdir(exist_ok=True)
@@ -192,7 +192,7 @@ class SampleFolder:
             _put(self.grids / f"{title}.png", picture.getvalue())
 
     def write_page(self, summary: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> None:
-        """report.html: of every group the first clips, as many as the page has room for; none where all are broken."""
+        """report.html: of every group the first clips, as many as the page has room for; no page if all are broken."""
         each = max(1, MOST_FILMS // max(1, len(groups)))
         cards = []
         for title, names in groups.items():

@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def wanted_clips(job: SampleJob, given: Given, clips: Iterator[SourceClip | Skipped | Rest]) -> Iterator[Wanted]:
-    """The first clip of every video that is long enough; the others are said aloud and recorded as skipped."""
+    """The first clip of every video that is long enough; the others are printed and recorded as skipped."""
     for item in clips:
         if isinstance(item, Rest):  # of the first clip alone nothing is asked that could leave one
             continue
@@ -95,7 +95,7 @@ class Given:
     """What the model is given of a clip: how many frames, and their codes."""
 
     def __init__(self, job: SampleJob, num_frames: int | None, keep_aspect_ratio: bool) -> None:
-        """Raises UserError where the frames do not end in the last block of the model's prefix."""
+        """Raises UserError unless the frames end in the last block of the model's prefix."""
         self.tokenizer, self.lengths = job.tokenizer, job.layout.condition_lengths
         block = self.tokenizer.config.patch_frames
         least, most = (len(self.lengths) - 1) * block + 1, len(self.lengths) * block
@@ -108,7 +108,7 @@ class Given:
             )
 
     def missing(self, clip: SourceClip) -> str | None:
-        """Why a clip is too short; None where it is not."""
+        """Why a clip is too short; None if it is not."""
         if clip.decoded is None:
             return None
         num_real = len(clip.decoded.frames_THWC) - clip.decoded.num_padded
@@ -121,7 +121,7 @@ class Given:
     def read(self, frames_THWC: np.ndarray) -> tuple[np.ndarray, Tensor]:
         """Decoded frames -> frames of the tokenizer's size, and the codes of the given ones, int64 [L] on the CPU.
 
-        The last given frame is repeated up to the end of its block; what stands after it is never seen.
+        The last given frame is repeated up to the end of its block; later frames are never read.
         """
         side = self.tokenizer.config.size
         frames_THWC = (
@@ -132,7 +132,7 @@ class Given:
 
 
 def check_prefix(job: SampleJob, args: argparse.Namespace) -> None:
-    """Raises UserError for a model without a prefix, and where --fixed-prefix is not the one it was trained with."""
+    """Raises UserError for a model without a prefix, and if --fixed-prefix is not the one it was trained with."""
     trained = job.layout.condition_lengths
     if not trained:
         raise UserError(f"{args.gpt_ckpt}: is a class-to-video model; use scripts/test/sample_c2v_visualization.sh")
@@ -153,7 +153,7 @@ def check_prefix(job: SampleJob, args: argparse.Namespace) -> None:
 
 
 def sources_of(args: argparse.Namespace) -> list[VideoSource]:
-    """The videos to continue. Raises UserError where none is named, or K600 is not where the environment says."""
+    """The videos to continue. Raises UserError if none is named, or K600 is not found."""
     if (args.dataset is None) == (args.vid_path is None):
         raise UserError("give either --dataset k600_val or --vid_path DIR")
     if args.vid_path is not None:

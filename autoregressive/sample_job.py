@@ -39,13 +39,13 @@ _MOST_UNWRITTEN = 8  # clips that wait for the disk
 
 @dataclass(frozen=True)
 class Wanted:
-    """A clip that is asked for: its place among the results, and what goes into its record beside the tokens."""
+    """A clip to sample: its name among the results, and the facts for its record."""
 
     name: str
     request: Request
     record: dict[str, Any]
     fps: float
-    real_THWC: np.ndarray | None = None  # uint8 frames that the sample is shown beside
+    real_THWC: np.ndarray | None = None  # uint8 frames to show next to the sample
     num_given: int = 0
 
 
@@ -124,7 +124,7 @@ class SampleJob:
                 for sample in sampler.run(requests()):
                     written.append(disk.submit(self._write(asked.pop(sample.request.key), sample)))
                     while len(written) > _MOST_UNWRITTEN:
-                        written.popleft().result()  # raises what went wrong, a full disk say
+                        written.popleft().result()  # raises its error, such as a full disk
                     speed = sampler.counts.tokens / max(1e-9, bar.format_dict["elapsed"])
                     bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
                     bar.update()
@@ -132,7 +132,7 @@ class SampleJob:
                     written.popleft().result()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"interrupted after {sampler.counts.clips} clips; the same command goes on from there"
+                f"interrupted after {sampler.counts.clips} clips; rerun the same command to resume"
             ) from None
         except torch.OutOfMemoryError as error:
             slots = self.config.slots
@@ -142,7 +142,7 @@ class SampleJob:
             ) from error
 
     def finish(self, groups: Mapping[str, Sequence[str]], fps: float) -> None:
-        """Write samples.json and, once every clip is there, grids and report.html; say the essence in a line.
+        """Write samples.json and, once every clip is there, grids and report.html; print one line.
 
         groups: title of a grid -> names of its clips. Of several processes the last to end finds all of them.
         """

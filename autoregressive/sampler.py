@@ -1,17 +1,17 @@
-"""The sampler: B slots, each taken by the next clip as soon as its last one ends, so a short clip really costs less.
+"""The sampler: B slots, each taken by the next clip as soon as its last one ends, so a short clip costs less.
 
-    refill     a free slot takes the next request; a given prefix goes into the cache in one pass
-    run        one step of the model for all slots; every slot stands at a place of its own
-    settle     where a length token was due, the host reads it and knows how many steps the slot needs next
+    refill     a free slot takes the next request; given frames go into the cache in one pass
+    run        one step of the model for all slots, each at its own position
+    settle     after a length token, the host reads it and knows how many codes follow
 
-A length token says how many codes follow, so the host reads nothing between two of them: codes stay on the device, and
-the steps go on to the next event of any slot. That is one synchronisation for each block of a clip, none where the
-length is forced. Shapes never change: idle slots are carried along, so a row computes the same numbers whatever the
-other rows hold, and its random numbers are keyed by (seed, key of the request, place). A clip therefore does not
-depend on its slot, its batch mates or the number of processes.
+A length token fixes how many codes follow, so the host reads nothing between two of them: codes stay on the device, and
+steps run up to the next length token of any slot. That is one synchronisation a block, none if the length is forced.
+Shapes never change: idle slots are computed too, so a row's numbers do not depend on the other rows, and its noise is
+keyed by (seed, key of the request, position). A clip does not depend on its slot, its neighbours or the number of
+processes.
 
-Letters: S slots, G streams of a slot (2 with guidance: with and without the class), V ids that the head can say,
-Q ids of one sequence, R = S * G rows of a step.
+Letters: S slots, G streams of a slot (2 with guidance: with and without the class), V ids of the head, Q ids of one
+sequence, R = S G rows of a step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.attention import Live, check_memory
-from autoregressive.cuda_graph import CudaGraphs, GraphedStep, weakly
+from autoregressive.cuda_graph import CudaGraphs, GraphedStep, weak_method
 from autoregressive.logits import draw_ids, guide, gumbel, id_words, key_words
 from autoregressive.model import GPT
 from autoregressive.sequence import ClipCodes, Grammar, LengthRule, SequenceLayout, block_positions, longest_sequence
@@ -32,7 +32,7 @@ from tokenizer.common.device import compile_layers, has_triton
 from tokenizer.common.errors import UserError
 
 _NO_CODES = torch.empty(0, dtype=torch.long)
-_LONGEST_STEP = 128  # keys; where all slots are read up to the longest, that is rounded up, so that few shapes occur
+_LONGEST_STEP = 128  # keys; the longest is rounded up to a multiple, so that few shapes occur
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """A sampled clip. `broken` says where a sequence sampled without the grammar's mask breaks it; None for a good one.
+    """A sampled clip. `broken`: how a sequence sampled without grammar masking is invalid, else None.
 
     `id_Q`: its whole sequence, on the model's device; of a broken one as far as it was sampled.
     """
@@ -73,8 +73,8 @@ class Sample:
 class SamplingConfig:
     """How ids are drawn. The defaults are the paper's: no guidance, temperature 1, nothing cut off.
 
-    guidance: s of u + s (c - u), one number, or one for each temporal block. Where all are 1, the half without class is
-    not run; with any other number it is run in all blocks.
+    guidance: s of u + s (c - u), one number, or one for each temporal block. If all are 1, the stream
+    without class is not run; else it is run in all blocks.
     check_grammar: only ids that the grammar allows are drawn; else sequences that break it are found and marked.
     compile: compile the model's layers. It takes a while before the first clip.
     """
@@ -100,7 +100,7 @@ class SamplingConfig:
 
     @property
     def streams(self) -> int:
-        """Rows of a slot: with the class, and without it where guidance asks for it."""
+        """Rows of a slot: one with the class, and with guidance one without it."""
         return 1 if all(scale == 1 for scale in self.guidance) else 2
 
     def scale_of(self, block: int) -> float:
@@ -110,7 +110,7 @@ class SamplingConfig:
 
 @dataclass
 class SamplerCounts:
-    """What a run did so far: for the progress bar, the bench and the tests."""
+    """Counts of a run so far: for the progress bar, the bench and the tests."""
 
     clips: int = 0
     broken: int = 0
@@ -126,7 +126,7 @@ class SamplerCounts:
 
 @dataclass
 class _Slot:
-    """What the host knows of a slot in use. `position`: place of the id that goes into the next step."""
+    """The host's view of a slot in use. `position`: of the id that goes into the next step."""
 
     request: Request
     grammar: Grammar
@@ -140,7 +140,7 @@ class _Slot:
 class Sampler:
     """Samples clips of one model. `places`: ids of the longest sequence that will be asked for (default: any).
 
-    Raises UserError where guidance does not fit the model, the keys and values do not fit into memory, or the step
+    Raises UserError if guidance does not fit the model, the keys and values do not fit into memory, or the step
     cannot be compiled here though `config` asks for it.
     """
 
@@ -164,8 +164,8 @@ class Sampler:
         self._position_S = torch.zeros(slots, dtype=torch.long, device=device)
         self._block_positions = block_positions(layout, device)
         self._inner_S = torch.zeros(slots, dtype=torch.long, device=device)  # in its block, of the id to be drawn
-        self._moving = (self._input_SG, self._position_S, self._inner_S)  # all that a step changes and starts from
-        self._active_S = torch.zeros(slots, dtype=torch.long, device=device)  # 1 where a slot is in use
+        self._step_state = (self._input_SG, self._position_S, self._inner_S)  # all that a step changes and starts from
+        self._active_S = torch.zeros(slots, dtype=torch.long, device=device)  # 1 for slots in use
         self._key_S2 = torch.zeros(slots, 2, dtype=torch.long, device=device)
         self._scale_S = torch.ones(slots, device=device)
         self._scale_of = [1.0] * slots  # what the host knows of it
@@ -176,9 +176,9 @@ class Sampler:
         if config.compile:
             compile_layers(model, device, "--compile", "sample without it")
         self._kernel_sees = device.type == "cuda" and has_triton()
-        self._run_step: Callable[[Live], None] = weakly(self._advance)
+        self._run_step: Callable[[Live], None] = weak_method(self._advance)
         if device.type == "cuda":
-            self._run_step = GraphedStep(self._run_step, self._moving, CudaGraphs(device))
+            self._run_step = GraphedStep(self._run_step, self._step_state, CudaGraphs(device))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Samples in the order in which they end. Stopping early frees all slots."""
@@ -312,14 +312,14 @@ class Sampler:
             elif slot.grammar.allows(drawn[s]):
                 slot.grammar.advance(drawn[s])
             else:
-                broken = f"place {slot.position} holds {drawn[s]}, where the grammar wants {slot.grammar.wanted}"
+                broken = f"place {slot.position} holds {drawn[s]}, but the grammar wants {slot.grammar.wanted}"
             if broken or slot.grammar.finished:
                 samples.append(self._sample(s, slot, broken))
                 self._free(s)
         return samples
 
     def _length_tokens(self, due: list[int]) -> dict[int, int]:
-        """Slot -> the length token that it just drew, read in one go; not read at all where it was forced."""
+        """Slot -> the length token that it just drew, read in one transfer; not read if it was forced."""
         known = {}
         for s in due:
             slot = self._slots[s]

@@ -1,15 +1,15 @@
-"""What the GPT reads and writes: ids, their order, and the grammar. The only file that knows (paper.md section 5).
+"""Ids, their order and the grammar of the GPT's sequences. The only file that knows them.
 
-    ids         codes 0 .. E-1, then one length token for each level; the head can say these V = E + m
-                then one condition for each class and the open condition, which the head never says
+    ids         codes 0 .. E-1, then one length token for each level: the head predicts these V = E + m
+                then one condition for each class and the open condition: inputs only
     sequence    [condition tokens]  condition  then for each temporal block: its length token, exactly that many codes
 
-Class-to-video: the condition is the class, or the open one where guidance asks for "no class". Frame prediction: the
-codes of the given frames come first, and the open condition is the separator behind them. There is no end token:
+Class-to-video: the condition is the class, or the open one for the unconditional stream of guidance. Frame prediction:
+the codes of the given frames come first, and the open condition separates them from the clip. There is no end token:
 the grammar knows when a clip is complete.
 
-Letters: E codes, m levels, V ids that the head can say, N temporal blocks, L packed tokens, W those of them that are to
-be said, Q ids of one sequence.
+Letters: E codes, m levels, V ids of the head, N temporal blocks, L packed tokens, W predicted ones among them, Q ids of
+one sequence.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tokenizer.common.errors import UserError
 class ClipCodes:
     """One clip as tokens: `code_L` int64, block after block; `lengths` how many each block has.
 
-    `label`: number of its class, None where it has none. `condition_L`: the codes of the frames that are given to
+    `label`: number of its class, or None. `condition_L`: the codes of the frames that are given to
     frame prediction, int64, empty otherwise.
     """
 
@@ -64,12 +64,12 @@ class SequenceLayout:
 
     @property
     def num_ids(self) -> int:
-        """V, what the head can say: codes and length tokens."""
+        """V, the ids that the head predicts: codes and length tokens."""
         return self.codebook_size + len(self.levels)
 
     @property
     def num_input_ids(self) -> int:
-        """What the model can read: V, the classes, the open condition."""
+        """All ids that the model reads: V, the classes, the open condition."""
         return self.num_ids + self.num_classes + 1
 
     @property
@@ -109,7 +109,7 @@ class SequenceLayout:
         return self.codebook_size + self.levels.index(length)
 
     def encode(self, clip: ClipCodes) -> Tensor:
-        """Clip -> its sequence, int64 [Q]. Raises UserError where lengths, codes and layout do not fit together."""
+        """Clip -> its sequence, int64 [Q]. Raises UserError if lengths, codes and layout do not fit together."""
         self._check(clip)
         parts = [clip.condition_L, torch.tensor([self.condition_id(clip.label)])]
         for length, code_K in zip(clip.lengths, clip.code_L.split(list(clip.lengths)), strict=True):
@@ -126,10 +126,10 @@ class SequenceLayout:
         grammar = Grammar(self)
         for place, token in enumerate(ids[start + 1 :], start=start + 1):
             if not grammar.allows(token):
-                raise UserError(f"place {place} of a sequence holds {token}, where the grammar wants {grammar.wanted}")
+                raise UserError(f"place {place} of a sequence holds {token}, but the grammar wants {grammar.wanted}")
             grammar.advance(token)
         if not grammar.finished:
-            raise UserError(f"a sequence ends after {len(ids)} ids, where the grammar wants {grammar.wanted}")
+            raise UserError(f"a sequence ends after {len(ids)} ids, but the grammar wants {grammar.wanted}")
         body_L = id_Q[start + 1 :]
         label = None if ids[start] == self.open_id else ids[start] - self.num_ids
         return ClipCodes(body_L[body_L < self.codebook_size], grammar.lengths, label, id_Q[:start])
@@ -175,7 +175,7 @@ class LengthRule:
 def length_rule(layout: SequenceLayout, forced: Sequence[int] = (), max_tokens: int | None = None) -> LengthRule:
     """The rule for a layout: in frame prediction the blocks of the condition are forced in any case.
 
-    Raises UserError for a length that is no level, for more lengths than blocks, where `forced` contradicts the
+    Raises UserError for a length that is no level, for more lengths than blocks, if `forced` contradicts the
     condition, and for a limit that the smallest possible assignment exceeds.
     """
     forced = tuple(forced)
@@ -200,7 +200,7 @@ def longest_sequence(layout: SequenceLayout, rule: LengthRule) -> int:
 
 
 def _check_prefix(layout: SequenceLayout, lengths: Sequence[int]) -> None:
-    """Plain numbers only: a layout is also made where tensors are `meta`."""
+    """Plain numbers only: a layout is also made on the meta device."""
     strange = [length for length in lengths if length not in layout.levels]
     if strange:
         raise UserError(f"length {strange[0]} is none of the levels {list(layout.levels)}")
@@ -250,7 +250,7 @@ class Grammar:
 
     def advance(self, token: int) -> None:
         """Take in the next id, which must be allowed."""
-        assert self.allows(token), f"id {token}, where the grammar wants {self.wanted}"
+        assert self.allows(token), f"id {token}, but the grammar wants {self.wanted}"
         if self.wants_length:
             length = self.layout.levels[token - self.layout.codebook_size]
             self.lengths, self.codes_left = (*self.lengths, length), length
@@ -264,10 +264,10 @@ class Grammar:
 
 
 class BlockPositions:
-    """Where in its temporal block the next id will stand: rows of a table that a GPT may learn.
+    """The place of the next id in its temporal block: rows of a table that a GPT may learn.
 
     Row 0: it opens a block or begins the clip. Then a row for each code of each level, "the 5th of 32": the same one
-    whatever stands before the block, where the absolute position moves with the lengths of the blocks before.
+    whatever precedes the block, whereas the absolute position moves with the lengths of the blocks before.
     """
 
     def __init__(self, layout: SequenceLayout, device: torch.device) -> None:
@@ -275,9 +275,9 @@ class BlockPositions:
         level_K = torch.tensor(layout.levels)
         first_K = 1 + level_K.cumsum(0) - level_K
         next_P = torch.arange(1, layout.num_block_positions + 1)
-        next_P[first_K + level_K - 1] = next_P[0] = 0  # behind the last code, and where a length token is still due
+        next_P[first_K + level_K - 1] = next_P[0] = 0  # after the last code, and before a length token
         given = [first_K[layout.levels.index(n)] + torch.arange(n) for n in layout.condition_lengths]
-        given_Q = torch.cat([*given, torch.zeros(1, dtype=torch.long)])[1:]  # nothing where no frames are given
+        given_Q = torch.cat([*given, torch.zeros(1, dtype=torch.long)])[1:]  # empty if no frames are given
         self._level_K, self._first_K, self._next_P, self._given_Q = (
             x.to(device) for x in (level_K, first_K, next_P, given_Q)
         )
@@ -296,7 +296,7 @@ class BlockPositions:
         return torch.where(since_L > position_L, self._given_Q[position_L.clamp(max=len(self._given_Q) - 1)], inner_L)
 
     def after(self, inner_S: Tensor, id_S: Tensor) -> Tensor:
-        """Row after row: where the next id was to stand, and which it became -> where the one after it will."""
+        """Row of the next id, int64 [S], and the id drawn for it -> row of the id after it."""
         level_S = id_S - self._layout.codebook_size
         return torch.where(level_S >= 0, self._first_K[level_S.clamp(min=0)], self._next_P[inner_S])
 
@@ -311,8 +311,8 @@ def block_positions(layout: SequenceLayout, device: torch.device) -> BlockPositi
 class PackedSequences:
     """Sequences one after the other, as training reads them: `id_L` goes in, `target_W` is what should come out.
 
-    `lengths`: ids of each sequence. Behind the first `given` ids of each nothing is to be said (the condition's codes
-    in frame prediction, the paper's 640), so they have no targets, and no logits are computed for them.
+    `lengths`: ids of each sequence. The first `given` ids of each (codes of the given frames; 640 in the paper)
+    have no targets, and no logits are computed for them.
     """
 
     id_L: Tensor
@@ -322,7 +322,7 @@ class PackedSequences:
 
 
 def pack_sequences(layout: SequenceLayout, sequences: Sequence[Tensor]) -> PackedSequences:
-    """Sequences of `encode` -> inputs and targets, shifted by one. Equal lengths stand side by side."""
+    """Sequences of `encode` -> inputs and targets, shifted by one. Equal lengths become neighbours."""
     ordered, given = sorted(sequences, key=len), layout.condition_tokens
     inputs, targets = [id_Q[:-1] for id_Q in ordered], [id_Q[1 + given :] for id_Q in ordered]
     return PackedSequences(torch.cat(inputs), torch.cat(targets), tuple(map(len, inputs)), given)

@@ -53,7 +53,7 @@ from tokenizer.common.config import from_dict, to_dict
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.schema import check_fields, check_inside, read_json
 
-MOST_CODES = 1 << 16  # what uint16 can say
+MOST_CODES = 1 << 16  # of uint16
 FOUND_PROBLEMS = 1
 _KIND = "evatok.token_shard"
 _NO_LABEL = -1
@@ -72,9 +72,9 @@ class ArchiveFacts:
     num_frames: int
     size: int
     tokenizer_sha256: str
-    router_sha256: str = ""  # empty where the budget asks no router
+    router_sha256: str = ""  # empty for a budget without router
     budget: str = "router"
-    class_names: list[str] = field(default_factory=list)  # class number -> name; empty where clips have no labels
+    class_names: list[str] = field(default_factory=list)  # class number -> name; empty without labels
     condition_lengths: list[int] = field(default_factory=list)  # frame prediction: tokens of each given block
     condition_frames: int = 0  # frame prediction: frames that are given
     precision: str = "none"  # that the tokenizer ran in
@@ -94,7 +94,7 @@ class ArchiveFacts:
 
 @dataclass(frozen=True)
 class ArchivedClip:
-    """One clip on its way into a shard. `name` says what it was made from, `view` which crop, flip and start of it."""
+    """One clip on its way into a shard. `name`: of its source; `view`: which crop, flip and start of it."""
 
     codes: ClipCodes
     name: str

@@ -1,12 +1,12 @@
-"""Stage 5b: train a GPT on tokens, to make videos of a class or to go on from given frames (paper.md section 5).
+"""Stage 5b: train a GPT on tokens, for class-to-video or for frame prediction (arXiv 2603.12267).
 
     python -m autoregressive.train configs/ar/GPT_B_c2v_VQ_SB_with_router_w_lpips_1.2.yaml
     python -m autoregressive.train configs/mini/gpt_fp.yaml run.steps=500 optim.lr=2e-4
 
-One loop for both: the archive of stage 5a says which. Started again with the same run.dir it resumes by itself, to the
-same result. `--dry-run` builds everything, runs a few steps and says what the run would cost.
+The archive of stage 5a decides which of the two. Rerun the same command to resume, to the same result. `--dry-run`
+builds everything, runs a few steps and prints what the run would cost.
 
-Letters: L packed ids, W those of them that are to be said, V ids that the head can say.
+Letters: L packed ids, W predicted ones among them, V ids of the head.
 """
 
 from __future__ import annotations
@@ -136,12 +136,12 @@ class GPTTraining:
         total_K2 = distributed.sum_over_ranks(torch.tensor([sums[name] for name in names], dtype=torch.float64))
         sums = dict(zip(names, total_K2.tolist(), strict=True))
         loss = sum(sums[kind][0] for kind in KINDS) / sum(sums[kind][1] for kind in KINDS)
-        perplexity = float(torch.tensor(loss).exp())  # inf where Python would raise
+        perplexity = float(torch.tensor(loss).exp())  # inf; Python would raise
         self._sample(step)
         return {"loss": loss, "perplexity": perplexity, **{name: total / num for name, (total, num) in sums.items()}}
 
     def fit(self) -> None:
-        """Train to the end of `run.steps`, from wherever `run.dir` stands."""
+        """Train to the end of `run.steps`, from the newest checkpoint in `run.dir` if there is one."""
         c = self.config
         config = {**to_dict(c), "tokens": self.token_facts()}
         if c.batch_ids:  # a step has so many ids on each process: how many there are decides what it sees
@@ -156,7 +156,7 @@ class GPTTraining:
         rehearse(config.run, self.state, self.batches, self.train_step, parts)
 
     def token_facts(self) -> dict[str, Any]:
-        """What the weights file says of the tokens: which tokenizer reads them, what the class numbers mean."""
+        """Facts of the tokens for the weights file: their tokenizer, the names of the classes."""
         return {**to_dict(self.archive.facts), "archive_sha256": self.archive.sha256}
 
     def _init_from(self, path: str) -> str:
@@ -191,7 +191,7 @@ KINDS = ("loss_length", "loss_code")
 
 
 def gpt_loss(model: torch.nn.Module, batch: TokenBatch) -> tuple[Summed, dict[str, Tensor | float]]:
-    """Cross-entropy summed over all ids that are to be said; the loop divides by their number on all processes."""
+    """Cross-entropy summed over all predicted ids; the loop divides by their number on all processes."""
     logits_WV, target_W = read(model, batch.packed)
     each_W = cross_entropy(logits_WV, target_W)
     kinds = by_kind(each_W.detach(), target_W, batch.layout)
@@ -226,7 +226,7 @@ def right_lengths(logits_WV: Tensor, target_W: Tensor, layout: SequenceLayout) -
 
 
 def open_archives(config: GPTTrainConfig, tokenizer: VideoTokenizer) -> tuple[TokenArchive, TokenArchive]:
-    """The two archives of a run. Raises UserError where they, the tokenizer and the model do not belong together."""
+    """The two archives of a run. Raises UserError if they, the tokenizer and the model do not belong together."""
     check_vocabulary(config.model, tokenizer.config, "model")
     archive, val_archive = TokenArchive(config.archive), TokenArchive(config.val_archive)
     for each in (archive, val_archive):

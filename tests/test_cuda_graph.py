@@ -65,7 +65,7 @@ class AsOnAGPU(Sampler):
     def __init__(self, model: GPT, config: SamplingConfig) -> None:
         super().__init__(model, config)
         self.record = StandIn()
-        self._run_step = GraphedStep(self._advance, self._moving, self.record)
+        self._run_step = GraphedStep(self._advance, self._step_state, self.record)
 
     def _live(self) -> None:
         return None

@@ -231,7 +231,7 @@ def test_a_run_begins_from_another_and_resumes_to_the_same_bits(
     source = str(tmp_path / "source")
     training(archives, tmp_path / "source").fit()
     begun = training(archives, tmp_path / "whole", init_from=source)
-    assert f"begun from {source}" in capsys.readouterr().err
+    assert f"started from {source}" in capsys.readouterr().err
     learnt = load_gpt(source)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(
         begun.model.state_dict().values(), learnt.model.state_dict().values(), strict=True

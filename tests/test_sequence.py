@@ -143,10 +143,10 @@ def test_codes_can_be_skipped_at_once() -> None:
     ("ids", "words"),
     [
         ([0], "must hold its condition"),
-        ([78, 3], "place 1 of a sequence holds 3, where the grammar wants a length token"),
-        ([78, 64, 1, 65], "place 3 of a sequence holds 65, where the grammar wants a code"),
-        ([78, 64, 1], "ends after 3 ids, where the grammar wants a code"),
-        ([78, *[64, 1, 1] * 4, 5], "place 13 of a sequence holds 5, where the grammar wants nothing more"),
+        ([78, 3], "place 1 of a sequence holds 3, but the grammar wants a length token"),
+        ([78, 64, 1, 65], "place 3 of a sequence holds 65, but the grammar wants a code"),
+        ([78, 64, 1], "ends after 3 ids, but the grammar wants a code"),
+        ([78, *[64, 1, 1] * 4, 5], "place 13 of a sequence holds 5, but the grammar wants nothing more"),
     ],
 )
 def test_broken_sequences_are_named(ids: list[int], words: str) -> None:

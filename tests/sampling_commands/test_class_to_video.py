@@ -71,7 +71,7 @@ def test_resumed_or_divided_sampling_makes_the_same(c2v, tmp_path: Path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(sample_c2v.SampleJob, "_write", interrupted_after(2, sample_c2v.SampleJob._write))
-        with pytest.raises(KeyboardInterrupt, match="interrupted after 3 clips; the same command goes on"):
+        with pytest.raises(KeyboardInterrupt, match="interrupted after 3 clips; rerun the same command to resume"):
             c2v(tmp_path / "parts", *flags)
     done = contents(tmp_path / "parts", "frames.npy")
     first = min(path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("frames.npy"))
