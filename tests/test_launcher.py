@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from tokenizer.common.device import pick_device
+from tokenizer.common.device import float32_mode, pick_device
 from tokenizer.common.distributed import _check_gpus, adopt_slurm, first_node
 from tokenizer.common.errors import UserError
 from tokenizer.training import train_state
@@ -87,3 +90,19 @@ def test_ddp_names_the_gpu_of_its_process(monkeypatch: pytest.MonkeyPatch) -> No
     assert made == {"device_ids": [0], "broadcast_buffers": False}
     train_state.Trainable("model", nn.Linear(1, 1), optim, run, torch.device("cpu"))
     assert made["device_ids"] is None
+
+
+def test_every_entry_computes_float32_as_float32_and_lets_threads_wait_passively(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    pick_device("cpu")
+    assert float32_mode() == "matmul ieee, conv ieee"
+    program = "import os, sys, {0}; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    for name in ("tokenizer", "autoregressive", "evaluations"):
+        for given, wanted in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+            variables = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+            variables |= {"OMP_WAIT_POLICY": given} if given else {}
+            command = [sys.executable, "-c", program.format(name)]
+            said = subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout
+            assert said.strip() == wanted

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -12,11 +13,15 @@ import yaml
 from PIL import Image
 
 from tokenizer import train
+from tokenizer.assignment import pack
 from tokenizer.common.checkpoint import read_model, save_model
 from tokenizer.common.config import load_config, to_dict
+from tokenizer.common.device import autocast, generator_for
 from tokenizer.common.errors import UserError
+from tokenizer.data.clips import ClipDataset
 from tokenizer.data.loader import ClipBatch
 from tokenizer.losses.objective import LossConfig
+from tokenizer.model import VideoTokenizer
 from tokenizer.presets import PRESETS, load_tokenizer
 from tokenizer.router.model import Router, RouterConfig
 from tokenizer.train import PolicyConfig, TokenizerTrainConfig, TokenizerTraining, build_policy
@@ -147,6 +152,7 @@ def test_it_learns(tmp_path: Path) -> None:
         tmp_path,
         "data.sources=[synthetic:train:4]",
         "data.augment=false",
+        "data.crop_scale=1",
         "loss.perceptual=0",
         "loss.perceptual_net=none",
         "run.steps=40",
@@ -254,3 +260,85 @@ def test_policies_that_do_not_fit_are_refused(router_file: Path) -> None:
 def test_the_old_name_of_a_section_names_the_new_one() -> None:
     with pytest.raises(UserError, match="unknown key 'adversary'; did you mean 'discriminator'"):
         load_config(TokenizerTrainConfig, DEBUG / "proxy.yaml", ["adversary.net=patch"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.augment=false", "data.crop_scale=0.5 is not used if data.augment=false: set data.crop_scale=1"),
+        ("val_data.crop_scale=0.5", "val_data.crop_scale=0.5 is not used if val_data.augment=false"),
+        ("val_data.fps=3", "val_data.fps=3.0 is not data.fps=None"),
+        ("loss.l1=-1", "loss.l1 = -1.0: a weight must be >= 0"),
+        ("optim.decay_fraction=0.5", "optim.decay_fraction=0.5 is not used by optim.schedule='cosine'"),
+        ("bf16_stream=true", "bf16_stream = true, but run.precision = none does not use it"),
+    ],
+)
+def test_settings_that_nothing_uses_are_refused(override: str, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_config(TokenizerTrainConfig, DEBUG / "proxy.yaml", [override])
+
+
+def test_a_run_starts_from_the_weights_of_another(whole: Path, tmp_path: Path) -> None:
+    """All weights, the codebook among them; the run folder knows their sha256; other shapes are named."""
+    source = read_model(whole)
+    begun = training(tmp_path / "run", f"init_from={whole}", "run.steps=1")
+    assert all(torch.equal(tensor, source.tensors[name]) for name, tensor in begun.model.state_dict().items())
+    begun.fit()
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["init_from_sha256"] == source.sha256
+    with pytest.raises(
+        UserError, match=r"init_from=.*quantizer\.codebook\.weight is \(64, 8\), the model has \(32, 8\)"
+    ):
+        training(tmp_path / "other", f"init_from={whole}", "model.codebook_size=32")
+
+
+def test_a_resumed_run_does_not_start_its_codebook_again(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+    monkeypatch.setattr(TokenizerTraining, "start_codebook", lambda self: started.append(1))
+    training(whole)
+    assert not started
+    training(tmp_path / "fresh")
+    assert started == [1]
+
+
+def test_the_codebook_start_reads_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 codes, batches of 2 clips of at least 8 tokens: a few steps' clips, each read once."""
+    read: list[int] = []
+    get = ClipDataset.get
+    monkeypatch.setattr(ClipDataset, "get", lambda self, index, epoch=0: read.append(index) or get(self, index, epoch))
+    run = training(tmp_path)
+    tokens = run.policy(torch.zeros(2, 1), generator_for(run.config.run.seed, "codebook")).sum()
+    assert len(read) <= 2 * (1 + -(-64 // 16)) and len(set(read)) == len(read) and tokens > 0
+
+
+def test_loading_skips_the_start_of_the_weights(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(VideoTokenizer, "init_weights", lambda self: pytest.fail("computed and thrown away"))
+    model = load_tokenizer(whole)
+    assert all(torch.equal(tensor, read_model(whole).tensors[name]) for name, tensor in model.state_dict().items())
+
+
+def test_residual_streams_are_fp32_under_bf16_autocast(whole: Path) -> None:
+    """Gradients are nearer to those of fp32 than with streams in bf16."""
+    model, video = (
+        load_tokenizer(whole).train(),
+        torch.rand(4, 3, 16, 32, 32, generator=torch.Generator().manual_seed(0)),
+    )
+
+    def gradient(precision: str, bf16_stream: bool = False) -> torch.Tensor:
+        model.bf16_stream = bf16_stream
+        model.zero_grad()
+        kinds: list[torch.dtype] = []
+        hooks = [layer.register_forward_hook(lambda _, inputs, out: kinds.append(out.dtype)) for layer in model.encoder]
+        with autocast(CPU, precision):
+            latent_LE = model.quantizer.decode(torch.arange(32))
+            output = model.decode_latents(latent_LE, pack(torch.full((4, 4), 2)))
+            model.encode_latents(video, pack(torch.full((4, 4), 2)))
+            output.square().mean().backward()
+        assert set(kinds) == {torch.bfloat16 if bf16_stream else torch.float32}
+        for hook in hooks:
+            hook.remove()
+        return torch.cat([p.grad.flatten() for p in model.decoder.parameters() if p.grad is not None])
+
+    exact, fp32, bf16 = gradient("none"), gradient("bf16"), gradient("bf16", bf16_stream=True)
+    assert (fp32 - exact).norm() < (bf16 - exact).norm()

@@ -1,8 +1,12 @@
 """The three names that turn a video into tokens and back; each is imported when it is first used, torch with it."""
 
+import os
 from typing import TYPE_CHECKING
 
 from tokenizer.common.lazy import lazy_names
+
+# OpenMP's threads would spin while they wait: beside one busy process that stops everything. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from tokenizer.presets import load_tokenizer

@@ -114,6 +114,12 @@ class TokenizerConfig:
                     f"model.fsq_levels = {self.fsq_levels}: each must be at least 2, and they go with "
                     f"model.codebook_size={shape[0]} model.code_width={shape[1]}"
                 )
+        if self.init == "structured" and self.patch_width < self.code_width - 1:
+            raise UserError(
+                f"model.init = 'structured' puts {self.code_width - 1} cosine coefficients of a patch into a code, but "
+                f"a patch of {self.patch_frames} x {self.patch_size} x {self.patch_size} has {self.patch_width} "
+                "numbers: set model.init=random, or larger patches"
+            )
         if self.init not in ("structured", "random"):
             raise UserError(f"model.init = {self.init!r}: choose 'structured' or 'random'")
 
@@ -159,6 +165,7 @@ class VideoTokenizer(HubModel, nn.Module):
     """Pixels in [0, 1], float32, [B, 3, T, H, W]; lengths int64 [B, N] on the CPU."""
 
     kind, config_class, config_key = "tokenizer", TokenizerConfig, "encoder"
+    bf16_stream: bool = False  # under bf16 autocast, keep residual streams in bf16: less memory, less exact gradients
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -241,7 +248,7 @@ class VideoTokenizer(HubModel, nn.Module):
         """[B, 3, T, H, W] -> latents before quantisation, [L, E]."""
         patches = pack_uniform(packing.num_clips, packing.num_blocks, self.config.grid**2)
         patch_BMD = self.embed_patches(video_BCTHW)
-        token_LD = self.query_embed(packed_queries(patch_BMD, packing, self.config.grid))
+        token_LD = self.residual(self.query_embed(packed_queries(patch_BMD, packing, self.config.grid)))
         patch_LD = rearrange(patch_BMD, "B M D -> (B M) D")
         placed_LD = patch_LD + repeat(self.encoder_patch_pos, "M D -> (B M) D", B=packing.num_clips)
         token_pos_LD = self.encoder_token_pos[self._token_rows(packing)]
@@ -259,7 +266,7 @@ class VideoTokenizer(HubModel, nn.Module):
         """Quantised latents [L, E] -> patches [B, M, D] after the last layer and after `feature_layer` layers."""
         grid, feature_BMD = self.config.grid, None
         patches = pack_uniform(packing.num_clips, packing.num_blocks, grid**2)
-        token_LD = self.from_latent(latent_LE)
+        token_LD = self.residual(self.from_latent(latent_LE))
         first_RD = token_LD[packing.first_BN.flatten().to(token_LD.device)]
         patch_LD = repeat(first_RD, "R D -> (R m) D", m=grid**2)
         patch_pos_LD = repeat(self.decoder_patch_pos, "M D -> (B M) D", B=packing.num_clips)
@@ -357,7 +364,13 @@ class VideoTokenizer(HubModel, nn.Module):
 
     def embed_patches(self, video_BCTHW: Tensor) -> Tensor:
         """Pixels in [0, 1] -> embeddings [B, M, D]; any whole number of temporal blocks."""
-        return self.patch_embed(patchify(video_BCTHW - 0.5, self.config.patch_frames, self.config.patch_size))
+        return self.residual(
+            self.patch_embed(patchify(video_BCTHW - 0.5, self.config.patch_frames, self.config.patch_size))
+        )
+
+    def residual(self, x: Tensor) -> Tensor:
+        """The start of a residual stream between layers: float32 under autocast too, unless `bf16_stream`."""
+        return x if self.bf16_stream else x.float()
 
     def to_video(self, patch_BMD: Tensor) -> Tensor:
         """Decoder output [B, M, D] -> pixels around [0, 1]; any whole number of temporal blocks."""

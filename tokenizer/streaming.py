@@ -79,7 +79,7 @@ def encode_block(model: VideoTokenizer, patches: ClipPatches, t: int, length: in
     """-> codes of block t, int64 [B, K], and the encoder's extended past."""
     c = model.config
     cell_K = level_cells(length)
-    x_BKD = model.query_embed(patches.cells[t][:, cell_K])
+    x_BKD = model.residual(model.query_embed(patches.cells[t][:, cell_K]))
     pos_KD = model.encoder_token_pos[t * c.block_queries + cell_K]
     extended = []
     for layer, before, reference in zip(model.encoder, past.encoder, patches.references[t], strict=True):
@@ -91,7 +91,7 @@ def encode_block(model: VideoTokenizer, patches: ClipPatches, t: int, length: in
 def decode_block(model: VideoTokenizer, code_BK: Tensor, t: int, past: Past) -> tuple[Tensor, Cache, Cache]:
     """-> frames of block t, [B, 3, patch_frames, H, W] in [0, 1], and the decoder's two extended pasts."""
     c = model.config
-    token_BKD = model.from_latent(model.quantizer.decode(code_BK))
+    token_BKD = model.residual(model.from_latent(model.quantizer.decode(code_BK)))
     placed_BKD = token_BKD + model.decoder_token_pos[t * c.block_queries + level_cells(code_BK.shape[1])]
     x_BmD = repeat(token_BKD[:, 0], "B D -> B m D", m=c.grid**2)
     pos_mD = model.decoder_patch_pos[t * c.grid**2 :][: c.grid**2]

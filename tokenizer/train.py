@@ -39,7 +39,7 @@ from tokenizer.common.device import generator_for
 from tokenizer.common.distributed import Places
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.image_quality import psnr
-from tokenizer.data.clips import DataConfig, build_dataset
+from tokenizer.data.clips import DataConfig, build_dataset, check_used
 from tokenizer.data.loader import ClipBatch, batches
 from tokenizer.frozen.weights import marked
 from tokenizer.losses.alignment import Alignment, AlignmentConfig
@@ -139,6 +139,7 @@ class TokenizerTrainConfig:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)  # with loss.align
     optim: OptimConfig = field(default_factory=OptimConfig)
     init_from: str = ""  # another tokenizer to start from, of the same shape: .safetensors file or run folder
+    bf16_stream: bool = False  # with run.precision=bf16: residual streams in bf16 too, less memory and less exact
     val_clips: int = 64  # held-out clips that a validation looks at, spread evenly over val_data
 
     def __post_init__(self) -> None:
@@ -148,6 +149,9 @@ class TokenizerTrainConfig:
                 raise UserError(
                     f"{section}.{name} = {found} but model.{name} = {wanted}: set {section}.{name}={wanted}"
                 )
+        check_used(self.data, self.val_data)
+        if self.bf16_stream and self.run.precision == "none":
+            raise UserError("bf16_stream = true, but run.precision = none does not use it: set run.precision=bf16")
         if (self.loss.gan > 0) != (self.discriminator.net != "none"):
             raise UserError(
                 f"loss.gan = {self.loss.gan} and discriminator.net = {self.discriminator.net!r} clash: a weight above "
@@ -170,6 +174,7 @@ class TokenizerTraining:
         self.perceptual, self.judge = perceptual_pair(config.loss.perceptual_net, run.precision, self.device)
         self.policy = build_policy(config.policy, config.model, self.device)
         self.model = VideoTokenizer(config.model).to(self.device)
+        self.model.bf16_stream = config.bf16_stream
         self.model.quantizer.has_entropy = config.loss.entropy != 0
         shape = (config.model.num_frames, config.model.size)
         self.source_sha256 = ""

@@ -20,11 +20,12 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ from torch import Tensor, nn
 from tokenizer.common.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
 
 PARTIAL = ".partial"
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -157,6 +160,15 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], origin: str | 
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(f"{origin}: does not fit the model: {'; '.join(wrong[:5])}{more}; use the config it came with")
     module.load_state_dict(dict(tensors))
+
+
+def without_init(build: Callable[[], M]) -> M:
+    """The module that `build` makes, with memory but without values, for weights that are loaded next."""
+    with torch.device("meta"):
+        module = build()
+    if lost := {name for name, _ in module.named_buffers()} - module.state_dict().keys():
+        raise RuntimeError(f"{', '.join(sorted(lost))}: computed when the module is built, so not in its state dict")
+    return module.to_empty(device="cpu")
 
 
 def init_from(module: nn.Module, path: str | Path) -> str:

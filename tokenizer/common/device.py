@@ -23,13 +23,15 @@ _SLOW = 1.5  # times as long as float32
 def pick_device(name: str) -> torch.device:
     """`auto` (the GPU if there is one), `cpu`, `cuda` or `cuda:N`. UserError for a device that is not there.
 
-    Of several processes on a machine each takes the GPU of its local rank, unless the name holds a number; where there
+    Every entry calls it, so it also sets what float32 means on a GPU, see `set_float32`. Of several processes on a
+    machine each takes the GPU of its local rank, unless the name holds a number; where there
     are more processes than visible GPUs they are dealt round. A GPU becomes the current one: kernels start there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{local_rank() % max(1, torch.cuda.device_count())}"
+    set_float32()
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or not (index.isdigit() or name == "cpu"):
         raise UserError(f"device={name!r}: must be auto, cpu, cuda or cuda:N")
@@ -38,6 +40,18 @@ def pick_device(name: str) -> torch.device:
             raise UserError(f"device={name!r}: torch sees {torch.cuda.device_count()} GPUs here; use auto or cpu")
         torch.cuda.set_device(int(index))
     return torch.device(name)
+
+
+def set_float32() -> None:
+    """float32 products and convolutions on a GPU in full float32: TF32 would change tokens and metrics silently."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def float32_mode() -> str:
+    """What float32 means in this process, for protocol cards: "matmul ieee, conv ieee", or tf32 in place of ieee."""
+    switches = {"matmul": torch.backends.cuda.matmul.allow_tf32, "conv": torch.backends.cudnn.allow_tf32}
+    return ", ".join(f"{name} {'tf32' if on else 'ieee'}" for name, on in switches.items())
 
 
 def pick_dtype(precision: str) -> torch.dtype:

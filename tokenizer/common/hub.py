@@ -18,7 +18,15 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import nn
 
-from tokenizer.common.checkpoint import ModelFile, atomic_write, file_sha256, load_strict, read_model, save_model
+from tokenizer.common.checkpoint import (
+    ModelFile,
+    atomic_write,
+    file_sha256,
+    load_strict,
+    read_model,
+    save_model,
+    without_init,
+)
 from tokenizer.common.config import from_dict, to_dict
 from tokenizer.common.errors import UserError
 
@@ -59,7 +67,7 @@ class HubModel:
         file = read_model(path)
         cls.check_kind(file, str(name))
         config: Any = from_dict(cls.config_class, file.config["model"], f"{name} (config inside)")
-        model = cast("nn.Module", cls(config))  # type: ignore[call-arg]
+        model = without_init(lambda: cast("nn.Module", cls(config)))  # type: ignore[call-arg]
         load_strict(model, file.tensors, str(name))
         cast("HubModel", model).remember(file, path)
         return cast("Self", model.eval().to(device))

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import differences
+from tokenizer.common.device import float32_mode
 from tokenizer.common.errors import UserError
 
 
@@ -85,11 +86,13 @@ def claim_folder(folder: Path, facts: Mapping[str, Any], way_out: str = "choose 
     UserError, ending with `way_out`, where they were begun from something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, facts = folder / "made_from.json", json.loads(json.dumps(facts))  # tuples come back as lists
+    facts = {**json.loads(json.dumps(facts)), "float32": float32_mode()}  # tuples come back as lists
+    path = folder / "made_from.json"
     with lock(folder / ".made_from.lock"):  # workers start together
         if not path.exists():
             atomic_write(path, json.dumps(facts, indent=1).encode())
     before = json.loads(path.read_text(encoding="utf-8"))
+    before.setdefault("float32", facts["float32"])  # folders of before this was noted
     if changed := sorted(key for key in facts if before.get(key) != facts[key]):
         details = differences(*({key: side.get(key) for key in changed} for side in (before, facts)))
         raise UserError(

@@ -69,6 +69,17 @@ class DataConfig:
     repeat: list[int] = field(default_factory=list)
 
 
+def check_used(data: DataConfig, val_data: DataConfig) -> None:
+    """UserError for settings of a training's data that nothing would use, or that validate another task."""
+    for name, section in (("data", data), ("val_data", val_data)):
+        if section.crop_scale != 1 and not section.augment:
+            raise UserError(
+                f"{name}.crop_scale={section.crop_scale} is not used if {name}.augment=false: set {name}.crop_scale=1"
+            )
+    if val_data.fps != data.fps:
+        raise UserError(f"val_data.fps={val_data.fps} is not data.fps={data.fps}: set both to the same")
+
+
 @dataclass(frozen=True)
 class ClipSample:
     """One clip, uint8 [C, T, H, W]. `kind` is known of rendered scenes, `label` of labelled files.

@@ -32,6 +32,9 @@ class LossConfig:
     align: float = 0.0  # 0.7 in the paper's recipe; see the section `alignment`
 
     def __post_init__(self) -> None:
+        for name in ("l1", "perceptual", "codebook", "commitment", "entropy", "gan", "align"):
+            if getattr(self, name) < 0:
+                raise UserError(f"loss.{name} = {getattr(self, name)}: a weight must be >= 0")
         if (self.perceptual > 0) != (self.perceptual_net != "none"):
             raise UserError(
                 f"loss.perceptual = {self.perceptual} and loss.perceptual_net = {self.perceptual_net!r} clash: "

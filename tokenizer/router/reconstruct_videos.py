@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokenizer.budget import Budget, find_price, parse_budget
-from tokenizer.common.device import pick_device
+from tokenizer.common.device import float32_mode, pick_device
 from tokenizer.common.errors import UserError
 from tokenizer.data.clip_stream import ClipRule, ClipWalk, SourceClip, find_sources
 from tokenizer.data.safe_decode import map_ahead
@@ -212,6 +212,7 @@ def protocol_facts(args: argparse.Namespace, made_by: Reconstructor) -> dict[str
             **{key: getattr(args, key) for key in ("fps", "all_clips", "max_clips", "backend")},
         },
         "device": str(tokenizer.device),
+        "float32": float32_mode(),
         "versions": versions(),
     }
 

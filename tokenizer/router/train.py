@@ -40,7 +40,7 @@ from tokenizer.common.config import to_dict
 from tokenizer.common.device import generator_for
 from tokenizer.common.distributed import Places
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset
+from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset, check_used
 from tokenizer.data.frame_cache import FrameCache
 from tokenizer.data.loader import ClipBatch, batches
 from tokenizer.data.video_io import VideoError
@@ -160,6 +160,7 @@ class RouterTrainConfig:
             raise UserError(
                 "feature_cache needs model.stem=vjepa2 and data.augment=false: clips that come again unchanged"
             )
+        check_used(self.data, self.val_data)
         for name in ("table", "val_table"):
             if not getattr(self, name):
                 raise UserError(f"{name} is empty: give the table that scripts/train/2_curate_router_data.sh wrote")
