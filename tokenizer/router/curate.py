@@ -1,10 +1,10 @@
-"""Stage 2, curation: how well the proxy reconstructs every clip under every assignment (paper.md section 1).
+"""Stage 2, curation: how well the proxy reconstructs every clip under every assignment (arXiv 2603.12267).
 
     python -m tokenizer.router.curate configs/mini/curate_train.yaml          # as many at once as there are cores
 
-The clips are cut into units of work. Start any number of these processes, on any number of machines that share the
-folder, kill them, start them again: a unit is computed under a lock, written aside and renamed, and whoever finds
-all units done merges them into `table.safetensors`. The table has the same bytes however the work was shared.
+The clips are cut into units of work. Start any number of these processes, on any machines that share the folder; rerun
+the command to resume. A unit is computed under a lock, written aside and renamed; the process that finds all units done
+merges them into `table.safetensors`. The table has the same bytes however the work was shared.
 
 Perceptual distance, PSNR and MSE of clips under all assignments: as a prefix tree, and by brute force.
 
@@ -136,7 +136,7 @@ class CurateConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(augment=False))
     perceptual_net: str = "lpips_vgg"
     frames_per_block: int = 0  # frames of each block that the perceptual distance looks at, evenly spread; 0 = all
-    children: int = 0  # levels that each node of the tree goes on with, drawn at random; 0 = all, the whole table
+    children: int = 0  # levels drawn at random below each node of the tree; 0 = all, the whole table
     method: str = "tree"  # or "brute_force": every assignment on its own, the oracle that the tree is checked against
     clips_per_unit: int = 16  # clips that go through the tree in lockstep
     device: str = "auto"

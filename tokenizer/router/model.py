@@ -1,9 +1,8 @@
-"""The router: one look at a clip, a score for every assignment (paper.md section 4).
+"""The router: a score for every assignment from one pass over a clip (arXiv 2603.12267).
 
 A pre-LayerNorm vision transformer over raw spatio-temporal patches, or over features of a frozen V-JEPA 2 (stem.py):
-[CLS] gathers what matters, a linear head rates the rows of the assignment table. The higher a score the better the row.
-Scores of one clip can be compared, those of two clips only in their differences: the softmax of the training loss
-leaves a constant free for each clip.
+a linear head on [CLS] rates the rows of the assignment table; higher is better. Only differences of scores within a
+clip are meaningful: the softmax of the training loss leaves a constant per clip free.
 
 Letters: B clips, C T H W, M patches or V-JEPA 2 places, K of them, P numbers in one, D width, A assignments (rows).
 """
@@ -99,7 +98,7 @@ class RouterConfig:
 
 
 class Router(HubModel, nn.Module):
-    """Clip -> score of every assignment. `space` says which assignment a score belongs to."""
+    """Clip -> score of every assignment. `space` maps a score's row to its assignment."""
 
     kind, config_class, config_key = "router", RouterConfig, "stem"
 

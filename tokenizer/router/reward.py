@@ -116,7 +116,7 @@ _KIND = "evatok.quality_table"
 class QualityTable:
     """float32 [B, A] each: perceptual distance (lower is better), PSNR in dB and MSE of pixels in [0, 1].
 
-    B clips, named; A rows of the assignment space in its own order. `meta` says what made it: sha256 of the
+    B clips, named; A rows of the assignment space in its own order. `meta`: what made it, such as the sha256 of the
     tokenizer, name of the perceptual network.
     """
 

@@ -1,10 +1,10 @@
-"""Stage 3: train a router on the quality table that stage 2 made (paper.md sections 1 and 4).
+"""Stage 3: train a router on the quality table that stage 2 made (arXiv 2603.12267).
 
     python -m tokenizer.router.train configs/router/router_w_lpips_1.2_raw.yaml
     python -m tokenizer.router.train configs/mini/router.yaml quality_weight=1.0 labels=soft run.dir=results/router/1.0
 
 The table holds no labels, only the LPIPS of every (clip, assignment): the trade-off, `quality_weight`, is chosen here.
-Started again with the same run.dir it resumes by itself, to the same result.
+Rerun with the same run.dir to resume, to the same result.
 
 Letters: B clips of a batch, S clips of a table, C T H W, A assignments (rows).
 
@@ -294,7 +294,7 @@ class RouterTraining:
         return measure(score_SA, self.val_reward_SA[readable], self.space) | lost | self.mark
 
     def fit(self) -> None:
-        """Train to the end of `run.steps`, from wherever `run.dir` stands."""
+        """Train to `run.steps`, from the newest checkpoint in `run.dir` if there is one."""
         config = self.config
         for clips in (self.clips, self.val_clips):
             clips.keep_in(Path(config.clip_cache or f"{config.run.dir}/clips"))
@@ -308,7 +308,7 @@ class RouterTraining:
 
     @property
     def mark(self) -> dict[str, float]:
-        """What every log line says of a run whose V-JEPA 2 has random weights."""
+        """What every log line adds if V-JEPA 2 has random weights."""
         return {"random_frozen_encoders": 1.0} if self.stem.is_random else {}
 
     def _validation_clips(self, places: range) -> dict[int, Tensor]:

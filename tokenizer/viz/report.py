@@ -310,6 +310,7 @@ def why(record: Record, budget: str, motions: Sequence[float]) -> str:
     sentences = [choice(record, budget), movement(record, motions)]
     if record["num_padded"]:
         sentences.append(f"The file is short: its last frame is repeated {record['num_padded']} times.")
+    sentences += [f"Note: {note}." for note in record.get("notes", [])]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
