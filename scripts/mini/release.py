@@ -1,10 +1,12 @@
-"""The last steps of scripts/train/mini.sh: from results/mini to the shipped folder ckpts/mini, with its model card.
+"""The release of the miniature: its gates, and the way from results/mini to the shipped folder ckpts/mini.
 
+    python scripts/mini/release.py               # print the gates of ckpts/mini (scripts/mini/gates.py)
     python scripts/mini/release.py tokenizer     # final, router and held-out table: copy, measure, write
     python scripts/mini/release.py generation    # the two GPTs that were trained on the tokens of that tokenizer
 
 Each part writes its weights and its figures, then fills the marked places of the model card (ckpts/mini/README.md) and
-of README.md. Redraw the pictures afterwards: `python scripts/mini/readme_figure.py`.
+of README.md. A part whose gates are missed is not shipped without --below-gates "reason", which the card then prints.
+Redraw the pictures afterwards: `python scripts/mini/readme_figure.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ from typing import Any
 import generation_figures
 import tokenizer_figures
 import torch
+from gates import HEADER, measure_gates
 
 from tokenizer.common.checkpoint import atomic_write, file_sha256, read_model, save_model
 from tokenizer.common.errors import UserError, run_cli
@@ -58,13 +62,41 @@ PARTS = {
 }
 
 
-def release(name: str, results: Path, target: Path, readme: Path, note: str = "") -> None:
-    """Copy the weights, measure them, and fill the marked places of the model card and of README.md.
+def release(
+    name: str, results: Path, target: Path, readme: Path, note: str = "", below_gates: str | None = None
+) -> None:
+    """Measure the weights beside the target; if the gates hold, replace the target and fill the marked places.
 
-    `note`: a sentence for the card, if this training was not the plain command on one machine.
+    note: a sentence for the card, if this training was not the plain command on one machine. below_gates: the reason
+    for shipping weights that miss a gate, without which UserError leaves the target as it was.
     """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".release-", dir=target.parent) as name_of_draft:
+        draft = Path(name_of_draft) / target.name
+        shutil.copytree(target, draft) if target.is_dir() else draft.mkdir()
+        _measure_part(name, results, draft, note)
+        gates = measure_gates(draft)
+        print(markdown_table(HEADER, [each.cells for each in gates]))
+        missed = [each.gate.name for each in gates if not each.holds]
+        if missed and below_gates is None:
+            raise UserError(
+                f'{len(missed)} gates are missed ({missed[0]} ..); --below-gates "reason" ships all the same'
+            )
+        lines = [markdown_table(HEADER, [each.cells for each in gates])]
+        if missed:
+            lines += ["", f"Shipped below {len(missed)} gates: {below_gates}"]
+        atomic_write(draft / "gates.md", ("\n".join(lines) + "\n").encode())
+        before = Path(name_of_draft) / "before"
+        if target.is_dir():
+            target.rename(before)
+        draft.rename(target)
+    write_cards(target, readme)
+    print(f"{target}: {', '.join(PARTS[name].weights)}, figures, gates, the model card; {readme}: the table of results")
+
+
+def _measure_part(name: str, results: Path, target: Path, note: str) -> None:
+    """Copy the weights of a part to `target` and measure them there."""
     part = PARTS[name]
-    target.mkdir(parents=True, exist_ok=True)
     for weights in part.weights:
         _ship_weights(results / weights / "final" / "model.safetensors", target / f"{weights}.safetensors", part.stored)
     if name == "tokenizer":
@@ -79,8 +111,6 @@ def release(name: str, results: Path, target: Path, readme: Path, note: str = ""
         figures["trained"]["proxy"] = _training_of(results / "proxy")
     figures["note"] = note
     atomic_write(_figures_path(target, name), (json.dumps(figures, indent=1) + "\n").encode())
-    write_cards(target, readme)
-    print(f"{target}: {', '.join(part.weights)}, their figures, the model card; {readme}: the table of results")
 
 
 def write_cards(folder: Path, readme: Path) -> None:
@@ -194,13 +224,17 @@ def _training_of(run: Path) -> dict[str, float | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Copy the trained miniature into ckpts/mini and write its card.")
-    parser.add_argument("part", choices=list(PARTS), help="what to release")
+    parser.add_argument("part", nargs="?", choices=list(PARTS), help="what to release (default: print the gates)")
     parser.add_argument("--results", type=Path, default=Path("results/mini"))
     parser.add_argument("--target", type=Path, default=Path("ckpts/mini"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--note", default="", help="a sentence for the card, say on which machines which part was made")
+    parser.add_argument("--below-gates", metavar="REASON", help="ship although gates are missed; the card says why")
     args = parser.parse_args()
-    release(args.part, args.results, args.target, args.readme, args.note)
+    if args.part:
+        release(args.part, args.results, args.target, args.readme, args.note, args.below_gates)
+        return
+    print(markdown_table(HEADER, [each.cells for each in measure_gates(args.target)]))
 
 
 if __name__ == "__main__":
