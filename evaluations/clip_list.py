@@ -141,7 +141,7 @@ def list_clips(
     if not clips:
         raise UserError(
             f"protocol {protocol.name}: not one of {len(videos)} videos can be read and has {protocol.num_frames} "
-            "frames; python -m tokenizer.data.manifest check says what is wrong with each"
+            "frames; python -m tokenizer.data.manifest check lists the faults"
         )
     if protocol.count is not None and len(clips) < protocol.count:
         notes.append(f"the protocol asks for {protocol.count} clips, there are {len(clips)}")

@@ -8,7 +8,7 @@ from autoregressive.flags import GPT_SIZES, add_precision_flag
 from tokenizer.common.cli import EXTRACTORS, Parser, at_least, positive
 from tokenizer.common.errors import UserError
 
-MIN_CLIPS = 256  # below, a Frechet distance says more about the number of clips than about them
+MIN_CLIPS = 256  # with fewer clips the bias of a Frechet distance exceeds the distance
 _READERS = 2
 
 

@@ -253,7 +253,7 @@ def arithmetic() -> dict[str, Any]:
 
 
 def code_version() -> str:
-    """The commit of this repository, with a mark where files differ from it; else the package version."""
+    """The commit of this repository, marked if files differ from it, and the versions of packages."""
     root = Path(__file__).parents[1]
     words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

@@ -45,7 +45,7 @@ CHANGEABLE = ("extractor", "perceptual", "count", "seed", "draws")
 
 @dataclass(frozen=True)
 class Protocol:
-    """See the fields. `changed` names those in which it is not what its name says.
+    """See the fields. `changed` names those that differ from the named protocol.
 
     sources: of the miniature, as `tokenizer.data.clips` reads them. listed: how many videos the official list has.
     count: clips that are scored (windows: drawn), None for all. score_size: both sides are resized to it before
@@ -110,7 +110,7 @@ class Protocol:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     def change(self, **fields: Any) -> Protocol:
-        """The same with other values of CHANGEABLE fields (None leaves one as it is), marked where they differ."""
+        """The same with other values of CHANGEABLE fields (None leaves one as it is), marked if they differ."""
         wanted = {name: value for name, value in fields.items() if value is not None and value != getattr(self, name)}
         if strange := set(wanted) - set(CHANGEABLE):
             raise UserError(f"protocol {self.name}: {sorted(strange)[0]} is fixed; choose another protocol")
@@ -119,7 +119,7 @@ class Protocol:
 
     @property
     def notes(self) -> list[str]:
-        """What must stand beside its numbers: that it is not what its name says, where that is so."""
+        """What a reader of its numbers must know: which fields were changed, if any."""
         return [f"not the protocol {self.name}: {', '.join(self.changed)} changed"] if self.changed else []
 
     def clip_words(self) -> str:
@@ -257,7 +257,7 @@ def card_text(card: dict[str, Any]) -> str:
 
 
 def _distance_name(card: dict[str, Any]) -> str:
-    """After the weights at hand, else after the protocol."""
+    """Named after the loaded weights, else after the protocol."""
     return (card.get("extractor") or {}).get("distance") or NAMES.get(card["protocol"]["extractor"], "none")
 
 

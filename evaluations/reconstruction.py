@@ -70,7 +70,7 @@ class Reconstruction:
         self.tokenizer, self.router = tokenizer, router
         self.budget = parse_budget(budget, tokenizer.space)
         if self.budget.needs_router and router is None:
-            raise UserError(f"--budget {budget} asks a router: give --router-ckpt, or a budget such as uniform:K")
+            raise UserError(f"--budget {budget} needs a router: give --router-ckpt, or a budget such as uniform:K")
         self.price = None if self.budget.average_tokens is None else self._price_of_the_set(clips)
 
     def facts(self) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class Run:
 
 
 def find_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """Every metrics.json under these folders, by path, and the paths of foreign ones. UserError where none is ours."""
+    """Every metrics.json under these folders, by path, and the paths of foreign ones. UserError if none is ours."""
     runs, foreign = [], []
     for place in places:
         paths = [place] if place.is_file() else sorted(place.rglob("metrics.json"))
@@ -144,7 +144,7 @@ def find_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
 
 
 def paper_tables(runs: Sequence[Run]) -> list[Table]:
-    """The paper's tables, each figure of theirs beside ours where there is one."""
+    """The paper's tables, each of its figures beside ours if there is one."""
     paper = json.loads(PAPER.read_text(encoding="utf-8"))
     tables = []
     for table in paper["tables"]:
@@ -168,7 +168,7 @@ def paper_tables(runs: Sequence[Run]) -> list[Table]:
 
 
 def answers(run: Run, protocol: str, wanted: Mapping[str, Any]) -> bool:
-    """Whether a run may stand beside a row of the paper: same protocol, unchanged, and all that the row asks for.
+    """Whether a run may be shown beside a row of the paper: same protocol, unchanged, and all that the row requires.
 
     Exactly the clips that the protocol counts must have been scored: fewer or more are another test set.
     """
@@ -357,7 +357,7 @@ _SHARED = Path("results/report")
 
 
 def fill(readme: Path, sections: dict[str, str]) -> None:
-    """Write the sections between the markers that the README has. UserError where it has none of them."""
+    """Write the sections between the markers that the README has. UserError if it has none of them."""
     if not readme.is_file():
         raise UserError(f"{readme}: no such file")
     text = readme.read_text(encoding="utf-8")

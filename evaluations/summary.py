@@ -59,7 +59,7 @@ def summarise(
             "(num_padded in per_clip.csv); without_padded has the means without them"
         )
     if others := _other_classes(good):
-        notes.append(f"{others} samples are of another class than the real clips ask for: shares differ")
+        notes.append(f"{others} samples are of another class than the real clips: shares differ")
     metrics = _means(good, protocol)
     if protocol.extractor != "none":
         name = extractor.distance_name if extractor else NAMES[protocol.extractor]

@@ -1,8 +1,8 @@
-"""What an evaluation asks of the system that it scores: clips in, frames out, in one stream.
+"""The interface of a system under evaluation: clips in, frames out, in one stream.
 
     Source   a clip of the list, read ahead
-    Draft    what the system has of it before frames are decoded, in any order: a sample, say
-    Made     frames, or why there are none
+    Draft    the same before its frames are decoded, for example sampled tokens; in any order
+    Made     its frames, or why there are none
 
 `stream` runs in the main thread and keeps the sampler's slots full; `finish` runs beside it in another thread, on
 batches whose members are fixed by the list, so that no number depends on how the work is shared.
@@ -44,7 +44,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Made:
-    """What a system made of one clip: uint8 frames and what goes into its record, or why there is nothing."""
+    """The output for one clip: uint8 frames and fields of its record, or why there is none."""
 
     source: Source
     ours_THWC: np.ndarray | None

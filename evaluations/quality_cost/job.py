@@ -108,23 +108,23 @@ class StrategyInputs:
         return [] if kind == "price" else default_budgets(self.space, kind)
 
     def scores(self, router: TrainedRouter) -> Tensor:
-        """score_SA of all clips, kept in the folder: several processes ask a router once."""
+        """score_SA of all clips, kept in the folder: several processes run a router once."""
 
-        def ask() -> Tensor:
-            indices = tqdm(range(len(self.clips)), desc="asking the router", unit="clip")
+        def run() -> Tensor:
+            indices = tqdm(range(len(self.clips)), desc="running the router", unit="clip")
             return torch.cat([router.scores(self.clips.read(i)[None]) for i in indices])
 
-        return made_once(self.folder / "scores" / f"{router.sha256[:16]}.safetensors", ask)
+        return made_once(self.folder / "scores" / f"{router.sha256[:16]}.safetensors", run)
 
 
 def reward_stats(table: QualityTable) -> RewardStats:
-    """Those of the training table where the table brings them along, else its own."""
+    """Those of the training table if this table carries them, else its own."""
     stored = table.meta.get("reward_stats")
     return RewardStats(**stored) if stored else stats_of(table)
 
 
 def rows_of_table(table: QualityTable, names: Sequence[str], space: AssignmentSpace) -> QualityTable:
-    """The table's rows for these clips, in their order. UserError where it lacks one or has other assignments."""
+    """The table's rows for these clips, in their order. UserError if it lacks one or has other assignments."""
     if tuple(table.levels) != space.levels or table.num_blocks != space.num_blocks:
         raise UserError(
             f"the table rates levels {list(table.levels)} for {table.num_blocks} blocks, the tokenizer has "

@@ -59,7 +59,7 @@ def of_codecs(
 
 
 def wanted_keys(points: Sequence[CurvePoint], names: Sequence[str], also: Sequence[str] = ()) -> dict[str, list[str]]:
-    """For each clip by name, every key that some point asks for, each once, in a fixed order."""
+    """For each clip by name, every key that some point needs, each once, in a fixed order."""
     return {name: sorted({point.keys[s] for point in points} | set(also)) for s, name in enumerate(names)}
 
 
@@ -77,7 +77,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 def mean_over_clips(rows: Sequence[Sequence[Figures]], name: str) -> Statistic:
-    """The mean of a figure; NaN where a point has none."""
+    """The mean of a figure; NaN if a point has none."""
     value_PS = np.array([[figures.get(name, np.nan) for figures in row] for row in rows], dtype=np.float64)
     return lambda index_S: value_PS[:, index_S].mean(axis=1)
 
@@ -163,6 +163,6 @@ def savings(
 
 
 def _cost_of(points: Sequence[CurvePoint], rows: Sequence[Sequence[Figures]], strategy: str) -> str:
-    """Tokens where the strategy counts in them, bytes for codecs and entropy-coded tokens."""
+    """Tokens if the strategy counts in them, bytes for codecs and entropy-coded tokens."""
     mine = next(row[0] for point, row in zip(points, rows, strict=True) if point.strategy == strategy)
     return "tokens" if "tokens" in mine and not strategy.endswith(ENTROPY_CODED) else "bytes"

@@ -1,4 +1,4 @@
-"""Who gets how many tokens: the strategies whose quality-cost curves are drawn (paper.md sections 6 and 8).
+"""The strategies of token assignment whose quality-cost curves are drawn (arXiv 2603.12267, section 3 and appendix).
 
     uniform      the same level for every block of every clip
     threshold    the shortest assignment whose LPIPS in a proxy's table is under a threshold, else the longest
@@ -7,8 +7,8 @@
     tokens, average, price
                  a router under a budget (tokenizer/budget.py), one point for each budget
 
-A point says one row for every clip. `threshold` and `max-reward` look at the proxy's reconstructions before they
-choose: they show what there is to gain, and cost all assignments of a clip. Letters: S clips of the set, A rows.
+A point gives every clip a row. `threshold` and `max-reward` choose after seeing the proxy's reconstructions: an upper
+bound that costs all assignments of a clip. Letters: S clips of the set, A rows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The measurements behind a quality-cost curve: each clip under each assignment and codec that some strategy asks for.
+"""The measurements behind a quality-cost curve: each clip under each assignment and codec that some strategy needs.
 
 Any number of processes may share the work (tokenizer/common/work_units.py). What a clip gives depends on that clip
-alone. A job that asks for more in the same folder takes over what is there.
+alone. A later job in the same folder measures only what is new.
 
     made_from.json                what decides a measurement; a folder made from something else is refused
     units/<asked>/000000...       figures by clip and key, and the features of a Frechet distance
@@ -10,7 +10,7 @@ Letters: S clips of the set, B clips of a batch, C T H W, F features.
 
 How many bits the tokens of a clip take: each code written plainly, or entropy-coded by the GPT's probabilities.
 
-Letters: B clips, L packed tokens, Q ids of a sequence, V ids that a GPT can say.
+Letters: B clips, L packed tokens, Q ids of a sequence, V ids of a GPT.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from tokenizer.tokens import VideoTokens
 
 
 def plain_bits(length_BN: Tensor, codebook_size: int, num_levels: int = 1) -> Tensor:
-    """float64 [B]: tokens x log2(codebook), and for each block log2(num_levels) to say how many follow.
+    """float64 [B]: tokens x log2(codebook), and for each block log2(num_levels) for the number that follows.
 
     The default of one level leaves the length tokens out. Fractions count: a clip can be written as one number.
     """
@@ -99,7 +99,7 @@ def codec_key(name: str, num_bytes: int) -> str:
 
 
 def clip_bytes(length_BN: Tensor, codebook_size: int, num_levels: int) -> Tensor:
-    """int64 [B], whole bytes that the tokens of a clip take, those that say the lengths included."""
+    """int64 [B], whole bytes that the tokens of a clip take, length tokens included."""
     return (plain_bits(length_BN, codebook_size, num_levels) / 8).ceil().long()
 
 
@@ -189,7 +189,7 @@ def claim(folder: Path, clips: CurveClips, measure: Measure) -> None:
 
 
 def made_once(path: Path, make: Callable[[], Tensor]) -> Tensor:
-    """The tensor in `path`, made by the first process that asks for it while the others wait."""
+    """The tensor in `path`, made by the first process that needs it while the others wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.with_suffix(".lock")):
         if not path.is_file():
@@ -198,7 +198,7 @@ def made_once(path: Path, make: Callable[[], Tensor]) -> Tensor:
 
 
 class Sweep:
-    """What some strategies and codecs ask for, in units of a few clips."""
+    """The measurements that strategies and codecs need, in units of a few clips."""
 
     def __init__(
         self, folder: Path, clips: CurveClips, keys: Mapping[str, Sequence[str]], measure: Measure, unit_size: int = 4

@@ -1,10 +1,10 @@
-"""H.264, H.265 and AV1 at the bits of the tokens: the sober baseline (shared clips, shared metrics, equal bytes).
+"""H.264, H.265 and AV1 at the size of the tokens: same clips, same metrics, equal bytes.
 
 What counts as size is the elementary stream of a clip, and exactly these bytes are decoded again: parameter sets in,
 container out, and without the text in which x264 and x265 describe themselves (700 bytes, more than a clip of tokens).
 One key frame a clip, pixels in 4:2:0, the slow presets of the table below, one thread.
 
-The encoders are those that the `av` package brings; `find_codecs` says which are missing. Letters: T H W C of a clip.
+The encoders are those that the `av` package brings; `find_codecs` lists the missing ones. Letters: T H W C of a clip.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ CODECS = {
 
 @cache
 def find_codecs() -> tuple[tuple[Codec, ...], tuple[str, ...]]:
-    """The codecs that can be used here, and for each of the others a sentence that says what is missing."""
+    """The codecs that can be used here, and for each of the others what is missing."""
     os.environ.setdefault("SVT_LOG", "1")  # errors only; its banner is a page for each clip
     there, missing = [], []
     for codec in CODECS.values():

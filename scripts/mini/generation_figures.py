@@ -3,7 +3,7 @@
     python scripts/mini/generation_figures.py
 
 Class-to-video: does a classifier that was trained on true clips recognise the class, do the lengths follow the classes
-as the router's do, how many sequences obey the grammar when nobody enforces it. Frame prediction: is a predicted
+as the router's do, what share of sequences is valid without grammar masking. Frame prediction: is a predicted
 clip nearer to the true one than the last given frame, repeated.
 
 Letters: B clips, C T H W.
@@ -179,7 +179,7 @@ def as_markdown(figures: dict[str, Any]) -> str:
         f"| class recognised, the same clips through the tokenizer | {share['reconstructed']:.1%} |",
         f"| class recognised, generated clips | {share['generated']:.1%} |",
         f"| rank correlation of tokens by class, generated and router | {c2v['rank_correlation_of_tokens']:.2f} |",
-        f"| sequences that obey the grammar when nobody enforces it | {c2v['valid_without_mask']:.1%} |",
+        f"| valid sequences without grammar masking | {c2v['valid_without_mask']:.1%} |",
         "",
         "| class | recognised | tokens, generated | tokens, router on true clips |",
         "|---|---|---|---|",

@@ -28,7 +28,7 @@ from gates import HEADER, measure_gates
 from tokenizer.common.checkpoint import atomic_write, file_sha256, read_model, save_model
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.router.reward import QualityTable, stats_of
-from tokenizer.viz.page import between_markers, markdown_table
+from tokenizer.viz.page import between_markers, has_markers, markdown_table
 
 _TABLE = "heldout_table.safetensors"
 _CARD = Path("ckpts/mini/README.md")  # the text around the marked places
@@ -123,6 +123,9 @@ def write_cards(folder: Path, readme: Path) -> None:
     for name, some in figures.items():
         shown = [some["note"], "", PARTS[name].show(some)] if some and some["note"] else [PARTS[name].show(some)]
         places[f"mini-{name}"] = "\n".join(shown) if some else "Not measured for these weights."
+    if has_markers(card.read_text(encoding="utf-8"), "mini-gates"):
+        gates = folder / "gates.md"
+        places["mini-gates"] = gates.read_text(encoding="utf-8").strip() if gates.is_file() else "Not measured."
     _fill(card, places)
     _fill(readme, {"mini-results": _results_table(folder, figures)})
 
@@ -187,7 +190,7 @@ def _ship_weights(source: Path, path: Path, stored: torch.dtype | None) -> None:
 
 
 def _ship_table(results: Path, path: Path) -> None:
-    """The held-out table, with what is needed to rate a router by it: weight and statistics of the reward."""
+    """The held-out table, with the weight and statistics of the reward, by which a router is rated."""
     table = QualityTable.load(results / "curate_heldout" / "table.safetensors")
     train_table = QualityTable.load(results / "curate_train" / "table.safetensors")
     router = read_model(results / "router").config
@@ -228,8 +231,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results/mini"))
     parser.add_argument("--target", type=Path, default=Path("ckpts/mini"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
-    parser.add_argument("--note", default="", help="a sentence for the card, say on which machines which part was made")
-    parser.add_argument("--below-gates", metavar="REASON", help="ship although gates are missed; the card says why")
+    parser.add_argument("--note", default="", help="a sentence for the card, such as the machines of each part")
+    parser.add_argument("--below-gates", metavar="REASON", help="ship although gates are missed; printed in the card")
     args = parser.parse_args()
     if args.part:
         release(args.part, args.results, args.target, args.readme, args.note, args.below_gates)

@@ -87,7 +87,7 @@ def _disturbed(video_BCTHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: SceneClassifier, video_BCTHW: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Share of clips recognised as what `names` says, of each class that occurs and of all ("all")."""
+    """Share of clips recognised as named in `names`, of each class that occurs and of all ("all")."""
     found_B = torch.cat([model(some).argmax(dim=1) for some in video_BCTHW.split(_BATCH)])
     right_B = found_B == torch.tensor([NAMES.index(name) for name in names])
     of_class = {

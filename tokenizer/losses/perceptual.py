@@ -198,7 +198,7 @@ def _stages_of_lpips(net: str) -> Stages:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How one distance is built and where its weights lie."""
+    """How one distance is built, and its weights."""
 
     build: Callable[[], Stages]
     min_side: int
