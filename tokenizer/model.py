@@ -311,7 +311,7 @@ class VideoTokenizer(HubModel, nn.Module):
     def decode(self, tokens: VideoTokens) -> Tensor:
         """Tokens -> clips [B, 3, T, H, W] in [0, 1]; codes and lengths are all it reads.
 
-        Raises UserError where the tokens were made by other weights or do not fit this tokenizer.
+        Raises UserError if the tokens were made by other weights or do not fit this tokenizer.
         """
         self.check_made_here(tokens.tokenizer_sha256)
         c = self.config
@@ -402,7 +402,7 @@ class VideoTokenizer(HubModel, nn.Module):
             )
         if len(length_BN) != len(video_BCTHW):
             raise UserError(f"{len(video_BCTHW)} clips but lengths for {len(length_BN)}")
-        self.space.rows_of(length_BN)  # raises where a length is none of the levels
+        self.space.rows_of(length_BN)  # raises if a length is none of the levels
         return pack(length_BN)
 
 

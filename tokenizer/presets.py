@@ -67,7 +67,7 @@ def load_tokenizer(
     """A trained tokenizer from a .safetensors file, a folder, or "owner/name" on the hub; the file holds the config.
 
     `config_path`: a YAML whose `model` section must agree with it. Raises UserError naming both files and every
-    differing key where it does not, and for damaged, pickled or foreign files.
+    differing key if it does not, and for damaged, pickled or foreign files.
     """
     model = VideoTokenizer.from_pretrained(path, device=device)
     if config_path is not None:

@@ -1,13 +1,14 @@
-"""Block-causal attention over packed sequences: no padding, no mask (performance.md, house.md).
+"""Block-causal attention over packed sequences: no padding, no mask.
 
-A query of block t sees the keys of blocks <= t of its own clip, all of them. Packed clip by clip, block by block,
-those keys are one contiguous stretch, so the whole of it is a few plain calls of scaled dot-product attention.
+A query of block t sees the keys of blocks <= t of its own clip, all of them. Packed clip by clip, block by block, those
+keys are one contiguous range, so attention is a few plain calls of scaled dot-product attention:
 
-Letters: L queries, S keys (both packed), h heads, e width of a head.
+    equal assignments   N batched calls, one for each block
+    any, on a CPU       one call for each clip and block; the reference for the others
+    any, on a GPU       one variable-length kernel over gathered keys
 
-One kernel call for sequences of unequal lengths on a GPU, and keys that several queries' blocks read.
-
-Letters: L queries, S keys, G gathered keys (all packed), Z sequences, B clips, h heads, e width of a head, N copies.
+Letters: L queries, S keys, G gathered keys (all packed), Z sequences, B clips, K queries of a block, h heads, e head
+width, N copies of a key.
 """
 
 from __future__ import annotations
@@ -31,38 +32,38 @@ def varlen_kernel(
 ) -> Tensor:
     """Query i of a sequence sees all its keys, or with `causal` the first i + 1 -> [L, h, e]. CUDA only.
 
-    `ends_q`, `ends_k`: int32 [Z + 1] on the device, 0 and then where each sequence ends. Flash attention in half
-    precision, where the GPU has it (compute capability 8); else torch's memory-efficient kernel, which takes float32.
+    `ends_q`, `ends_k`: int32 [Z + 1] on the device, 0 and then the end of each sequence. Flash attention in half
+    precision on compute capability 8 and above; else torch's memory-efficient kernel, which takes float32.
     """
     if q_Lhe.dtype != torch.float32 and torch.cuda.get_device_capability(q_Lhe.device)[0] >= 8:
         from torch.nn.attention.varlen import varlen_attn  # only a GPU needs it; it imports all of torch._dynamo
 
-        window = (-1, 0) if causal else (-1, -1)
+        window = (-1, 0) if causal else (-1, -1)  # (left, right): -1 is unlimited
         mixed_Lhe = varlen_attn(q_Lhe, k_Ghe, v_Ghe, ends_q, ends_k, max_q, max_k, window_size=window)
         return cast("Tensor", mixed_Lhe)
     mask = _TOP_LEFT if causal else 0
     # torch has no public name for this one; nested tensors call it too
     attend: Any = torch.ops.aten._efficient_attention_forward
-    inputs = (x.unsqueeze(0) for x in (q_Lhe, k_Ghe, v_Ghe))
+    inputs = (x.unsqueeze(0) for x in (q_Lhe, k_Ghe, v_Ghe))  # [1, L, h, e], [1, G, h, e]
     return attend(*inputs, None, ends_q, ends_k, max_q, max_k, 0.0, mask, compute_log_sumexp=True)[0][0]
 
 
 class GatherKeys(torch.autograd.Function):
     """`x_She[row_G]` with a backward that also only reads: each row adds up its copies in their order.
 
-    Indexing's own backward adds with atomics, or sorts where deterministic results are asked for.
+    The backward of indexing adds with atomics, or sorts if deterministic results are asked for.
     """
 
     @staticmethod
     def forward(ctx: Any, x_She: Tensor, row_G: Tensor, copy_NS: Tensor) -> Tensor:
-        """`row_G`: the key that each gathered one is a copy of. `copy_NS`: where a key's copies stand; -1 for none."""
+        """`row_G`: the key that each gathered one is a copy of. `copy_NS`: index of each copy of a key; -1 for none."""
         ctx.save_for_backward(copy_NS)
-        return x_She[row_G]
+        return x_She[row_G]  # [G, h, e]
 
     @staticmethod
     def backward(ctx: Any, grad_Ghe: Tensor) -> tuple[Tensor, None, None]:
         (copy_NS,) = ctx.saved_tensors
-        total_She = grad_Ghe[copy_NS[0]]  # every key has a first copy
+        total_She = grad_Ghe[copy_NS[0]]  # [S, h, e]; every key has a first copy
         for copy_S in copy_NS[1:]:
             there_S11 = (copy_S >= 0)[:, None, None]
             total_She = total_She + grad_Ghe[copy_S.clamp(min=0)] * there_S11
@@ -72,7 +73,7 @@ class GatherKeys(torch.autograd.Function):
 class Prefixes(torch.autograd.Function):
     """`x_BShe[:, :end]` for every end, ascending; the last is the whole.
 
-    A slice's own backward fills a tensor of full length for each of them, and adds them up.
+    The backward of slices would fill a tensor of full length for each end and add them up.
     """
 
     @staticmethod
@@ -82,16 +83,16 @@ class Prefixes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total_BShe = grads[-1].clone()
+        total_BShe = grads[-1].clone()  # of the whole, [B, S, h, e]
         for grad, end in zip(grads[:-1], ctx.ends[:-1], strict=True):
             total_BShe[:, :end] += grad
         return total_BShe, None
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose queries and keys carry positions and whose values do not (paper.md section 2).
+    """Multi-head attention whose queries and keys carry positions and whose values do not.
 
-    "Placed" is what has its positions added, which the caller does: one sum serves queries and keys, or all layers.
+    "Placed" inputs have their positions added by the caller: one sum serves queries and keys, or all layers.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -134,12 +135,12 @@ def attend_prefix(q_BKhe: Tensor, k_BShe: Tensor, v_BShe: Tensor) -> Tensor:
 
 def _attend_rectangle(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packing, key: Packing) -> Tensor:
     """Equal assignments: N batched calls, one per block."""
-    q_blocks = q_Lhe.unflatten(0, (query.num_clips, -1)).split(query.lengths[0], dim=1)
+    q_blocks = q_Lhe.unflatten(0, (query.num_clips, -1)).split(query.lengths[0], dim=1)  # N of [B, K, h, e]
     k_blocks, v_blocks = (
         Prefixes.apply(x.unflatten(0, (key.num_clips, -1)), key.block_ends[0]) for x in (k_She, v_She)
-    )
+    )  # N of [B, keys in blocks <= t, h, e]
     mixed = [attend_prefix(*qkv) for qkv in zip(q_blocks, k_blocks, v_blocks, strict=True)]
-    mixed_BKhe = torch.cat(mixed, dim=1)
+    mixed_BKhe = torch.cat(mixed, dim=1)  # [B, L / B, h, e]
     # flatten(0, 1), but no view: torch.compile would look at what it is a view of, and compile anew for other batches
     return torch.ops.aten._unsafe_view(mixed_BKhe, (-1, *mixed_BKhe.shape[2:]))
 
@@ -147,14 +148,14 @@ def _attend_rectangle(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packin
 def attend_by_clip(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packing, key: Packing) -> Tensor:
     """Any assignments: a call per clip and block. The reference that every faster path is tested against.
 
-    `split` rather than slices: its backward is one concatenation, where a slice's would fill a tensor of length S.
+    `split` rather than slices: its backward is one concatenation; that of a slice fills a tensor of length S.
     """
     mixed = []
     k_clips, v_clips = (x.split(key.clip_lengths) for x in (k_She, v_She))
     clips = zip(q_Lhe.split(query.clip_lengths), k_clips, v_clips, query.lengths, key.block_ends, strict=True)
     for q_clip, k, v, lengths, ends in clips:
         for q, end in zip(q_clip.split(lengths), ends, strict=True):
-            mixed.append(attend_prefix(q[None], k[None, :end], v[None, :end])[0])
+            mixed.append(attend_prefix(q[None], k[None, :end], v[None, :end])[0])  # [K, h, e]
     return torch.cat(mixed)
 
 
@@ -168,28 +169,28 @@ def attend_varlen(
 ) -> Tensor:
     """Any assignments on a GPU: one variable-length kernel call, in which every block of every clip is a sequence.
 
-    The queries already stand in that order. The keys are gathered: block t brings its own copy of blocks <= t, because
-    sequences of such a kernel must not overlap. `kernel`: called as `varlen_kernel`.
+    The queries are in that order already. The keys are gathered: block t brings its own copy of blocks <= t, because
+    the sequences of such a kernel must not overlap. `kernel`: called as `varlen_kernel`.
     """
     key_row, copies, ends_q, ends_k = _varlen_plan(query, key, q_Lhe.device)
     max_q, max_k = max(map(max, query.lengths)), max(key.clip_lengths)
-    k_Ghe, v_Ghe = (GatherKeys.apply(x, key_row, copies) for x in (k_She, v_She))
+    k_Ghe, v_Ghe = (GatherKeys.apply(x, key_row, copies) for x in (k_She, v_She))  # up to 2.5 copies of each key
     return kernel(q_Lhe, k_Ghe, v_Ghe, ends_q, ends_k, max_q, max_k, causal=False)
 
 
 @lru_cache(maxsize=4)
 def _varlen_plan(query: Packing, key: Packing, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same in every layer: row of each gathered key [G], copies of each key [N, S], where sequences end [BN + 1].
+    """The same in every layer: row of each gathered key [G], copies of each key [N, S], ends of sequences [BN + 1].
 
-    Block t of a clip gathers its first `block_ends[t]` keys, so copy t of a key stands at its place in the clip after
-    the start of sequence t; keys of later blocks are not in it. The last sequence of a clip holds all its keys.
+    Block t of a clip gathers its first `block_ends[t]` keys, so copy t of a key is its place in the clip after the
+    start of sequence t; keys of later blocks are not in it. The last sequence of a clip holds all its keys.
     """
     starts, end_BN = key.first_BN[:, 0].tolist(), torch.tensor(key.block_ends)
     rows = [torch.arange(s, s + end) for s, ends in zip(starts, key.block_ends, strict=True) for end in ends]
     ends_q, ends_k = (F.pad(length.cumsum(0), (1, 0)) for length in (query.length_BN.flatten(), end_BN.flatten()))
-    place_S = torch.arange(key.num_tokens) - key.first_BN[key.clip_L, 0]
-    first_NS = ends_k[:-1].view(key.num_clips, -1)[key.clip_L].T.flip(0)
+    place_S = torch.arange(key.num_tokens) - key.first_BN[key.clip_L, 0]  # of each key in its clip
+    first_NS = ends_k[:-1].view(key.num_clips, -1)[key.clip_L].T.flip(0)  # last block first: it holds all keys
     there_NS = place_S < end_BN[key.clip_L].T.flip(0)
     copies = torch.where(there_NS, first_NS + place_S, -1)
-    where = (torch.cat(rows), copies, ends_q.int(), ends_k.int())
-    return tuple(x.to(device) for x in where)  # type: ignore[return-value]
+    plan = (torch.cat(rows), copies, ends_q.int(), ends_k.int())
+    return tuple(x.to(device) for x in plan)  # type: ignore[return-value]

@@ -17,7 +17,7 @@ from torch import Tensor
 def sincos_3d(num_blocks: int, grid: int, width: int) -> Tensor:
     """float32 [num_blocks * grid * grid, width]: a quarter of the width tells the block, the rest row and column.
 
-    The slowest waves, which tell least, stand at both ends: there structured_init.py puts what is not a place.
+    The slowest waves, which tell least, are at both ends: structured_init.py overwrites those channels.
     """
     row_width, block_width, column_width = _axis_widths(width)
     row = _sincos_1d(grid, row_width).flip(1)
@@ -62,7 +62,7 @@ def cosine_filters(patch_frames: int, patch_size: int, colour_rank: float) -> tu
     """Orthonormal filters, one a row, lowest frequency first: float32 [P, P], with frequency and waves over time, [P].
 
     Frequency is the number of half waves over time, rows and columns together; a filter that sees a difference of
-    colours counts `colour_rank` more. The numbers of a patch stand in the order of `patchify`.
+    colours counts `colour_rank` more. The numbers of a patch are in the order of `patchify`.
     """
     axes = [_cosines(patch_frames), _cosines(patch_size), _cosines(patch_size), _cosines(3)]
     filter_PP = axes[0]

@@ -1,15 +1,13 @@
-"""The Q-Former: layers of self-attention over the queries, cross-attention to a reference, feed-forward; pre-LayerNorm.
+"""The two kinds of transformer layers: the Q-Former's, and a plain vision transformer's. Both are pre-LayerNorm.
 
-The reference is read, never updated. Two ways through one set of weights: `forward` runs a packed batch in one go
-(training, reconstruction); `step` runs one temporal block against the keys and values of the blocks before it
-(curation's prefix tree, streaming).
+A Q-Former layer is self-attention over the queries, cross-attention to a reference, feed-forward. The reference is
+read, never updated. One set of weights is run in two ways: `forward` takes a packed batch at once (training, reconstruction);
+`step` takes one temporal block and the keys and values of the blocks before it (curation's prefix tree, streaming).
 
-Letters: L queries, S reference rows (both packed), D width, B clips in lockstep, K queries of one block.
+In a plain layer every position sees every other. The router and the patch discriminator are stacks of it.
 
-A plain pre-LayerNorm vision transformer layer, in which every position sees every other.
-
-The router and the patch discriminator are stacks of it. Letters: B clips, M positions, D width, h heads, e width of a
-head.
+Letters: L queries, S reference rows (both packed), D width, B clips, K queries of one block, M positions, h heads, e
+head width.
 """
 
 from __future__ import annotations
@@ -48,11 +46,11 @@ class QFormerLayer(nn.Module):
     ) -> Tensor:
         """A packed batch, block-causal in both attentions -> [L, D]. `placed_SD`: the reference with its positions."""
         normed_LD = self.norm_self(x_LD)
-        own_LD = normed_LD + pos_LD
+        own_LD = normed_LD + pos_LD  # positions enter queries and keys, never values
         q, (k, v) = self.self_attention.queries(own_LD), self.self_attention.keys_values(normed_LD, own_LD)
-        mixed_Lhe = block_causal_attention(q, k, v, query, query)
+        mixed_Lhe = block_causal_attention(q, k, v, query, query)  # [L, h, e]
         x_LD = x_LD + self.self_attention.output(mixed_Lhe)
-        q = self.cross_attention.queries(self.norm_cross(x_LD) + pos_LD)
+        q = self.cross_attention.queries(self.norm_cross(x_LD) + pos_LD)  # [L, h, e]
         mixed_Lhe = block_causal_attention(q, *self.cross_attention.keys_values(ref_SD, placed_SD), query, reference)
         x_LD = x_LD + self.cross_attention.output(mixed_Lhe)
         return x_LD + self.mlp(self.norm_mlp(x_LD))
@@ -65,8 +63,9 @@ class QFormerLayer(nn.Module):
         `past`: self-attention (keys, values) of the blocks before, `reference`: cross-attention ones of blocks <= t.
         """
         normed_BKD = self.norm_self(x_BKD)
-        own_BKD = normed_BKD + pos_KD
+        own_BKD = normed_BKD + pos_KD  # [B, K, D]
         q, own = self.self_attention.queries(own_BKD), self.self_attention.keys_values(normed_BKD, own_BKD)
+        # blocks <= t are all keys there are: causal without a mask
         x_BKD = x_BKD + self.self_attention.output(attend_prefix(q, *concat_blocks([*past, own])))
         q = self.cross_attention.queries(self.norm_cross(x_BKD) + pos_KD)
         x_BKD = x_BKD + self.cross_attention.output(attend_prefix(q, *reference))

@@ -1,6 +1,6 @@
 """Settings: typed dataclasses <- YAML <- `key.sub=value`. The only file that imports OmegaConf.
 
-Every part of the code owns a dataclass beside it, and an entry point nests them. An unknown key, a value of the wrong
+Every part of the code owns its dataclass, and an entry point nests them. An unknown key, a value of the wrong
 type and an impossible combination each end in one line that names the key, the value and the way out. A single value is
 taken for a list of one.
 
@@ -49,7 +49,7 @@ def load_config(schema: type[T], path: str | Path | None, overrides: Sequence[st
 
 
 def from_dict(schema: type[T], data: Mapping[str, Any], origin: str) -> T:
-    """A plain dict -> an instance of `schema`; `origin` names where the dict came from in messages."""
+    """A plain dict -> an instance of `schema`; `origin` names its source in messages."""
     _check(schema, data, origin)
     given = OmegaConf.create(_listed(schema, data))
     try:
