@@ -17,7 +17,7 @@ ABOUT = "Stage 5a: tokenize a set of clips into an archive that a GPT trains on.
 
 
 if __name__ == "__main__":
-    answer_help(lambda: work_parser(ABOUT).parse_args())  # before torch is imported
+    answer_help(lambda: work_parser(ABOUT).parse_intermixed_args())  # before torch is imported
 
 import difflib
 import hashlib

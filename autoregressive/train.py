@@ -17,7 +17,7 @@ ABOUT = "Stage 5b: train a GPT on tokens."
 
 
 if __name__ == "__main__":
-    answer_help(lambda: training_parser(ABOUT).parse_args())  # before torch is imported
+    answer_help(lambda: training_parser(ABOUT).parse_intermixed_args())  # before torch is imported
 
 import sys
 from collections import defaultdict

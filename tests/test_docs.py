@@ -49,7 +49,7 @@ def commands() -> list[str]:
 @cache
 def usage(*command: str) -> str:
     """What `python COMMAND --help` prints, from this process: torch is imported once."""
-    out, words, path = io.StringIO(), sys.argv, sys.path[:]
+    out, words = io.StringIO(), sys.argv
     is_module, target = command[0] == "-m", command[1] if command[0] == "-m" else command[0]
     rest = command[2:] if is_module else command[1:]
     sys.argv = [target, *rest, "--help"]
@@ -59,10 +59,9 @@ def usage(*command: str) -> str:
                 with warnings.catch_warnings(action="ignore"):  # about a module that is imported already
                     runpy.run_module(target, run_name="__main__")
             else:
-                sys.path.insert(0, str((ROOT / target).parent))
                 runpy.run_path(str(ROOT / target), run_name="__main__")
     finally:
-        sys.argv, sys.path[:] = words, path
+        sys.argv = words
     assert not end.value.code, f"{command} --help ended with {end.value.code}"
     return out.getvalue()
 

@@ -17,7 +17,7 @@ ABOUT = "Stages 1 and 4: train a tokenizer."
 
 
 if __name__ == "__main__":
-    answer_help(lambda: training_parser(ABOUT).parse_args())  # before torch is imported
+    answer_help(lambda: training_parser(ABOUT).parse_intermixed_args())  # before torch is imported
 
 import itertools
 from collections import defaultdict

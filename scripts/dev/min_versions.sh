@@ -3,18 +3,22 @@
 #
 #   bash scripts/dev/min_versions.sh [PACKAGE ...]       (default: all but torch and what is built against one torch)
 #
-# A version is put before the installed one on the path and stays in results/min_versions. Exit 1 if any does not work.
+# Each version is installed into results/min_versions and put first on the path. Exit 1 if any fails.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 [ "${1:-}" = "--help" ] && { sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0; }
+case ${1:-} in -*) echo "error: unknown option '$1' (see --help)" >&2; exit 2 ;; esac
 PY=${PYTHON:-.venv/bin/python}
+command -v "$PY" >/dev/null || { echo "error: no Python at $PY: run 'bash scripts/env_install.sh' or set PYTHON" >&2; exit 2; }
 out=results/min_versions
-mkdir -p "$out"
 
 floors=$("$PY" - "$@" <<'PYTHON'
 import re, sys, tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 fixed = {"torch", "torchvision", "decord"}
+declared = {re.match(r"[\w-]+", line).group() for line in project["dependencies"]}
+if unknown := sorted(set(sys.argv[1:]) - declared):
+    sys.exit(f"error: no dependency {', '.join(unknown)} in pyproject.toml (see --help)")
 for line in project["dependencies"]:
     name, floor = re.match(r"([\w-]+)>=([\w.]+)", line).groups()
     if name in sys.argv[1:] or (not sys.argv[1:] and name not in fixed):
@@ -22,6 +26,7 @@ for line in project["dependencies"]:
 PYTHON
 )
 numpy=$("$PY" -c 'import re; print(re.search(r"\"numpy>=([\w.]+)\"", open("pyproject.toml").read())[1])')
+mkdir -p "$out"
 failed=0
 for spec in $floors; do
     there=$out/$spec

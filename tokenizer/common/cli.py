@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from tokenizer.common.errors import UserError
+from tokenizer.common.errors import EXIT_USER_ERROR, UserError
 
 # Values of flags whose own modules import torch.
 BUDGET_FORMS = "router | tokens:N | average:N | price:P | fixed:a,b,c,d | uniform:K"  # see tokenizer/budget.py
@@ -22,9 +22,12 @@ PRECISION_NAMES = ("none", "bf16", "fp16")  # none is float32
 
 
 def answer_help(parse: Callable[[], object]) -> None:
-    """If the command line asks for help, `parse` prints it and ends the process; otherwise nothing happens."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
+    """Parse the command line once before torch is imported, so that --help and a wrong argument end at once."""
+    try:
         parse()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
 
 
 class Parser(argparse.ArgumentParser):

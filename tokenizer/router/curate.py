@@ -27,7 +27,7 @@ ABOUT = "Stage 2: quality of every clip under every assignment, by the proxy."
 
 
 if __name__ == "__main__":
-    answer_help(lambda: work_parser(ABOUT).parse_args())  # before torch is imported
+    answer_help(lambda: work_parser(ABOUT).parse_intermixed_args())  # before torch is imported
 
 import hashlib
 import json

@@ -22,7 +22,7 @@ ABOUT = "Stage 3: train a router on a quality table."
 
 
 if __name__ == "__main__":
-    answer_help(lambda: training_parser(ABOUT).parse_args())  # before torch is imported
+    answer_help(lambda: training_parser(ABOUT).parse_intermixed_args())  # before torch is imported
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
