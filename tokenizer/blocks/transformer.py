@@ -1,8 +1,9 @@
 """The two kinds of transformer layers: the Q-Former's, and a plain vision transformer's. Both are pre-LayerNorm.
 
 A Q-Former layer is self-attention over the queries, cross-attention to a reference, feed-forward. The reference is
-read, never updated. One set of weights is run in two ways: `forward` takes a packed batch at once (training, reconstruction);
-`step` takes one temporal block and the keys and values of the blocks before it (curation's prefix tree, streaming).
+read, never updated. One set of weights is run in two ways: `forward` takes a packed batch at once (training,
+reconstruction); `step` takes one temporal block and the keys and values of the blocks before it (streaming, curation's
+prefix tree).
 
 In a plain layer every position sees every other. The router and the patch discriminator are stacks of it.
 
