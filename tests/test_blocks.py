@@ -88,6 +88,20 @@ def test_variable_length_attention_equals_the_loop(which: str) -> None:
     assert_same(attend, attend_by_clip, *PAIRS[which])
 
 
+def test_half_precision_on_a_cpu_keeps_its_type_and_its_gradients() -> None:
+    query, key = pack(torch.tensor([[8, 2, 16, 1], [4, 4, 8, 32]])), pack_uniform(2, 4, 16)
+    torch.manual_seed(0)
+    half = [torch.randn(p.num_tokens, 2, 8, dtype=torch.bfloat16, requires_grad=True) for p in (query, key, key)]
+    exact = [x.detach().double().requires_grad_() for x in half]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed_Lhe = block_causal_attention(*half, query, key)
+    assert mixed_Lhe.dtype == torch.bfloat16
+    ours = torch.autograd.grad(mixed_Lhe.float().square().sum(), half)
+    theirs = torch.autograd.grad(attend_by_clip(*exact, query, key).square().sum(), exact)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() < 0.01 * b.norm()
+
+
 def test_torchs_kernels_are_called_as_they_want() -> None:
     """They run on CUDA alone (tests/test_gpu.py); elsewhere their arguments are what can be checked."""
     names = list(inspect.signature(varlen_attn).parameters)

@@ -60,7 +60,7 @@ train_tokenizer() { # train_tokenizer SCRIPT NAME: all its steps, or within its 
   [ -d "$results/$2/checkpoints" ] || die "MINUTES=$MINUTES is too little for a step of $2"
   steps=$(find "$results/$2/checkpoints" -maxdepth 1 -name '[0-9]*[0-9]' -printf '%f\n' | sort | tail -n 1)
   steps=$((10#$steps * 6 / 5))
-  train "$@" run.steps="$steps" optim.decay_fraction=0.1667 run.validate_every="$steps" run.allow_changes=true
+  train "$@" run.steps="$steps" optim.decay_fraction=0.1666 run.rewarm=1 run.validate_every="$steps" run.allow_changes=true
 }
 train_gpt() { # train_gpt SCRIPT NAME: batch_ids counts per process, so divide it to keep the ids of a step
   local ids
