@@ -20,7 +20,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser("Sample clips of given classes from a GPT, and decode them with its tokenizer.")
     add_common_flags(parser)
     add = parser.add_argument
-    add("--class-idx", metavar="C,C,..", help="classes by number (from 0) or name (default: all of the model)")
+    add("--class-idx", metavar="C,C,..", help="numbers (from 0) or names; double quotes keep a comma (default: all)")
     add("--qual-num", type=at_least(1), default=1, metavar="N", help="samples of each class (default: 1)")
     add("--cfg-scale", default="2.25", metavar="S", help="guidance, one number or one a block; 1: none (default: 2.25)")
     add("--fps", type=positive, default=25.0, help="frame rate of the videos that are written (default: 25, UCF-101's)")
