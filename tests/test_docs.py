@@ -12,7 +12,9 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 import warnings
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -124,3 +126,14 @@ def test_links_lead_somewhere(name: str) -> None:
         linked = page.parent / target if target else page
         assert linked.exists(), f"{name}: {target}"
         assert not anchor or anchor in anchors(linked), f"{name}: {target}#{anchor}"
+
+
+def test_every_data_file_of_a_package_is_installed() -> None:
+    """pyproject.toml names what beside .py files a wheel must carry."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
+        "package-data"
+    ]
+    patterns = [f"{package.replace('.', '/')}/{name}" for package, names in settings.items() for name in names]
+    packages = ("tokenizer/", "autoregressive/", "evaluations/")
+    data = [name for name in FILES if name.startswith(packages) and not name.endswith((".py", ".pyc"))]
+    assert not [name for name in data if not any(fnmatch(name, pattern) for pattern in patterns)]

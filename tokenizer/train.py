@@ -1,4 +1,4 @@
-"""Stages 1 and 4: train a tokenizer. The config's `policy` says where the lengths come from (paper.md section 3).
+"""Stages 1 and 4: train a tokenizer. The config's `policy` selects the lengths: fixed, random, router.
 
     python -m tokenizer.train configs/vq/VQ_SB_proxy_3fps.yaml                          # stage 1, random assignments
     python -m tokenizer.train configs/mini/final.yaml run.steps=500 optim.lr=2e-4       # stage 4, the router's

@@ -1,4 +1,4 @@
-"""Vector quantiser: l2-normalised latents, nearest code by cosine, straight-through (paper.md section 2).
+"""Vector quantiser: l2-normalised latents, nearest code by cosine, straight-through (arXiv 2603.12267).
 
 The search, the normalisation and all loss terms run in float32 whatever the autocast: a code that flips under bf16
 would make curation, extraction and decoding disagree.

@@ -1,4 +1,4 @@
-"""Alignment: the decoder's 3D features must tell what V-JEPA 2 sees in the clip (paper.md section 3).
+"""Alignment loss: the decoder's 3D features predict V-JEPA 2 features of the clip (arXiv 2603.12267).
 
     decoder layer l -> MLP -> linear, and the numbers of a cell spread over the finer places that it answers for
 

@@ -1,8 +1,8 @@
-"""The semantic discriminator: small trainable heads on what a frozen VideoMAE sees (paper.md section 3).
+"""The semantic discriminator: small trainable heads on features of a frozen VideoMAE (arXiv 2603.12267).
 
 Letters: B clips, C T H W, S places of VideoMAE, E width of a feature, K places judged in all (taps x S).
 
-The base discriminator: a transformer that judges every spatio-temporal patch (paper.md section 3).
+The base discriminator: a transformer with a logit for every spatio-temporal patch.
 
 Letters: B clips, C T H W, M patches of a clip, D width.
 """
