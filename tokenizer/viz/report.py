@@ -367,5 +367,6 @@ def protocol(metrics: Mapping[str, Any]) -> dict[str, str]:
         "PSNR, SSIM": "measured on the models' arrays, before a video is written; PSNR of the whole clip's error",
         "LPIPS": metrics["lpips_backbone"] or f"none: {metrics['lpips_reason']}",
         "Motion": "mean absolute difference of neighbouring frames, grey levels 0 to 255",
-        "Machine": f"{metrics['device']}; " + ", ".join(f"{k} {v}" for k, v in metrics["versions"].items()),
+        "Machine": f"{metrics['device']}, float32 {metrics['float32']}; "
+        + ", ".join(f"{k} {v}" for k, v in metrics["versions"].items()),
     }
