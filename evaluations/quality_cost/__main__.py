@@ -82,7 +82,7 @@ def main() -> None:
     if card:
         print(card_text(card), flush=True)
 
-    table = stored and rows_of_table(stored, clips.names, tokenizer.space)
+    table = stored and rows_of_table(stored, clips.names, tokenizer.space, clips.contents)
     if args.table == "fresh":
         table = fresh_table(measure, clips, args.out)
     inputs = StrategyInputs(

@@ -8,19 +8,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from evaluations.clip_list import fingerprint, list_clips
+from evaluations.clip_list import list_clips
 from evaluations.protocols import Protocol, find_protocol
 from evaluations.quality_cost.flags import FREE
 from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError
-from tokenizer.data.clips import DataConfig, build_dataset
-from tokenizer.data.manifest_table import read_rows
-from tokenizer.data.video_io import VideoError, list_videos, to_model_range
+from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
+from tokenizer.data.video_io import VideoError, to_model_range
 from tokenizer.model import TokenizerConfig
 from tokenizer.router.reward import QualityTable
 
@@ -32,7 +30,7 @@ _OF_A_PROTOCOL = ("data", "count")  # flags that mean nothing without one
 class CurveClips:
     """Clips in a fixed order. `read(i)`: video_CTHW of this very clip, UserError if it cannot be read.
 
-    contents: fingerprints of the files that the clips come from. facts: where they come from. notes: what
+    contents: the fingerprint of each clip's file, "" for a clip of ours. facts: where they come from. notes: what
     differs from the official list.
     """
 
@@ -96,16 +94,16 @@ def clips_of_flags(args: argparse.Namespace, config: TokenizerConfig, stored: Qu
         )
     dataset = build_dataset(data)
     dataset = dataset if args.max_clips is None else dataset.first(args.max_clips)
-    read = _or_stop(dataset.names, lambda index: dataset.get_this(index).video_CTHW)
-    contents = [fingerprint(path) for source in data.sources for path in _files_of(source)]
+    read = _or_stop(list(dataset.names), lambda index: dataset.get_this(index).video_CTHW)
+    contents = [_content(dataset, i) for i in range(len(dataset))]
     return CurveClips(list(dataset.names), contents, read, {"data": to_dict(dataset.cfg)})
 
 
-def _files_of(source: str) -> list[Path]:
-    """The video files of a source; none of a rendered or bundled one."""
-    if source.lower().endswith(".csv"):
-        return [row.file(Path(source)) for row in read_rows(Path(source))]
-    return list_videos(source) if Path(source).exists() else []
+def _content(dataset: ClipDataset, index: int) -> str:
+    try:
+        return dataset.fingerprint(index)
+    except VideoError:
+        return "unreadable"
 
 
 def _or_stop(names: Sequence[str], read: Callable[[int], Tensor]) -> Callable[[int], Tensor]:

@@ -123,8 +123,13 @@ def reward_stats(table: QualityTable) -> RewardStats:
     return RewardStats(**stored) if stored else stats_of(table)
 
 
-def rows_of_table(table: QualityTable, names: Sequence[str], space: AssignmentSpace) -> QualityTable:
-    """The table's rows for these clips, in their order. UserError if it lacks one or has other assignments."""
+def rows_of_table(
+    table: QualityTable, names: Sequence[str], space: AssignmentSpace, contents: Sequence[str] = ()
+) -> QualityTable:
+    """The table's rows for these clips, in their order. UserError if it lacks one or has other assignments.
+
+    contents: fingerprints of the clips' files; UserError if the table rates another file of the same name.
+    """
     if tuple(table.levels) != space.levels or table.num_blocks != space.num_blocks:
         raise UserError(
             f"the table rates levels {list(table.levels)} for {table.num_blocks} blocks, the tokenizer has "
@@ -136,6 +141,10 @@ def rows_of_table(table: QualityTable, names: Sequence[str], space: AssignmentSp
             f"the table lacks {len(absent)} of {len(names)} clips, {absent[0]} among them; --table fresh makes one"
         )
     index = torch.tensor([place[name] for name in names])
+    rated = [table.files[place[name]] if table.files else "" for name in names]
+    for name, theirs, ours in zip(names, rated, contents or [""] * len(names), strict=True):
+        if theirs and ours and theirs != ours:
+            raise UserError(f"the table rates another file of the name {name}; --table fresh makes a table of these")
     lpips_SA, psnr_SA, mse_SA = (column[index] for column in (table.lpips_BA, table.psnr_BA, table.mse_BA))
     return QualityTable(lpips_SA, psnr_SA, mse_SA, list(names), table.levels, table.num_blocks, table.meta)
 
