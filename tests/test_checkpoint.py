@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import resource
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -253,3 +255,17 @@ def test_written_files_obey_the_umask(tmp_path: Path) -> None:
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 4 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does() -> None:
+    def main() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            run_cli(main)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 130
