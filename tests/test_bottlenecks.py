@@ -11,8 +11,7 @@ import torch
 
 from autoregressive.presets import PRESETS as GPTS
 from autoregressive.presets import check_vocabulary
-from tokenizer.blocks.bottlenecks import FiniteScalarQuantizer, KLBottleneck, NoBottleneck
-from tokenizer.blocks.quantizer import Bottleneck, VectorQuantizer
+from tokenizer.blocks.bottlenecks import Bottleneck, FiniteScalarQuantizer, KLBottleneck, NoBottleneck, VectorQuantizer
 from tokenizer.common.config import load_config
 from tokenizer.common.errors import UserError
 from tokenizer.model import TokenizerConfig

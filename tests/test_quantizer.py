@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenizer.blocks import quantizer as quantizer_module
-from tokenizer.blocks.quantizer import ENTROPY_TEMPERATURE, VectorQuantizer, code_usage, entropy_term
+from tokenizer.blocks import bottlenecks as quantizer_module
+from tokenizer.blocks.bottlenecks import ENTROPY_TEMPERATURE, VectorQuantizer, code_usage, entropy_term
 
 
 def quantizer_of(codes: list[list[float]]) -> VectorQuantizer:

@@ -19,14 +19,7 @@ from tokenizer.model import TokenizerConfig
 from tokenizer.router.model import Router, RouterConfig, VJEPA2StemConfig, frequency_filters
 from tokenizer.router.predict import check_router_fits, load_router
 from tokenizer.router.reward import QualityTable, reward, stats_of
-from tokenizer.router.train import (
-    WITHIN_WEIGHT,
-    RouterTrainConfig,
-    RouterTraining,
-    TableClips,
-    measure,
-    quality_loss,
-)
+from tokenizer.router.train import WITHIN_WEIGHT, RouterTrainConfig, RouterTraining, TableClips, measure, quality_loss
 from tokenizer.training.optim import OptimConfig
 from tokenizer.training.trainer import RunConfig
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from tokenizer.common.errors import UserError
 from tokenizer.data import sources, video_table
+from tokenizer.data.clip_store import FrameCache
 from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset, build_datasets
 from tokenizer.data.files import Span
-from tokenizer.data.frame_cache import FrameCache
 from tokenizer.data.loader import batches, check_shared_memory
 from tokenizer.data.manifest_table import ManifestRow, write_rows
 from tokenizer.data.video_io import VideoError, list_videos, write_video

@@ -22,10 +22,16 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from tokenizer.assignment import AssignmentSpace, Packing, pack, pack_uniform
-from tokenizer.blocks.bottlenecks import FiniteScalarQuantizer, KLBottleneck, NoBottleneck
+from tokenizer.blocks.bottlenecks import (
+    Bottleneck,
+    FiniteScalarQuantizer,
+    KLBottleneck,
+    NoBottleneck,
+    Quantized,
+    VectorQuantizer,
+)
 from tokenizer.blocks.patches import most_queries, packed_cells, packed_queries, patchify, pooling_pyramid, unpatchify
 from tokenizer.blocks.positions import sincos_3d
-from tokenizer.blocks.quantizer import Bottleneck, Quantized, VectorQuantizer
 from tokenizer.blocks.structured_init import patch_filters, start_decoder, start_encoder
 from tokenizer.blocks.transformer import QFormer
 from tokenizer.budget import parse_budget

@@ -88,7 +88,7 @@ def print_sizes(listing: Mapping[str, Mapping[str, int]], as_json: bool) -> None
 
 
 def main() -> None:
-    from tokenizer.router.model import Router, RouterConfig  # only this list needs them
+    from tokenizer.router.model import Router, RouterConfig
 
     routers = {"router": RouterConfig(), "router_vjepa2": RouterConfig(stem="vjepa2")}  # Table 8 of arXiv 2603.12267
     as_json = parse_arguments().json

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.assignment import AssignmentSpace, pack
-from tokenizer.blocks.quantizer import code_usage
+from tokenizer.blocks.bottlenecks import code_usage
 from tokenizer.common import distributed
 from tokenizer.common.checkpoint import init_from
 from tokenizer.common.config import to_dict

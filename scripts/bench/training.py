@@ -27,8 +27,8 @@ from _bench import Part, fastest, in_fresh_process, peak_bytes, run_parts, threa
 from torch import Tensor
 
 from tokenizer.assignment import pack
-from tokenizer.blocks import quantizer as quantizer_module
-from tokenizer.blocks.quantizer import ENTROPY_TEMPERATURE, VectorQuantizer
+from tokenizer.blocks import bottlenecks as quantizer_module
+from tokenizer.blocks.bottlenecks import ENTROPY_TEMPERATURE, VectorQuantizer
 from tokenizer.common.checkpoint import CheckpointStore
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.losses.objective import LossConfig, tokenizer_loss

@@ -36,7 +36,7 @@ def varlen_kernel(
     precision on compute capability 8 and above; else torch's memory-efficient kernel, which takes float32.
     """
     if q_Lhe.dtype != torch.float32 and torch.cuda.get_device_capability(q_Lhe.device)[0] >= 8:
-        from torch.nn.attention.varlen import varlen_attn  # only a GPU needs it; it imports all of torch._dynamo
+        from torch.nn.attention.varlen import varlen_attn
 
         window = (-1, 0) if causal else (-1, -1)  # (left, right): -1 is unlimited
         mixed_Lhe = varlen_attn(q_Lhe, k_Ghe, v_Ghe, ends_q, ends_k, max_q, max_k, window_size=window)

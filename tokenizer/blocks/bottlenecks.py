@@ -7,18 +7,203 @@
     none    the latent itself. Continuous; the upper bound of what the other three can reach.
 
 All run in float32 whatever the autocast, as the quantiser does. Letters: L packed tokens, E code width.
+
+Vector quantiser: l2-normalised latents, nearest code by cosine, straight-through (arXiv 2603.12267).
+
+The search, the normalisation and all loss terms run in float32 whatever the autocast: a code that flips under bf16
+would make curation, extraction and decoding disagree.
+
+Letters: L packed tokens, E code width, V codebook size.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.blocks.quantizer import Bottleneck, Quantized
-from tokenizer.common.distributed import mean_of_rows, num_ranks
+from tokenizer.common.distributed import mean_of_rows, mean_of_sums, num_ranks
+
+ENTROPY_TEMPERATURE = 0.01
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What quantising gave.
+
+    terms, scalars with gradients, empty where no gradients are recorded:
+        codebook    mean squared distance, moves the codes
+        commitment  the same number, moves the encoder
+        entropy     mean entropy of a token minus entropy of the mean: low = sure and evenly used; only if the quantiser
+                    `has_entropy`, since it takes a tenth of a small model's step
+    """
+
+    latent_LE: Tensor  # of a vector quantiser unit vectors; gradients pass straight through to the encoder
+    code_L: Tensor  # int64, 0 .. V-1; empty for a continuous bottleneck
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Bottleneck(nn.Module):
+    """What a token can carry from the encoder to the decoder: the paper's codes, or one of bottlenecks.py.
+
+    `encode` and `decode` are what tokens on disk need; `forward` is for training, with its own loss terms.
+    """
+
+    is_discrete = True  # whether tokens are codes; a continuous bottleneck's are the latents themselves
+    has_entropy = True  # whether the terms hold an entropy; a training whose loss does not weigh it sets False
+
+    @property
+    def bits(self) -> float:
+        """Bits of a token; infinite if it is continuous."""
+        return math.inf
+
+    def encode(self, z: Tensor) -> Tensor:
+        """Latents [..., E] -> tokens: codes, int64 [...], or latents, float32 [..., E]."""
+        raise NotImplementedError
+
+    def decode(self, token: Tensor) -> Tensor:
+        """Tokens -> latents, float32 [..., E], as the decoder reads them."""
+        raise NotImplementedError
+
+    def forward(self, z_LE: Tensor, generator: torch.Generator | None = None) -> Quantized:
+        """Latents [L, E] -> what the decoder reads, with the loss terms while gradients are recorded.
+
+        generator: of the noise of a bottleneck that draws any; without one it draws none.
+        """
+        raise NotImplementedError
+
+    def start(self, z_LE: Tensor, generator: torch.Generator) -> None:
+        """Begin at latents that really occur; does nothing if there is nothing to learn."""
+
+
+class VectorQuantizer(Bottleneck):
+    """`num_codes` codes of `width` numbers; only their directions count."""
+
+    def __init__(self, num_codes: int, width: int) -> None:
+        super().__init__()
+        self.codebook = nn.Embedding(num_codes, width)
+
+    def unit_codes(self) -> Tensor:
+        """float32 [V, E], each of length 1."""
+        return F.normalize(self.codebook.weight.float(), dim=-1)
+
+    @property
+    def bits(self) -> float:
+        return math.log2(self.codebook.num_embeddings)
+
+    def decode(self, code: Tensor) -> Tensor:
+        """Codes, int64 [...] -> unit latents, float32 [..., E]; all that decoding needs."""
+        return F.normalize(self.codebook(code).float(), dim=-1)
+
+    def encode(self, z: Tensor) -> Tensor:
+        """Latents [..., E] -> codes, int64 [...]."""
+        with torch.autocast(z.device.type, enabled=False):
+            z_LE = F.normalize(z.float(), dim=-1).flatten(0, -2)
+            return _nearest(z_LE, self.unit_codes()).view(z.shape[:-1])
+
+    def forward(self, z_LE: Tensor, generator: torch.Generator | None = None) -> Quantized:
+        """Latents [L, E] -> their nearest codes, with the loss terms while gradients are recorded."""
+        with torch.autocast(z_LE.device.type, enabled=False):
+            z_LE = F.normalize(z_LE.float(), dim=-1)
+            codes_VE = self.unit_codes()
+            code_L = _nearest(z_LE, codes_VE)
+            nearest_LE = codes_VE[code_L]
+            if not torch.is_grad_enabled():
+                return Quantized(nearest_LE, code_L)
+            terms = {
+                "codebook": _token_mean(F.mse_loss(nearest_LE, z_LE.detach(), reduction="none")),
+                "commitment": _token_mean(F.mse_loss(z_LE, nearest_LE.detach(), reduction="none")),
+            }
+            if self.has_entropy:
+                terms["entropy"] = entropy_term(z_LE, codes_VE)
+            return Quantized(z_LE + (nearest_LE - z_LE).detach(), code_L, terms)
+
+    @torch.no_grad()
+    def start(self, z_LE: Tensor, generator: torch.Generator) -> None:
+        """Put every code on a latent that really occurs (a random sample; repeats where there are too few)."""
+        num_codes = self.codebook.num_embeddings
+        rounds = -(-num_codes // len(z_LE))
+        picks = torch.cat([torch.randperm(len(z_LE), generator=generator) for _ in range(rounds)])[:num_codes]
+        self.codebook.weight.copy_(F.normalize(z_LE.float(), dim=-1)[picks.to(z_LE.device)])
+
+
+@torch.no_grad()
+def _nearest(z_LE: Tensor, codes_VE: Tensor) -> Tensor:
+    """Unit latents and codes -> int64 [L], the code with the largest cosine."""
+    return torch.cat([(part_KE @ codes_VE.T).argmax(dim=-1) for part_KE in _parts(z_LE, codes_VE)])
+
+
+def entropy_term(z_LE: Tensor, codes_VE: Tensor) -> Tensor:
+    """Mean entropy per token minus the entropy of the mean, over softmax(-d / 0.01), d the squared distance.
+
+    Latents and codes of length 1, float32.
+    """
+    entropy, prob_V = _SoftAssignment.apply(z_LE, codes_VE)
+    mean_V = mean_of_sums(prob_V, len(z_LE))
+    return mean_of_sums(entropy, len(z_LE)) + (mean_V * (mean_V + 1e-12).log()).sum()
+
+
+class _SoftAssignment(torch.autograd.Function):
+    """Sums over all tokens of the entropy of their softmax over the codes, and of the softmax itself, [V].
+
+    Tokens times codes is the largest tensor of a training, five times over if autograd is to remember the steps. Here
+    it exists a few rows at a time, and the backward computes it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z_LE: Tensor, codes_VE: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(z_LE, codes_VE)
+        entropy, prob_V = z_LE.new_zeros(()), codes_VE.new_zeros(len(codes_VE))
+        for part_KE in _parts(z_LE, codes_VE):
+            log_KV, prob_KV = _soft(part_KE, codes_VE)
+            entropy -= (prob_KV * log_KV).sum()
+            prob_V += prob_KV.sum(dim=0)
+        return entropy, prob_V
+
+    @staticmethod
+    def backward(ctx: Any, grad_entropy: Tensor, grad_V: Tensor) -> tuple[Tensor, Tensor]:
+        z_LE, codes_VE = ctx.saved_tensors
+        grads_KE, grad_VE = [], torch.zeros_like(codes_VE)
+        for part_KE in _parts(z_LE, codes_VE):
+            log_KV, prob_KV = _soft(part_KE, codes_VE)
+            # of a logit: p (g - sum of p g), where g is the gradient of its probability
+            slope_KV = log_KV.mul_(-grad_entropy).add_(grad_V)
+            slope_KV -= (prob_KV * slope_KV).sum(dim=-1, keepdim=True)
+            slope_KV.mul_(prob_KV).mul_(2 / ENTROPY_TEMPERATURE)
+            grads_KE.append(slope_KV @ codes_VE)
+            grad_VE += slope_KV.T @ part_KE
+        return torch.cat(grads_KE), grad_VE
+
+
+def _soft(z_KE: Tensor, codes_VE: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and probabilities of the codes: d = 2 - 2 cos for unit vectors, and the constant drops out."""
+    logit_KV = (z_KE @ codes_VE.T).mul_(2 / ENTROPY_TEMPERATURE)
+    return logit_KV.log_softmax(dim=-1), logit_KV.softmax(dim=-1)  # exp of the first is 10 times slower on a CPU
+
+
+def _parts(z_LE: Tensor, codes_VE: Tensor) -> Sequence[Tensor]:
+    """As many rows at a time as give a part of tokens times codes that fits the cache of a CPU, or fills a GPU."""
+    entries = 2**26 if z_LE.is_cuda else 2**18
+    return z_LE.split(max(1, entries // len(codes_VE)))
+
+
+def _token_mean(error_LE: Tensor) -> Tensor:
+    """Every token of every process counts alike, however unequally they are shared out."""
+    return mean_of_rows(error_LE).mean() if num_ranks() > 1 else error_LE.mean()
+
+
+def code_usage(count_V: Tensor) -> dict[str, float]:
+    """From how often each code occurs: the share of codes in use, the perplexity (1 .. V), how many codes are dead."""
+    share_V = count_V.double() / count_V.sum()
+    perplexity = float(torch.exp(-(share_V * (share_V + 1e-12).log()).sum()))
+    used = int((count_V > 0).sum())
+    return {"code_usage": used / len(count_V), "perplexity": perplexity, "dead_codes": len(count_V) - used}
+
 
 _INSIDE = 1 - 1e-3  # of the half-width: tanh never reaches its ends, so rounding must not need them
 _FIRST_LOG_VARIANCE = -6.0  # a KL bottleneck begins nearly noiseless

@@ -26,9 +26,16 @@ from tokenizer.data.files import Span, display_name, list_videos
 from tokenizer.data.manifest_table import read_rows
 from tokenizer.data.safe_decode import decode_clip_at
 from tokenizer.data.scenes import KINDS, render_scene
-from tokenizer.data.shards import is_shard_source, shard_files, shard_table
 from tokenizer.data.video_io import DecodedClip, iter_clips, read_clip_at, resize_center_crop
-from tokenizer.data.video_table import KEPT_BYTES, Strings, VideoTable, kept_table
+from tokenizer.data.video_table import (
+    KEPT_BYTES,
+    Strings,
+    VideoTable,
+    is_shard_source,
+    kept_table,
+    shard_files,
+    shard_table,
+)
 
 
 class Renderer(NamedTuple):

@@ -188,7 +188,7 @@ def _blurred_vgg16() -> Stages:
 
 def _stages_of_lpips(net: str) -> Stages:
     """The trunk as the package `lpips` cuts it into five stages."""
-    import lpips  # only for these two: it brings training code along
+    import lpips
 
     with warnings.catch_warnings():  # of torchvision, about the name of an argument
         warnings.simplefilter("ignore")

@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    from tokenizer.router.reconstruct_videos import reconstruct_videos  # torch takes seconds: after the arguments
+    from tokenizer.router.reconstruct_videos import reconstruct_videos
 
     reconstruct_videos(args)
 

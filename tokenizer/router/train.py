@@ -40,8 +40,8 @@ from tokenizer.common.config import to_dict
 from tokenizer.common.device import generator_for
 from tokenizer.common.distributed import Places
 from tokenizer.common.errors import UserError, run_cli
+from tokenizer.data.clip_store import FrameCache
 from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset, check_used
-from tokenizer.data.frame_cache import FrameCache
 from tokenizer.data.loader import ClipBatch, batches
 from tokenizer.data.video_io import VideoError
 from tokenizer.frozen.weights import marked

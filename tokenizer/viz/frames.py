@@ -102,7 +102,7 @@ def error_map(real_THWC: np.ndarray, ours_THWC: np.ndarray) -> np.ndarray:
 @functools.cache
 def _heat() -> np.ndarray:
     """uint8 [256, 3]: matplotlib's inferno."""
-    from matplotlib import colormaps  # 0.2 s, and only here
+    from matplotlib import colormaps
 
     return (colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
