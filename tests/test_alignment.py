@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from tokenizer.common.distributed import Places
 from tokenizer.common.errors import UserError
-from tokenizer.frozen.encoders import FeatureShape
-from tokenizer.frozen.weights import FrozenConfig
+from tokenizer.frozen.encoders import FeatureShape, FrozenConfig
 from tokenizer.losses.alignment import Alignment, AlignmentConfig, AlignmentHead, alignment_loss
 from tokenizer.losses.discriminators import (
     Head,

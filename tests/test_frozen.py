@@ -21,12 +21,13 @@ from tokenizer.frozen.encoders import (
     IMAGENET_STD,
     VIDEOMAE,
     VJEPA2,
+    Family,
     FeatureShape,
+    FrozenConfig,
     FrozenVideoMAE,
     FrozenVJEPA2,
     prepare_frames,
 )
-from tokenizer.frozen.weights import Family, FrozenConfig
 
 transformers = pytest.importorskip("transformers")
 

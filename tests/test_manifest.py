@@ -22,10 +22,10 @@ from tokenizer.common.errors import UserError
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.datasets import ASCII_ORDER, OFFICIAL_ORDER, class_index
 from tokenizer.data.manifest import CheckRule, check_manifest, collect
-from tokenizer.data.manifest_table import ManifestRow, read_rows, write_rows
 from tokenizer.data.prepare import PrepareRule, prepare, prepare_video
 from tokenizer.data.safe_decode import timing_of
 from tokenizer.data.video_io import probe, write_video
+from tokenizer.data.video_table import ManifestRow, read_rows, write_rows
 
 NAME = st.text(st.characters(exclude_characters="\0\r", exclude_categories=("Cs",)), min_size=1, max_size=12)
 

@@ -13,8 +13,7 @@ from tokenizer.common.errors import UserError
 from tokenizer.data.clips import ClipSample, DataConfig, build_dataset
 from tokenizer.data.loader import ClipBatch
 from tokenizer.data.video_io import VideoError
-from tokenizer.frozen.encoders import VJEPA2, FrozenVJEPA2
-from tokenizer.frozen.weights import FrozenConfig
+from tokenizer.frozen.encoders import VJEPA2, FrozenConfig, FrozenVJEPA2
 from tokenizer.model import TokenizerConfig
 from tokenizer.router.model import Router, RouterConfig, VJEPA2StemConfig, frequency_filters
 from tokenizer.router.predict import check_router_fits, load_router

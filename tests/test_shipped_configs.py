@@ -15,8 +15,7 @@ import yaml
 from torch import nn
 
 from tokenizer.common.config import load_config, load_section
-from tokenizer.frozen.encoders import FrozenVideoMAE, FrozenVJEPA2
-from tokenizer.frozen.weights import FrozenConfig
+from tokenizer.frozen.encoders import FrozenConfig, FrozenVideoMAE, FrozenVJEPA2
 from tokenizer.losses.alignment import Alignment
 from tokenizer.losses.gan import Gan
 from tokenizer.losses.objective import LossConfig

@@ -22,9 +22,8 @@ from tokenizer.data.clip_store import FrameCache
 from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset, build_datasets
 from tokenizer.data.files import Span
 from tokenizer.data.loader import batches, check_shared_memory
-from tokenizer.data.manifest_table import ManifestRow, write_rows
 from tokenizer.data.video_io import VideoError, list_videos, write_video
-from tokenizer.data.video_table import Strings, VideoTable
+from tokenizer.data.video_table import ManifestRow, Strings, VideoTable, write_rows
 from tokenizer.router.reward import QualityTable
 from tokenizer.router.train import TableClips
 

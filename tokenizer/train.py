@@ -41,13 +41,12 @@ from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.image_quality import psnr
 from tokenizer.data.clips import DataConfig, build_dataset, check_used
 from tokenizer.data.loader import ClipBatch, batches
-from tokenizer.frozen.weights import marked
+from tokenizer.frozen.encoders import marked
 from tokenizer.losses.alignment import Alignment, AlignmentConfig
 from tokenizer.losses.gan import DiscriminatorConfig, Gan, frozen, generator_loss
 from tokenizer.losses.objective import LossConfig, tokenizer_loss
 from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
 from tokenizer.model import TokenizerConfig, VideoTokenizer, parameters_by_part
-from tokenizer.router.predict import check_router_fits, load_router
 from tokenizer.training.cli import parse_training_arguments, rehearse
 from tokenizer.training.optim import OptimConfig
 from tokenizer.training.train_state import Trainable
@@ -100,6 +99,8 @@ def build_policy(config: PolicyConfig, tokenizer: TokenizerConfig, device: torch
         length_N = torch.tensor(config.lengths)
         space.rows_of(length_N)
         return lambda video_BCTHW, generator, places=None: length_N.expand(len(video_BCTHW), -1)
+    from tokenizer.router.predict import check_router_fits, load_router  # stage 4 alone needs the router's code
+
     router = load_router(config.router_ckpt, device, config.router_config or None)
     check_router_fits(router, tokenizer)
     if config.router_sha256 not in ("", router.sha256):

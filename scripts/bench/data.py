@@ -32,9 +32,9 @@ from tokenizer.common.config import load_config
 from tokenizer.data.bundled_clips import bundled_videos
 from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
 from tokenizer.data.loader import epoch_order
-from tokenizer.data.manifest_table import ManifestRow, write_rows
 from tokenizer.data.prepare import PrepareRule, prepare, prepare_video
 from tokenizer.data.video_io import iter_clips, read_clip_at, resize, write_video
+from tokenizer.data.video_table import ManifestRow, write_rows
 from tokenizer.train import TokenizerTrainConfig, TokenizerTraining
 
 HEIGHT, WIDTH, FPS, NUM_CLIPS = 720, 1280, 30, 19  # 304 frames: ten seconds

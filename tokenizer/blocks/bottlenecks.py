@@ -1,14 +1,11 @@
-"""Bottlenecks beside the paper's vector quantiser: finite scalars, a Gaussian, and none.
+"""Bottlenecks between encoder and decoder: the paper's vector quantizer, finite scalars, a Gaussian, and none.
 
+    vq      l2-normalised latents, nearest code by cosine, straight-through (arXiv 2603.12267); the default
     fsq     every number of a latent is rounded to one of a few values; a code is the row of values
-            (finite scalar quantisation, arXiv 2309.15505). Nothing to learn, no loss terms.
+            (finite scalar quantization, arXiv 2309.15505). Nothing to learn, no loss terms.
     kl      the latent is the mean of a Gaussian whose variance is predicted; the term `kl` draws it to the standard
             normal, as in a VAE. Continuous.
-    none    the latent itself. Continuous; the upper bound of what the other three can reach.
-
-All run in float32 whatever the autocast, as the quantiser does. Letters: L packed tokens, E code width.
-
-Vector quantiser: l2-normalised latents, nearest code by cosine, straight-through (arXiv 2603.12267).
+    none    the latent itself. Continuous; an upper bound for the other three.
 
 The search, the normalisation and all loss terms run in float32 whatever the autocast: a code that flips under bf16
 would make curation, extraction and decoding disagree.

@@ -1,18 +1,16 @@
-"""Clips rendered or decoded once, in one .safetensors file that is itself a data source; `pack.py` writes it.
+"""Clips kept in one file, so that they are rendered or decoded once.
 
-Raw, every pixel is kept (16 frames of 72x72: 249 KB a clip), and a read copies one clip from the mapped file.
-Compressed, each clip is H.264 in full colour (crf 21: about 5 KB a clip of 72x72 and 37 dB), and a read decodes it in
-this process: read only stores that you trust. Frames that equal the one before are stored once, so a paused camera
-still shows equal frames.
+A store is a .safetensors file that `pack.py` writes and that is itself a data source. Raw, every pixel is kept (16
+frames of 72x72: 249 KB a clip), and a read copies one clip from the mapped file. Compressed, each clip is H.264 in full
+colour (crf 21: about 5 KB a clip of 72x72 and 37 dB), and a read decodes it in this process: read only stores that you
+trust. Frames that equal the one before are stored once, so a paused camera still shows equal frames. The header holds
+the names, labels and kinds of the clips, the sources they were made of, and the sha256 of the data.
 
-The header holds the names, labels and kinds of the clips, the sources they were made of, and the sha256 of the data.
-Letters: N clips, T frames, H W rows and columns, C colours.
+`FrameCache` keeps decoded clips of a training that sees the same clips in every epoch. Its file is sparse and fills as
+clips are decoded; all processes of a machine, and later runs, read it through the page cache. Each clip has a checksum:
+one that was half written when a run was killed is decoded again.
 
-Decoded clips kept in one file, so that a training which sees the same clips in every epoch decodes them once.
-
-The file is sparse and fills as clips are decoded; all processes of a machine, and later runs, read it through the page
-cache. Each clip has a checksum: one that was half written when a run was killed is decoded again.
-Letters: N clips; a clip is uint8 [C, T, H, W].
+Letters: N clips, T frames, C colours, H W rows and columns.
 """
 
 from __future__ import annotations

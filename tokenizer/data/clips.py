@@ -1,6 +1,6 @@
 """Clips for training and measuring: a list of sources -> a ClipDataset with stable names and reproducible draws.
 
-A source is a folder, a video file, a manifest .csv (see manifest_table.py), a shard .tar (see shards.py), or one of
+A source is a folder, a video file, a manifest .csv (see video_table.py), a shard .tar (see shards.py), or one of
     bundled:SPLIT         the real clips shipped with the package; SPLIT is train or heldout
     synthetic:SPLIT:N     N rendered scenes of known complexity
     classed:SPLIT:N       N rendered scenes with a class as label: shape, motion, speed; of two colours out of eight

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizer.common.errors import UserError
-from tokenizer.data.manifest_table import read_table
 from tokenizer.data.video_io import display_name, list_videos
+from tokenizer.data.video_table import read_table
 
 _CLASSES = """
 ApplyEyeMakeup ApplyLipstick Archery BabyCrawling BalanceBeam BandMarching BaseballPitch Basketball BasketballDunk

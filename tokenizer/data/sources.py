@@ -23,7 +23,6 @@ from tokenizer.data.clip_store import is_store, open_store
 from tokenizer.data.doom import MOTIONS, STEADY_MOTIONS, render_doom_walk, render_steady_walk
 from tokenizer.data.doom import SPLITS as DOOM_SPLITS
 from tokenizer.data.files import Span, display_name, list_videos
-from tokenizer.data.manifest_table import read_rows
 from tokenizer.data.safe_decode import decode_clip_at
 from tokenizer.data.scenes import KINDS, render_scene
 from tokenizer.data.video_io import DecodedClip, iter_clips, read_clip_at, resize_center_crop
@@ -33,6 +32,7 @@ from tokenizer.data.video_table import (
     VideoTable,
     is_shard_source,
     kept_table,
+    read_rows,
     shard_files,
     shard_table,
 )

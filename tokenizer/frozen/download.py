@@ -27,8 +27,7 @@ import shutil
 
 from tokenizer.common.checkpoint import file_sha256
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.frozen.encoders import VIDEOMAE, VJEPA2
-from tokenizer.frozen.weights import CONFIG_FILE, WEIGHTS_FILE, Family, fetch
+from tokenizer.frozen.encoders import CONFIG_FILE, VIDEOMAE, VJEPA2, WEIGHTS_FILE, Family, fetch
 
 FAMILIES = {family.key: family for family in (VJEPA2, VIDEOMAE)}
 

@@ -18,8 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenizer.common.errors import UserError
-from tokenizer.frozen.encoders import FeatureShape, FrozenVJEPA2
-from tokenizer.frozen.weights import FrozenConfig
+from tokenizer.frozen.encoders import FeatureShape, FrozenConfig, FrozenVJEPA2
 from tokenizer.model import TokenizerConfig
 
 

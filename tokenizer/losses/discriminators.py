@@ -21,8 +21,7 @@ from tokenizer.blocks.patches import patchify
 from tokenizer.blocks.positions import sincos_3d
 from tokenizer.blocks.transformer import ViTLayer
 from tokenizer.common.errors import UserError
-from tokenizer.frozen.encoders import FrozenVideoMAE
-from tokenizer.frozen.weights import FrozenConfig
+from tokenizer.frozen.encoders import FrozenConfig, FrozenVideoMAE
 
 
 @dataclass

@@ -20,8 +20,7 @@ from tokenizer.blocks.positions import cosine_filters
 from tokenizer.blocks.transformer import ViTLayer
 from tokenizer.common.errors import UserError
 from tokenizer.common.hub import HubModel
-from tokenizer.frozen.encoders import FeatureShape
-from tokenizer.frozen.weights import FrozenConfig
+from tokenizer.frozen.encoders import FeatureShape, FrozenConfig
 
 TABLE_STD = 0.02
 COLOUR_RANK = 3.0  # colour is fainter than brightness, so it comes later

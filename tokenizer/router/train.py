@@ -44,7 +44,7 @@ from tokenizer.data.clip_store import FrameCache
 from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset, check_used
 from tokenizer.data.loader import ClipBatch, batches
 from tokenizer.data.video_io import VideoError
-from tokenizer.frozen.weights import marked
+from tokenizer.frozen.encoders import marked
 from tokenizer.model import parameters_by_part
 from tokenizer.router.model import Router, RouterConfig
 from tokenizer.router.reward import (
