@@ -24,7 +24,7 @@ from tokenizer.common import distributed
 from tokenizer.common.checkpoint import CheckpointStore, read_model
 from tokenizer.common.config import load_config
 from tokenizer.common.device import generator_for
-from tokenizer.common.distributed import shares
+from tokenizer.common.distributed import balance_load
 from tokenizer.common.errors import UserError
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.loader import batches
@@ -73,7 +73,7 @@ def train(folder: Path, nan_at: tuple[int, int] | None = None, **changes) -> nn.
     def own_batches(start: int) -> Iterator[list[Tensor]]:
         for step in range(start, run.steps):
             clips = [torch.randn(n, 3, generator=generator_for(1, step, place)) for place, n in enumerate(LENGTHS)]
-            yield [clips[place] for place in shares(4, distributed.num_ranks())[distributed.rank()]]
+            yield [clips[place] for place in balance_load(4, distributed.num_ranks())[distributed.rank()]]
 
     def loss_fn(batch: list[Tensor], step: int) -> tuple[Summed, dict[str, Tensor]]:
         assert state.head is not None
@@ -145,7 +145,7 @@ def test_two_processes_train_the_tokenizer_that_one_does(tmp_path: Path) -> None
 @given(st.lists(st.integers(1, 2048), min_size=1, max_size=12), st.integers(1, 4))
 def test_shares_are_equal_in_number_and_balanced(costs: list[int], num_parts: int) -> None:
     costs = costs * num_parts
-    parts = shares(len(costs), num_parts, costs)
+    parts = balance_load(len(costs), num_parts, costs)
     assert sorted(place for part in parts for place in part) == list(range(len(costs)))
     assert {len(part) for part in parts} == {len(costs) // num_parts}
     sums = [sum(costs[place] for place in part) for part in parts]
@@ -154,7 +154,7 @@ def test_shares_are_equal_in_number_and_balanced(costs: list[int], num_parts: in
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     with pytest.raises(UserError, match=r"run\.batch_size=10 is the global batch: .* = 4; the nearest is 8"):
-        shares(10, 4)
+        balance_load(10, 4)
 
 
 def test_the_order_of_clips_depends_on_neither_workers_nor_ranks(tmp_path: Path) -> None:

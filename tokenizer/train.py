@@ -58,7 +58,7 @@ from tokenizer.viz.frames import save_comparison
 class Policy(Protocol):
     """Clips -> their lengths, int64 [B, N] on the CPU. Draws only from the generator.
 
-    places: where the clips stand in the global batch; left out where they are all of it.
+    places: positions of the clips in the global batch, if they are not all of it.
     """
 
     def __call__(self, video_BCTHW: Tensor, generator: torch.Generator, places: Places | None = None) -> Tensor: ...
@@ -207,7 +207,7 @@ class TokenizerTraining:
         )
 
     def costs(self, step: int) -> list[float]:
-        """What each clip of a step's global batch will cost: about its tokens. Known only of random assignments."""
+        """Cost of each clip of a step's global batch, about its tokens; known only for random assignments."""
         run = self.config.run
         drawn = self.policy(torch.empty(run.batch_size), generator_for(run.seed, "loss", step))
         return drawn.sum(dim=1).tolist()
@@ -282,7 +282,7 @@ class TokenizerTraining:
 
     @property
     def mark(self) -> dict[str, float]:
-        """What every log line says of a run that has random encoders, so that none passes for a real one."""
+        """Marks every log line of a run with random encoders."""
         return {"random_frozen_encoders": float(len(self.random_encoders))} if self.random_encoders else {}
 
     @torch.no_grad()
@@ -337,7 +337,7 @@ class TokenizerTraining:
         } | self.mark
 
     def fit(self) -> None:
-        """Train to the end of `run.steps`, from wherever `run.dir` stands."""
+        """Train up to `run.steps`, resuming from `run.dir`."""
         config = self.config
         stored = to_dict(config) | ({"init_from_sha256": self.source_sha256} if self.source_sha256 else {})
         fit(config.run, stored, self.state, self.batches, self.train_step, self.validate)
@@ -353,7 +353,7 @@ class TokenizerTraining:
         rehearse(config.run, self.state, self.batches, self.train_step, parts)
 
     def _validation_clips(self) -> list[int]:
-        """Indices spread evenly over the held-out set, in an order that mixes the first picture's clips."""
+        """Indices spread evenly over the held-out set, shuffled so that the picture shows a mix."""
         num = min(self.config.val_clips, len(self.val_data))
         indices = torch.arange(num) * len(self.val_data) // num
         return indices[torch.randperm(num, generator=generator_for(0, "validation order"))].tolist()

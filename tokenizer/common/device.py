@@ -1,4 +1,4 @@
-"""Device, precision and random numbers: decided once, from names that a YAML can hold."""
+"""Device, precision, compilation and random numbers, from names that a YAML can hold."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _SLOW = 1.5  # times as long as float32
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` (the GPU if there is one), `cpu`, `cuda` or `cuda:N`. UserError for a device that is not there.
+    """`auto` (the GPU if there is one), `cpu`, `cuda` or `cuda:N`. UserError for a device that does not exist.
 
     Every entry calls it, so it also sets what float32 means on a GPU, see `set_float32`. Of several processes on a
     machine each takes the GPU of its local rank, unless the name holds a number; where there
-    are more processes than visible GPUs they are dealt round. A GPU becomes the current one: kernels start there.
+    are more processes than visible GPUs they share them in turn. A GPU becomes the current one: kernels start there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,7 +70,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def slow_precision(device: torch.device, precision: str, size: int = 256) -> str | None:
-    """What to say where `precision` is slower than float32: a CPU without instructions for it computes in software.
+    """A warning if `precision` is slower than float32: a CPU without instructions for it emulates them.
 
     Measured on a matrix product, in less than a tenth of a second; None on a GPU.
     """
@@ -104,7 +104,7 @@ def derive_seed(seed: int, *keys: int | str) -> int:
 def generator_for(seed: int, *keys: int | str) -> torch.Generator:
     """A CPU generator that depends on `seed` and `keys` alone, say `generator_for(run.seed, "lengths", step)`.
 
-    Drawing everything of a step from such generators is what makes resume exact without storing generator states.
+    Steps draw from such generators, so a resume is exact without stored generator states.
     """
     return torch.Generator().manual_seed(derive_seed(seed, *keys))
 

@@ -21,18 +21,18 @@ from tokenizer.common.errors import UserError
 
 
 def several_processes() -> bool:
-    """Whether a launcher, or WORKERS of the scripts, has started others like this one."""
+    """Whether a launcher, or WORKERS of the scripts, started other processes of this job."""
     return any(os.environ.get(name, "1") != "1" for name in ("WORKERS", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
 
 
 def local_rank() -> int:
-    """Which process of this machine this is, in the words of torchrun, of run_workers (scripts) or of srun; else 0."""
+    """Number of this process on its machine, from torchrun, run_workers (scripts) or srun; else 0."""
     under_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
     return int(os.environ.get("LOCAL_RANK") or (os.environ.get("SLURM_LOCALID", "0") if under_srun else "0"))
 
 
 def adopt_slurm(environment: MutableMapping[str, str]) -> None:
-    """Under plain `srun`, say in the words of torchrun who this is; elsewhere, and for one task, do nothing."""
+    """Under plain `srun`, set torchrun's variables from SLURM's; else, and for one task, do nothing."""
     if "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
         return
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
@@ -66,7 +66,7 @@ _PATIENCE = timedelta(hours=2)  # the others wait while rank 0 reads and writes 
 
 
 def join(on_cpu: bool) -> PartialState:
-    """Meet the other processes of the run, gloo on CPU and nccl on GPUs; called again it changes nothing."""
+    """Join the process group, gloo on CPU and NCCL on GPUs; a second call does nothing."""
     adopt_slurm(os.environ)
     if _several():
         return PartialState()
@@ -78,7 +78,7 @@ def join(on_cpu: bool) -> PartialState:
 
 
 def _check_gpus(environment: Mapping[str, str], visible: int) -> None:
-    """UserError for more processes than GPUs on this machine, unless SLURM shows every task a GPU of its own."""
+    """UserError for more processes than GPUs on this machine, unless SLURM gives each task its own GPU."""
     here = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     if here > visible and not (visible == 1 and "SLURM_LOCALID" in environment):
         raise UserError(f"{here} processes on this machine, but torch sees {visible} GPUs: start one for each, GPUS=n")
@@ -95,7 +95,7 @@ def num_ranks() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and speaks."""
+    """Whether this process writes files and logs."""
     return rank() == 0
 
 
@@ -132,12 +132,12 @@ def mean_of_sums(own: Tensor, rows: int) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether any rank says yes: the same answer everywhere."""
+    """Whether `flag` is true on any rank, the same answer everywhere."""
     return bool(sum_over_ranks(torch.tensor(float(flag))))
 
 
 def from_main(value: T) -> T:
-    """What rank 0 has, everywhere. Plain data only: it is pickled between the processes of one run."""
+    """Rank 0's `value`, everywhere. Plain data only: it is pickled between the processes of one run."""
     if not _several():
         return value
     box = [value]
@@ -186,7 +186,7 @@ def tensors_from_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def wait_for_all() -> None:
-    """Go on when every rank has come here."""
+    """Barrier over all ranks."""
     if _several():
         distributed.barrier()
 
@@ -196,10 +196,10 @@ def _several() -> bool:
 
 
 class Places(NamedTuple):
-    """Where the clips of a batch stand in the global batch of their step.
+    """Positions of a batch's clips in the global batch of the step.
 
-    What is drawn at random for a clip is drawn for the whole global batch and then picked: `places.pick(drawn_B)`. So
-    it does not depend on the number of processes.
+    Random numbers are drawn for the whole global batch, then `places.pick(drawn_B)` takes those of these clips, so
+    they do not depend on the number of processes.
     """
 
     own: list[int]
@@ -210,11 +210,11 @@ class Places(NamedTuple):
         return drawn[self.own]
 
 
-def shares(num_clips: int, num_parts: int, costs: Sequence[float] | None = None) -> list[list[int]]:
-    """Places 0 .. num_clips-1 for each of `num_parts`, equally many each.
+def balance_load(num_clips: int, num_parts: int, costs: Sequence[float] | None = None) -> list[list[int]]:
+    """Load balancing: positions 0 .. num_clips-1 split into `num_parts` of equal size.
 
-    Without costs they are consecutive. With costs (say the squared length of each clip) the dearest is given away
-    first, each time to the cheapest part that still has room. UserError where the clips cannot be shared equally.
+    Without costs the parts are consecutive. With costs (e.g. tokens of each clip) greedy: most expensive clip first,
+    to the cheapest part that has room. UserError if the clips cannot be split equally.
     """
     if num_clips % num_parts:
         near = max(num_parts, round(num_clips / num_parts) * num_parts)
@@ -226,9 +226,9 @@ def shares(num_clips: int, num_parts: int, costs: Sequence[float] | None = None)
     if costs is None or num_parts == 1:
         return [list(range(part * room, (part + 1) * room)) for part in range(num_parts)]
     parts: list[list[int]] = [[] for _ in range(num_parts)]
-    spent = [0.0] * num_parts
+    cost_of = [0.0] * num_parts
     for place in sorted(range(num_clips), key=lambda place: -costs[place]):
-        part = min((p for p in range(num_parts) if len(parts[p]) < room), key=lambda p: spent[p])
+        part = min((p for p in range(num_parts) if len(parts[p]) < room), key=lambda p: cost_of[p])
         parts[part].append(place)
-        spent[part] += costs[place]
+        cost_of[part] += costs[place]
     return [sorted(part) for part in parts]

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tokenizer.common import distributed
-from tokenizer.common.distributed import Places, shares
+from tokenizer.common.distributed import Places, balance_load
 from tokenizer.common.errors import UserError
 from tokenizer.data.clips import ClipDataset, ClipSample
 from tokenizer.data.video_io import rng_for
@@ -98,10 +98,10 @@ def batches(
     if batch_size < 1 or num_workers < 0:
         raise UserError(f"batch_size={batch_size} must be at least 1 and num_workers={num_workers} at least 0")
     num_ranks, rank = (1, 0) if whole else (distributed.num_ranks(), distributed.rank())
-    shares(batch_size, num_ranks * accumulate)  # a batch that cannot be shared is refused before anything is read
+    balance_load(batch_size, num_ranks * accumulate)  # a batch that cannot be shared is refused before anything is read
 
     def own_places(step: int) -> list[int]:
-        parts = shares(batch_size, num_ranks * accumulate, None if costs is None else costs(step))
+        parts = balance_load(batch_size, num_ranks * accumulate, None if costs is None else costs(step))
         return list(itertools.chain(*parts[rank * accumulate : (rank + 1) * accumulate]))
 
     if num_workers:

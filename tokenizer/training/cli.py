@@ -1,4 +1,4 @@
-"""What the entries of the stages share: command line, default results folder, and the rehearsal of a training."""
+"""Command line and default results folder of the stages, and --dry-run of a training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parse_training_arguments(schema: type[T], stage: str, description: str) -> t
     The default results folder is results/<stage>/<file name of the config without .yaml>.
     """
     parser = training_parser(description)
-    args = parser.parse_intermixed_args()  # so that a flag may stand before, between or after the settings
+    args = parser.parse_intermixed_args()  # flags may come before, between or after the settings
     overrides = list(args.overrides)
     if args.global_batch_size is not None:
         overrides.append(f"run.batch_size={args.global_batch_size}")
@@ -61,7 +61,7 @@ def rehearse(
     step_fn: StepFn,
     parts: dict[str, int],
 ) -> None:
-    """Some steps without a results folder; prints parameters by part, the loss terms, hours at this speed, and lacks.
+    """Run a few steps without a results folder; print parameters, memory, loss terms, hours, and what is missing.
 
     Two rounds of each kind of step: the first pays for allocations and its operations are counted, the second is timed.
     """
@@ -105,7 +105,7 @@ def rehearse(
 
 
 def missing(run: RunConfig, weights_gib: float) -> list[str]:
-    """What would stop this run later: packages of trackers, the reference curve, room on the disk, a taken folder."""
+    """Everything that would stop this run later: packages, reference curve, locks, disk space, a folder in use."""
     lacks = [f"the package {name} of run.trackers" for name in run.trackers if importlib.util.find_spec(name) is None]
     if run.reference and not Path(run.reference).is_file():
         lacks.append(f"the file run.reference={run.reference}")

@@ -41,13 +41,13 @@ class MetricsLog:
             file.write(json.dumps({"step": step} | {name: _finite(value) for name, value in values.items()}) + "\n")
 
     def sync(self) -> None:
-        """Put the lines on the disk; called before a checkpoint, so that a checkpoint never outlives its lines."""
+        """Flush to disk; called before a checkpoint, so that no checkpoint is newer than its lines."""
         if self.path.exists():
             with open(self.path, "rb") as file:
                 os.fsync(file.fileno())
 
     def rewind(self, step: int) -> None:
-        """Forget what was written after `step`, and a last line that a kill cut short."""
+        """Remove lines after `step`, and a last line that a kill cut short."""
         if not self.path.exists():
             return
         kept = [line for line in self.path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
@@ -55,7 +55,7 @@ class MetricsLog:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a plain line at every report, so that a log file stays readable."""
+    """A bar on a terminal, else one plain line for each report, for log files."""
 
     def __init__(self, total: int, start: int, shown: bool = True) -> None:
         hidden = not shown or not sys.stderr.isatty()
@@ -63,12 +63,12 @@ class Progress:
         self._total, self._step = total, start
 
     def advance(self) -> None:
-        """One step is done."""
+        """Count one step."""
         self._step += 1
         self._bar.update()
 
     def report(self, loss: float, seconds_per_step: float, data_wait: float) -> None:
-        """Show the loss, the time left and the share (0-1) of the time that was spent waiting for data."""
+        """Show the loss, the time left and the fraction (0-1) of time spent waiting for data."""
         self._bar.set_postfix(loss=f"{loss:.4g}", data_wait=f"{data_wait:.0%}")
         if self._bar.disable:
             left = tqdm.format_interval(seconds_per_step * (self._total - self._step))
@@ -83,19 +83,19 @@ class Progress:
         sys.stderr.flush()
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar."""
         self._bar.close()
 
 
 class Clock:
-    """Wall time of the laps between two log lines, and the share of it spent waiting for data."""
+    """Wall time between two log lines, and the fraction spent waiting for data."""
 
     def __init__(self) -> None:
         self.seconds_per_step = 0.0
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new lap, without a word about the old one."""
+        """Start a new lap and drop the old one."""
         self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
     @contextmanager
@@ -107,7 +107,7 @@ class Clock:
         self._steps += 1
 
     def lap(self) -> tuple[float, float]:
-        """(seconds, share of them spent waiting for data) since the last lap; begins a new one."""
+        """(seconds, fraction spent waiting for data) since the last lap; starts a new one."""
         seconds = time.perf_counter() - self._start
         share = self._waited / max(seconds, 1e-9)
         self.seconds_per_step = seconds / max(1, self._steps)
@@ -126,13 +126,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_WINDOW = 10  # steps of a discriminator that are judged together: one batch says little
+_WINDOW = 10  # discriminator updates that are averaged: one batch is noisy
 _DRIFT = 0.25  # of the reference's value, in the mean over the last lines
 _DRIFT_LINES = 5
 
 
 def discriminator_warning(accuracy: float, logit_gap: float) -> str | None:
-    """What is wrong with a discriminator of this accuracy (0.5 = guessing) and logit gap (real minus fake), or None.
+    """A warning for this accuracy (0.5 = guessing) and logit gap (real minus fake), or None.
 
     Healthy is an accuracy of about 0.55 to 0.9 with a gap above 0.
     """
@@ -164,7 +164,7 @@ class DiscriminatorHealth:
 
     def __init__(self) -> None:
         self._last: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
-        self._said: str | None = None
+        self._warned: str | None = None
 
     def look(self, values: Mapping[str, Any]) -> str | None:
         """A new warning, or None."""
@@ -176,32 +176,32 @@ class DiscriminatorHealth:
             return None
         warning = discriminator_warning(accuracy, gap)
         kind = warning.partition("(")[0] if warning else None
-        new, self._said = kind != self._said, kind
+        new, self._warned = kind != self._warned, kind
         return warning if new else None
 
 
 class ReferenceCurve:
-    """The loss of an earlier run by step; a run that leaves it is told so once."""
+    """The loss of an earlier run by step; warns once if this run drifts away."""
 
     def __init__(self, path: str) -> None:
-        """UserError for a file that is not there or holds no loss."""
+        """UserError for a missing file or one without a loss."""
         if not Path(path).is_file():
             raise UserError(f"run.reference={path}: no such file; give a metrics.jsonl, or leave it empty")
         self.path, self._loss = path, dict(read_curve(path, "loss"))
         if not self._loss:
             raise UserError(f"run.reference={path}: no line holds a loss; give the metrics.jsonl of a run")
         self._ratios: list[float] = []
-        self._said = False
+        self._warned = False
 
     def look(self, step: int, loss: float) -> str | None:
-        """A warning where the mean of the last lines differs by more than a quarter from the reference's."""
-        if step not in self._loss or self._said:
+        """A warning if the mean of the last lines differs from the reference by more than a quarter."""
+        if step not in self._loss or self._warned:
             return None
         self._ratios = [*self._ratios, loss / self._loss[step]][-_DRIFT_LINES:]
         ratio = sum(self._ratios) / len(self._ratios)
         if len(self._ratios) < _DRIFT_LINES or abs(ratio - 1) <= _DRIFT:
             return None
-        self._said = True
+        self._warned = True
         return f"the loss is {ratio:.2f} times that of the reference {self.path} over the last {_DRIFT_LINES} lines"
 
 
@@ -213,13 +213,13 @@ def read_curve(path: str | Path, name: str) -> list[tuple[int, float]]:
 
 
 class Reporter:
-    """The voice of one run from `start_step` on."""
+    """Log lines, progress, trackers and warnings of one run from `start_step` on."""
 
     def __init__(self, run: RunConfig, config: Mapping[str, Any], start_step: int, device: torch.device) -> None:
-        self.run, self.speaks = run, distributed.is_main()
+        self.run, self.is_main = run, distributed.is_main()
         self.clock = Clock()
         self.log = MetricsLog(Path(run.dir) / "metrics.jsonl")
-        self.progress = Progress(run.steps, start_step, shown=self.speaks)
+        self.progress = Progress(run.steps, start_step, shown=self.is_main)
         self.discriminator = DiscriminatorHealth()
         self.reference = ReferenceCurve(run.reference) if run.reference else None
         self.trackers = start_trackers(run, config) if run.trackers else None
@@ -229,7 +229,7 @@ class Reporter:
         self.device = device
         self._stalled = 0.0
         self._clips = 0  # since the last line
-        if self.speaks:
+        if self.is_main:
             self.log.rewind(start_step)
 
     def step(self, step: int, values: Mapping[str, Any], unlogged: dict[str, Any], num_clips: int) -> None:
@@ -241,7 +241,7 @@ class Reporter:
         """
         self.progress.advance()
         self._clips += num_clips
-        if not self.speaks:
+        if not self.is_main:
             return
         self._warn(step, self.discriminator.look(values))
         if step % self.run.log_every and step != self.run.steps:
@@ -260,7 +260,7 @@ class Reporter:
         self._warn(step, self.reference.look(step, values["loss"]) if self.reference else None)
 
     def validated(self, step: int, measured: Mapping[str, float]) -> None:
-        """After a validation, whose time does not count as training."""
+        """Log a validation; its time does not count as training."""
         values = {f"val/{name}": float(value) for name, value in measured.items()}
         self._write(step, values)
         self.progress.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
@@ -268,14 +268,14 @@ class Reporter:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Wraps the saving of a checkpoint: lines first, and its time is noted."""
+        """Around the saving of a checkpoint: flushes the log first and adds up the time."""
         self.log.sync()
         start = time.perf_counter()
         yield
         self._stalled += time.perf_counter() - start
 
     def close(self) -> None:
-        """The last word."""
+        """Close the bar and the trackers."""
         self.progress.close()
         if self.trackers is not None:
             self.trackers.end_training()

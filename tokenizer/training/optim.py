@@ -66,9 +66,9 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
-    """AdamW over `param_groups`; the learning rate is set anew at every step by the loop."""
+    """AdamW over `param_groups`; each step sets the learning rate."""
     groups = param_groups(model, config.weight_decay)
-    fused = groups[0]["params"][0].is_cuda or None  # one kernel there; None is torch's own choice
+    fused = groups[0]["params"][0].is_cuda or None  # one kernel on a GPU; None is torch's choice
     return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=fused)
 
 
@@ -134,9 +134,9 @@ _Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class Ema:
-    """Averages `model`'s parameters and copies its buffers. It has no state of its own but the averaged weights.
+    """Averages `model`'s parameters and copies its buffers; its only state is the averaged weights.
 
-    The decay ramps up as (1 + step) / (10 + step) to `decay`, so that a short run is not averaged with its start.
+    The decay ramps up as (1 + step) / (10 + step) to `decay`, so that short runs forget their initial weights.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -146,7 +146,7 @@ class Ema:
         self._averaged.n_averaged.fill_(1)  # AveragedModel copies instead of averaging while this is 0
 
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after update number `step` (from 0)."""
+        """Add the weights after update number `step` (from 0)."""
         self._now = min(self.decay, (1 + step) / (10 + step))
         self._averaged.update_parameters(model)
 

@@ -1,12 +1,10 @@
-"""The beat of every training: step, log, validate, save. Each stage brings its batches and its loss.
+"""The training loop of every stage: step, log, validate, save. Each stage brings its batches and its step.
 
-A run can be killed at any moment and started again with the same command; on CPU it then ends with the same bits.
-Three rules make that true: batches are a function of the step, every random draw is a function of (seed, step), and
-the learning rate is a function of the step. What is left to remember is TrainState.
+Rerun the same command to resume; on CPU a resumed run ends with the bits of an uninterrupted one, because batches,
+random draws and the learning rate are functions of (seed, step). Everything else is in TrainState.
 
-Checkpoints written while training goes on: a copy in memory now, the disk in another thread.
-
-What keeps a run folder whole: one run at a time, one config, and a signal that waits for the step to end.
+Checkpoints are copied to memory and written by another thread. A run folder has one run at a time and one config; a
+signal stops the run after the current step.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from tokenizer.training.train_step import LossFn, StepFn, Summed, TooManySkipped
 
 
 class BackgroundWriter:
-    """One write at a time. What went wrong in the thread is raised by the next `save` or by `join`."""
+    """One write at a time. An error of the thread is raised by the next `save` or by `join`."""
 
     def __init__(self, store: CheckpointStore) -> None:
         self.store = store
@@ -63,7 +61,7 @@ class BackgroundWriter:
         self._thread.start()
 
     def join(self) -> None:
-        """Wait until everything is on the disk. Raises what the writing raised, an OSError of a full disk say."""
+        """Wait until everything is on disk. Raises the error of the writing thread, e.g. OSError for a full disk."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -87,7 +85,7 @@ def stop_signals() -> Iterator[list[str]]:
     received: list[str] = []
 
     def remember(number: int, _frame: Any) -> None:
-        if received:  # asked twice: stop at once, the last checkpoint stands
+        if received:  # asked twice: stop at once; the last checkpoint is kept
             raise KeyboardInterrupt
         received.append(signal.Signals(number).name)
 
@@ -102,7 +100,7 @@ def stop_signals() -> Iterator[list[str]]:
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Two runs in one folder would tear each other's checkpoints: the second one stops here."""
+    """UserError for a second run in the folder: the two would damage each other's checkpoints."""
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers would inherit it
@@ -167,9 +165,9 @@ def follow_schedule(folder: Path, run: RunConfig, state: TrainState) -> Rewarm |
 
 
 def note_unreadable(folder: Path, batch: Any) -> None:
-    """Enter the damaged files that were met in this batch into `quarantine.jsonl`, one object a line, each once.
+    """Add the damaged files of this batch to `quarantine.jsonl`, one object a line, each file once.
 
-    Other workers, other processes and an earlier start of the run may have met the same file.
+    Other workers, other processes and an earlier start of the run may have added the same file.
     """
     met: Mapping[str, str] = getattr(batch, "unreadable", {})
     if not met:
@@ -201,7 +199,7 @@ __all__ = [
 
 
 def start_run(run: RunConfig) -> torch.device:
-    """Threads, seeds, kernels, the run's other processes: an entry point calls it before it builds the model."""
+    """Set threads, seeds and deterministic kernels and join the other processes; called before the model is built."""
     distributed.join(on_cpu=run.device == "cpu" or not torch.cuda.is_available())
     if run.num_threads is not None:
         torch.set_num_threads(run.num_threads)
@@ -300,7 +298,7 @@ def _train(
                 try:
                     with _averaged_weights(state):
                         measured = validate(state.step)
-                except Exception:  # of memory, say: it must not cost the steps before it
+                except Exception:  # e.g. out of memory: save the steps before it
                     _save(state, config, reporter, writer)
                     raise
                 if distributed.is_main():
@@ -324,24 +322,24 @@ def _save(state: TrainState, config: Mapping[str, Any], reporter: Reporter, writ
 
 
 def num_clips(batch: Any, run: RunConfig) -> int:
-    """Clips of a step, on all processes: run.batch_size, unless the batch itself counts them."""
+    """Clips of a step on all processes: run.batch_size, unless the batch counts them."""
     return getattr(batch, "num_in_step", 0) or run.batch_size
 
 
 def portion(run: RunConfig) -> int:
-    """Clips that a process computes at once in a step, and so what a validation may take at once."""
+    """Clips that one process computes at once, in a step and in a validation."""
     return max(1, run.batch_size // (distributed.num_ranks() * run.accumulate))
 
 
 @contextmanager
 def _joined(writer: BackgroundWriter) -> Iterator[None]:
-    """Nobody leaves before the last checkpoint is written."""
+    """Wait at the end until the last checkpoint is written."""
     try:
         yield
     except BaseException:
         try:
             writer.join()
-        except OSError as error:  # the first trouble is the one to raise
+        except OSError as error:  # the first error is raised
             print(f"warning: the last checkpoint could not be written: {error}", file=sys.stderr, flush=True)
         raise
     writer.join()
@@ -349,7 +347,7 @@ def _joined(writer: BackgroundWriter) -> Iterator[None]:
 
 @contextmanager
 def _averaged_weights(state: TrainState) -> Iterator[None]:
-    """The model as it will be used: averaged weights, fp32, eval mode, no gradients; afterwards training goes on."""
+    """Averaged weights, fp32, eval mode, no gradients inside the `with`; training state again afterwards."""
     state.train_mode(False)
     try:
         with state.ema.applied(state.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
