@@ -42,8 +42,17 @@ class Toy(nn.Module):
         return self.layers(x_BC)  # [B, 1]
 
 
-def train(folder: Path, at_batch: Callable[[int], None] = lambda step: None, lr: float = 0.05, **changes) -> TrainState:
-    """A toy run; `at_batch(step)` is called when the batch of `step` is fetched."""
+Hook = Callable[[int], None]
+
+
+def train(
+    folder: Path,
+    at_batch: Hook = lambda step: None,
+    at_validation: Hook = lambda step: None,
+    lr: float = 0.05,
+    **changes,
+) -> TrainState:
+    """A toy run; the hooks are called with the step when its batch is fetched, and when it is validated."""
     settings = {"steps": STEPS, "log_every": 1, "validate_every": 5, "checkpoint_every": 3, "device": "cpu"}
     run = RunConfig(dir=str(folder), **{**settings, **changes})
     optim = OptimConfig(lr=lr, warmup_steps=2, clip_norm=0.5)
@@ -63,6 +72,7 @@ def train(folder: Path, at_batch: Callable[[int], None] = lambda step: None, lr:
 
     def validate(step: int) -> dict[str, float]:
         assert not state.model.training
+        at_validation(step)
         torch.rand(3)  # a validation that draws must not change the training
         return {"out": float(state.model(torch.ones(2, 5)).mean())}
 
@@ -214,6 +224,22 @@ def test_full_disk_stops_the_run_and_keeps_the_checkpoint_before(
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000003"]
     train(tmp_path)
+    assert lines(tmp_path) == lines(whole) and weights(tmp_path) == weights(whole)
+
+
+@pytest.mark.parametrize("at", [5, STEPS])
+def test_a_validation_that_failed_is_made_up_for(tmp_path: Path, whole: Path, at: int) -> None:
+    """The step before it is kept, and the log ends with each validation once, also that of the last step."""
+
+    def fail(step: int) -> None:
+        if step == at:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(tmp_path, at_validation=fail)
+    fetched: list[int] = []
+    train(tmp_path, at_batch=fetched.append)
+    assert fetched == [*range(at, STEPS)]
     assert lines(tmp_path) == lines(whole) and weights(tmp_path) == weights(whole)
 
 

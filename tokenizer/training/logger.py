@@ -46,6 +46,10 @@ class MetricsLog:
             with open(self.path, "rb") as file:
                 os.fsync(file.fileno())
 
+    def read(self) -> list[dict[str, Any]]:
+        """All lines so far, without a last one that a kill cut short."""
+        return _read_rows(self.path) if self.path.exists() else []
+
     def rewind(self, step: int) -> None:
         """Remove lines after `step`, and a last line that a kill cut short."""
         if not self.path.exists():
@@ -113,6 +117,11 @@ class Clock:
         self.seconds_per_step = seconds / max(1, self._steps)
         self.restart()
         return seconds, share
+
+
+def _read_rows(path: str | Path) -> list[dict[str, Any]]:
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last one short
 
 
 def _step_of(line: bytes) -> float:
@@ -207,9 +216,7 @@ class ReferenceCurve:
 
 def read_curve(path: str | Path, name: str) -> list[tuple[int, float]]:
     """(step, value) of every line of a metrics.jsonl that holds a finite `name`."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last one short
-    return [(row["step"], float(row[name])) for row in rows if isinstance(row.get(name), int | float)]
+    return [(row["step"], float(row[name])) for row in _read_rows(path) if isinstance(row.get(name), int | float)]
 
 
 class Reporter:
@@ -258,6 +265,10 @@ class Reporter:
         unlogged.clear()
         self.progress.report(values["loss"], self.clock.seconds_per_step, data_wait)
         self._warn(step, self.reference.look(step, values["loss"]) if self.reference else None)
+
+    def has_validation(self, step: int) -> bool:
+        """Whether the log holds figures of a validation after `step` updates. Ask on rank 0."""
+        return any(row["step"] == step and any(key.startswith("val/") for key in row) for row in self.log.read())
 
     def validated(self, step: int, measured: Mapping[str, float]) -> None:
         """Log a validation; its time does not count as training."""

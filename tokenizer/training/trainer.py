@@ -252,7 +252,7 @@ def fit(
         state.rewarm = distributed.from_main(state.rewarm)
         reporter = Reporter(run, config, state.step, state.device)
         with closing(reporter):
-            if state.step < run.steps:
+            if state.step < run.steps or _validation_due(run, state, validate, reporter):
                 _train(run, config, state, batches, step_fn, validate, reporter, BackgroundWriter(store))
         if distributed.is_main():
             _write_final(folder / "final", state, config)
@@ -278,6 +278,9 @@ def _train(
         source = itertools.repeat(next(source))
     state.train_mode(True)
     with stop_signals() as stop, _joined(writer):
+        # a validation that failed or was cut short after this checkpoint's step is made up for
+        if validate is not None and _validation_due(run, state, validate, reporter):
+            _validate(state, validate, reporter)
         while state.step < run.steps:
             # step
             with reporter.clock.waiting():
@@ -296,13 +299,10 @@ def _train(
             # validate, on all processes
             if validate is not None and (state.step % run.validate_every == 0 or last):
                 try:
-                    with _averaged_weights(state):
-                        measured = validate(state.step)
+                    _validate(state, validate, reporter)
                 except Exception:  # e.g. out of memory: save the steps before it
                     _save(state, config, reporter, writer)
                     raise
-                if distributed.is_main():
-                    reporter.validated(state.step, measured)
 
             # save
             stopped = distributed.any_rank(bool(stop))
@@ -313,6 +313,22 @@ def _train(
                 distributed.wait_for_all()
                 name = stop[0] if stop else "a signal to another process"
                 raise KeyboardInterrupt(f"stopped by {name} after step {state.step}; the same command continues")
+
+
+def _validation_due(
+    run: RunConfig, state: TrainState, validate: Callable[[int], Mapping[str, float]] | None, reporter: Reporter
+) -> bool:
+    """Whether the log lacks the validation of a resumed step, the same answer on all processes."""
+    if validate is None or state.step == 0 or (state.step % run.validate_every and state.step != run.steps):
+        return False
+    return not distributed.from_main(reporter.has_validation(state.step))
+
+
+def _validate(state: TrainState, validate: Callable[[int], Mapping[str, float]], reporter: Reporter) -> None:
+    with _averaged_weights(state):
+        measured = validate(state.step)
+    if distributed.is_main():
+        reporter.validated(state.step, measured)
 
 
 def _save(state: TrainState, config: Mapping[str, Any], reporter: Reporter, writer: BackgroundWriter) -> None:
