@@ -1,4 +1,4 @@
-"""Bring a GPT that other code saved into our format, or list what is in its file; as tokenizer.convert does.
+"""Bring a GPT that other code saved into our format, or list the content of its file; as tokenizer.convert does.
 
     python -m autoregressive.convert FILE.pt --to OUT.safetensors --gpt-model GPT-LP [--map MAP.yaml]
 

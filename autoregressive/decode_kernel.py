@@ -111,7 +111,7 @@ def attend_decode(
     # parts of one projection are read where they lie
     q_Rhe, k_Rhe, v_Rhe = (x if x.stride()[1:] == (width, 1) else x.contiguous() for x in (q_Rhe, k_Rhe, v_Rhe))
     mixed_Rhe = torch.empty(rows, heads, width, dtype=q_Rhe.dtype, device=q_Rhe.device)
-    part_mixed = torch.empty(rows, heads, splits, width, device=q_Rhe.device)  # float32, and of what is beyond a
+    part_mixed = torch.empty(rows, heads, splits, width, device=q_Rhe.device)  # float32, and past the end of a
     part_top, part_total = torch.empty(2, rows, heads, splits, device=q_Rhe.device)  # position nothing is read
     _attend_split[(rows * heads, splits)](
         q_Rhe, k_Rhe, v_Rhe, k_SGhQe, v_SGhQe, position_S, part_mixed, part_top, part_total,

@@ -166,7 +166,7 @@ class Extraction:
             label = facts.class_names.index(draw.label) if facts.class_names and draw.label else None
             yield ArchivedClip(ClipCodes(code_L, tuple(lengths), label, condition_L), sample.name, draw.view)
 
-    # --- what is to be done, checked before any work ---------------------------------------------------------------
+    # --- the work to do, checked before it begins ------------------------------------------------------------------
 
     def _list_draws(self) -> Iterator[_Draw]:
         """View by view, source by source, so that the first part of an archive is a whole set."""

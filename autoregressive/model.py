@@ -95,7 +95,7 @@ class Block(nn.Module):
 
 
 class _Attention:
-    """An attention call for one batch, outside of what is compiled: it depends on the lengths of the batch."""
+    """An attention call for one batch, made outside of the compiled code because it depends on the batch's lengths."""
 
     def __init__(self, attend: Attend) -> None:
         self.attend = attend  # torch.compile does not look into it, so it does not compile anew for other lengths

@@ -151,7 +151,7 @@ _REALIGNED = ("embedding.weight", "positions")
 
 @torch.no_grad()
 def init_weights_from(model: GPT, class_names: Sequence[str], tokenizer_sha256: str, other: TrainedGPT) -> str:
-    """Copy the weights of `other` into `model`. Returns a line that counts what was copied.
+    """Copy the weights of `other` into `model`. Returns a line that counts the copied weights.
 
     positions     counted from the condition on (class, or separator); those that `other` lacks keep their values
     classes       by name; a new one starts as the open condition

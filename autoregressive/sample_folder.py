@@ -138,7 +138,7 @@ class SampleFolder:
         _put(file, _json(settings))
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """What is known of a finished sample; None if it is still to be made.
+        """The record of a finished sample; None if it is still to be made.
 
         Raises UserError for a record that is damaged or contradicts itself.
         """

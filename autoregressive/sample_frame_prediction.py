@@ -6,7 +6,7 @@
 
 `--vid_path DIR` instead of `--dataset` takes any folder of videos, or one file. The given frames are encoded as the
 first temporal blocks (padded with copies of the last one up to the end of their block), and the GPT generates them
-again, so all frames of a sample are its own. Each clip is the first of its file. See sample_c2v.py for what is written.
+again, so all frames of a sample are its own. Each clip is the first of its file. Files written: see sample_c2v.py.
 
 Letters: B clips, C T H W, K tokens of a block.
 """

@@ -198,7 +198,7 @@ class SampleJob:
         return Sampler(model, config, places)
 
     def _write(self, wanted: Wanted, sample: Sample) -> Callable[[], None]:
-        """Decode one clip; what is returned writes it."""
+        """Decode one clip. Returns the function that writes it."""
         lengths, broken = sample.lengths, sample.broken
         record = {
             **wanted.record,

@@ -150,7 +150,7 @@ class Sampler:
             raise UserError("guidance needs a model with classes, and this one has none: sample with --cfg-scale 1")
         if len(config.guidance) not in (1, layout.num_blocks):
             raise UserError(f"{len(config.guidance)} guidance scales: give one, or one for each of {layout.num_blocks}")
-        assert not model.training, "call model.eval() first: dropout would change what is sampled"
+        assert not model.training, "call model.eval() first: dropout would change the samples"
         self.model, self.layout, self.config, self.counts = model, layout, config, SamplerCounts()
         self.places = places or layout.max_length
         self.cache_bytes = slots * model.cache_bytes_per_slot(streams, self.places)

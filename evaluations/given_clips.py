@@ -111,7 +111,7 @@ def why_lossy(path: Path) -> str | None:
 
 
 class GivenClips:
-    """The system behind `--ours`: it reads what is there.
+    """The system behind `--ours`: it reads clips from a folder.
 
     If each clip has an original, files and clips are paired (see `pair`). For a distance of sets no pairs are needed;
     the class of each sample goes into its record.

@@ -211,7 +211,7 @@ class Evaluation:
 
 
 def _record(draft: Draft, made: dict[int, Made]) -> Record:
-    """What is known of a clip before it is scored."""
+    """A clip before it is scored."""
     clip, real = draft.source.clip, draft.source.real
     record: Record = {"index": clip.index, "name": clip.name, "label": clip.label, "start": clip.start}
     found = made.get(clip.index)

@@ -49,7 +49,7 @@ class Protocol:
 
     sources: of the miniature, as `tokenizer.data.clips` reads them. listed: how many videos the official list has.
     count: clips that are scored (windows: drawn), None for all. score_size: both sides are resized to it before
-    scoring. condition_scored: given frames are part of what is scored. draws: of the bootstrap of means; distances take
+    scoring. condition_scored: given frames are scored too. draws: of the bootstrap of means; distances take
     a twentieth.
     """
 

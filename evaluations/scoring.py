@@ -25,7 +25,7 @@ from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
 
 @dataclass(frozen=True)
 class Scorer:
-    """The networks that judge, None for what is not judged.
+    """The networks that score; None for a metric that is left out.
 
     size: both sides are resized to it first. first_frame: of those whose quality counts; given frames may be left out.
     batch_size: clips that a network sees at a time; smaller batches are filled up.

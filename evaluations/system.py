@@ -56,7 +56,7 @@ class System(Protocol):
     """A system under evaluation."""
 
     def facts(self) -> dict[str, Any]:
-        """Weights by sha256 and every setting that decides what is made."""
+        """Weights by sha256 and every setting that affects the clips."""
         ...
 
     def stream(self, sources: Iterable[Source]) -> Iterator[Draft]:

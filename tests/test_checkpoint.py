@@ -194,8 +194,8 @@ def test_a_real_write_limit_keeps_what_was_there(tmp_path: Path) -> None:
     ("error", "code", "line"),
     [
         (UserError("a.yaml: no"), 2, "error: a.yaml: no\n"),
-        (KeyboardInterrupt(), 130, "interrupted; what was finished is kept\n"),
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: the disk is full; what was finished"),
+        (KeyboardInterrupt(), 130, "interrupted; finished work is kept\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: the disk is full; finished work"),
     ],
 )
 def test_run_cli_says_one_line(capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str) -> None:

@@ -71,7 +71,7 @@ def test_sigterm_ends_an_entry_like_ctrl_c(capsys: pytest.CaptureFixture[str]) -
             run_cli(lambda: os.kill(os.getpid(), signal.SIGTERM))
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert stop.value.code == 130 and "what was finished is kept" in capsys.readouterr().err
+    assert stop.value.code == 130 and "finished work is kept" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", [errno.EROFS, errno.EACCES, errno.ENAMETOOLONG])

@@ -4,7 +4,7 @@ A clip is cut into N temporal blocks, and each block gets one of m *levels* of t
 lengths, for example (512, 64, 32, 32) for a clip that hardly moves after its first frames. All m^N assignments, in
 lexicographic order, form the table (arXiv 2603.12267).
 
-A batch of clips with unequal assignments is *packed*: the tokens of all clips stand one after the other, clip by clip,
+A batch of clips with unequal assignments is *packed*: the tokens of all clips follow one another, clip by clip,
 block by block, without padding. "Blocks <= t of clip b" is then one contiguous range, so block-causal attention needs
 no mask.
 

@@ -1,9 +1,9 @@
-"""Bring a tokenizer or router that other code saved into our format, or list what is in its file.
+"""Bring a tokenizer or router that other code saved into our format, or list the content of its file.
 
     python -m tokenizer.convert FILE.pt                                   # inventory and matches; writes nothing
     python -m tokenizer.convert FILE.pt --to OUT.safetensors [--config THEIRS.yaml] [--map MAP.yaml] [--kind router]
 
-Prepared for the weights that the authors of EVATok published, from what is known of their form; never tried on them.
+Prepared for the weights that the authors of EVATok published; never tried on them.
 The output is written only if every tensor of ours is filled exactly once and none of theirs is left over. Then a
 tokenizer reconstructs bundled clips, and its card tells whether the result is a picture.
 """

@@ -36,7 +36,7 @@ _COPIED_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """What made the tokens. A writer resumes only what was begun with equal facts."""
+    """What made the tokens. A writer resumes only a file begun with equal facts."""
 
     num_frames: int  # of a clip
     size: int
@@ -117,7 +117,7 @@ class TokenWriter:
         return self.path
 
     def discard(self) -> None:
-        """Remove what was appended."""
+        """Remove the appended part."""
         shutil.rmtree(self.folder)
 
     def _agree(self) -> None:

@@ -1,7 +1,7 @@
 """The measurements behind a quality-cost curve: each clip under each assignment and codec that some strategy needs.
 
 Any number of processes may share the work (tokenizer/common/work_units.py). What a clip gives depends on that clip
-alone. A later job in the same folder measures only what is new.
+alone. A later job in the same folder measures only new clips and settings.
 
     made_from.json                what decides a measurement; a folder made from something else is refused
     units/<asked>/000000...       figures by clip and key, and the features of a Frechet distance

@@ -68,7 +68,7 @@ CODECS = {
 
 @cache
 def find_codecs() -> tuple[tuple[Codec, ...], tuple[str, ...]]:
-    """The codecs that can be used here, and for each of the others what is missing."""
+    """The codecs that can be used here, and the missing part of each of the others."""
     os.environ.setdefault("SVT_LOG", "1")  # errors only; its banner is a page for each clip
     there, missing = [], []
     for codec in CODECS.values():

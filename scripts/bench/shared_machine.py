@@ -4,7 +4,7 @@
 
 GPT-mini samples with guidance in 8 slots on two threads, each time in a fresh process on two cores: alone, then beside
 a process that does nothing but count, twice each. A fair half of the machine would be 0.5 to 0.75; spinning threads,
-OpenMP's default, come to a stand. Speed is tokens in wall time, so other work on the machine lowers both sides. Goal:
+OpenMP's default, stall. Speed is tokens in wall time, so other work on the machine lowers both sides. Goal:
 0.35. The last line is JSON. --quick samples for 3 seconds each instead of 15.
 """
 

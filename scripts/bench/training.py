@@ -224,7 +224,7 @@ def _best_rows(model: VideoTokenizer, scores: Scores) -> Tensor:
 def checkpoint(quick: bool) -> Part:
     """The state of the mini tokenizer (with --quick the debug one) after a step, at the default interval.
 
-    The wait is the copy to memory plus what is left of the writing when the next checkpoint is due: here nothing, since
+    The wait is the copy to memory plus the rest of the writing when the next checkpoint is due: here nothing, since
     the writing thread has a whole interval of steps. `foreground_seconds`: a write that training waits for.
     """
     preset = "VQ_debug" if quick else "VQ_mini"

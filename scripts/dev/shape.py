@@ -147,7 +147,7 @@ def in_cycles(imports: dict[str, Imports]) -> list[str]:
 
 
 _DIRECTIVE = re.compile(r"#\s*(noqa|type:|fmt:|pragma|mypy:|!)")
-_PLACE = re.compile(  # what stands before a "where" that names a place; a comma after the word makes it a condition
+_PLACE = re.compile(  # the word before a "where" that names a place; a comma after the word makes it a condition
     r"(?:\b(?:places?|point|file|folder|path|address|machine|row|side|page|is|are|was|know[ns]?|sa(?:ys?|id)|see|tells?"
     r"|shows?|name[sd]?|decides?|finds?|from|to|of|on|at|in|with|by|and|how|begins?|stands?|then)|:)$",
     re.IGNORECASE,
@@ -162,7 +162,7 @@ _WORD = re.compile(r"[A-Za-z][A-Za-z'’-]*")
 
 
 def docstrings(tree: ast.Module) -> Iterator[ast.Constant]:
-    """The string that opens a module, class or function, and strings that stand alone as a statement."""
+    """The string that opens a module, class or function, and strings that are a statement by themselves."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield node.value

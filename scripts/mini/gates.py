@@ -131,7 +131,7 @@ def only_block_moves(video_BCTHW: Tensor, block: int, num_blocks: int) -> Tensor
     return video_BCTHW[:, :, index_T]
 
 
-# What is measured: None if the data for it are missing
+# The measured figures: None if their data are missing
 
 
 def _real_quality(mini: Miniature) -> dict[str, float] | None:

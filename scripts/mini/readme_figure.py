@@ -4,7 +4,7 @@
     python scripts/mini/readme_figure.py --video FILE --out OUT.png
 
 Shows one clip three times: the original, what the router's assignment keeps of it, and the same clip under half that
-budget. Each square is one token; its colour stands for its code. Rerun it whenever the weights change.
+budget. Each square is one token; its colour shows its code. Rerun it whenever the weights change.
 
 Letters: T frames, N temporal blocks, L tokens of one block.
 """

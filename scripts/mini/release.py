@@ -36,7 +36,7 @@ _CARD = Path("ckpts/mini/README.md")  # the text around the marked places
 
 @dataclass(frozen=True)
 class Part:
-    """What is shipped together: weights, in which precision (None: as trained), how their figures are measured and
+    """The parts of a release: weights, in which precision (None: as trained), how their figures are measured and
     shown, and how large they may be."""
 
     weights: tuple[str, ...]

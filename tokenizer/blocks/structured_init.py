@@ -9,7 +9,7 @@ patch consists of pixels. Here the weights start with that knowledge; the archit
     decoder, cross       values pass through: a patch starts from the tokens that its attention finds near its place
     all other branches   add nothing yet: their last linear maps are 0
     queries and keys     whole waves of the positions, shared out among the heads, and nothing of the content: so the
-                         product of two places falls with their distance, in every head, whatever stands there
+                         product of two places falls with their distance, in every head, whatever their content
 
 Two numbers of every token, +c and -c, are constant: beside them a LayerNorm leaves the amplitude of the others as it
 is. The constants below make latents of about equal spread from natural pictures; training moves all of them.

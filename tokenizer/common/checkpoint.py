@@ -273,7 +273,7 @@ def _model_of_checkpoint(run_dir: Path) -> ModelFile:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None."""
+    """The damage of a checkpoint folder in words, or None."""
     try:
         sums = _read_json(folder / "manifest.json")
         if listed := sums.keys() ^ {file.name for file in folder.iterdir()} - {"manifest.json"}:
@@ -330,7 +330,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str
 
 @contextmanager
 def _written_aside(path: Path) -> Iterator[Path]:
-    """Yields where to write; what is there at the end is synced and renamed to `path`, or removed on an exception."""
+    """Yields where to write; at the end the file is synced and renamed to `path`, or removed on an exception."""
     aside = _aside(path)
     try:
         yield aside

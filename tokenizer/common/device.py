@@ -137,7 +137,7 @@ def has_triton() -> bool:
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """What is missing to build kernels, and the way out: Triton for a GPU, a C++ compiler for a CPU; else None."""
+    """The compiler that this machine lacks for kernels, and the way out: Triton for a GPU, C++ for a CPU; else None."""
     if device.type == "cuda":
         return None if has_triton() else "the package triton: install it"
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")

@@ -21,7 +21,7 @@ _BAD_PATH = (
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message is one line: what is wrong (file, key, value) and what to do."""
+    """A mistake that the user can mend. The message is one line: the mistake (file, key, value) and the way out."""
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
@@ -37,11 +37,11 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         code = _say(f"error: {error}", EXIT_USER_ERROR)
     except KeyboardInterrupt as stop:
-        code = _say(str(stop) or "interrupted; what was finished is kept", EXIT_INTERRUPTED)
+        code = _say(str(stop) or "interrupted; finished work is kept", EXIT_INTERRUPTED)
     except OSError as error:
         if error.errno in _FULL_DISK:
             where = f" while writing {error.filename}" if error.filename else ""
-            code = _say(f"error: the disk is full{where}; what was finished is kept, free some space", EXIT_USER_ERROR)
+            code = _say(f"error: the disk is full{where}; finished work is kept, free some space", EXIT_USER_ERROR)
         elif error.errno in _BAD_PATH and error.filename:
             path = str(error.filename)
             shown = path if len(path) <= 200 else f"{path[:100]}..{path[-80:]} ({len(path)} characters)"

@@ -2,7 +2,7 @@
 
 Both sides are brought into one neutral spelling, in which nothing is fused (queries, keys and values apart), by rules
 over names. What the names leave open is matched by shape, then by order. Nothing is guessed in silence: `Match` lists
-what was found by which rule, and what is left on either side.
+each match with its rule, and the names left over on either side.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ def _some(lines: Sequence[str], most: int = 8) -> str:
 
 
 def report(file: ForeignFile, found: Match, everything: bool) -> None:
-    """Print what is in the file and how it was matched; without `everything` only what deserves a look."""
+    """Print the tensors of the file and their matches; without `everything` only those that deserve a look."""
     print(f"{file.path}: {len(file.tensors)} tensors" + (f" under {file.holder!r}" if file.holder else ""))
     if everything:
         print("\n".join(f"  {line}" for line in file.inventory()))

@@ -61,7 +61,7 @@ class HubModel:
 
         name: a .safetensors file, a folder of `save_pretrained`, a run folder, or "owner/name" on the hub.
         revision: branch, tag or commit of the repository; "owner/name@revision" does the same. local_files_only: take
-        what was downloaded before. Raises UserError for weights that are not there, damaged, or of another kind.
+        only files downloaded before. Raises UserError for weights that are not there, damaged, or of another kind.
         """
         path = local_copy(name, revision, local_files_only)
         file = read_model(path)

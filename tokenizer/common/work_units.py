@@ -31,7 +31,7 @@ class WorkUnits:
         self.folder, self.num_units = folder, num_units
 
     def path(self, unit: int) -> Path:
-        """Where the result of a unit stands once it is done."""
+        """Path of the result of a finished unit."""
         return self.folder / f"{unit:06d}.safetensors"
 
     @property

@@ -98,7 +98,7 @@ def is_store(source: str) -> bool:
 
 
 def write_raw(path: Path, frames_NTHWC: np.ndarray, clips: Sequence[StoredClip], facts: dict[str, Any]) -> None:
-    """uint8 frames (a memory map may be larger than memory) and what is known of them."""
+    """uint8 frames (a memory map may be larger than memory) and their names, labels and sources."""
     _write(path, {"frames": frames_NTHWC}, clips, facts)
 
 

@@ -66,7 +66,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Rest:
-    """The end of a source: frames that are too few for another clip, and what of the file is not handled."""
+    """The end of a source: frames that are too few for another clip, and unsupported features of the file."""
 
     source: VideoSource
     num_frames: int
@@ -114,7 +114,7 @@ def stream_clips(
 class ClipWalk:
     """Passes over the clips of a job with a progress bar; files that cannot be read are printed and kept in `skipped`.
 
-    `rests`: what was left out at the ends of the videos if all clips were asked for. `notes`: by file, what of it is
+    `rests`: frames left over at the ends of the videos if all clips were asked for. `notes`: by file, what of it is
     not handled (tone mapping, pictures that the header promises and the file lacks); each is printed once.
     """
 

@@ -245,7 +245,7 @@ class ClipDataset:
         return part.source.label(number)
 
     def _report(self, name: str, notes: Sequence[str]) -> None:
-        """Warn of what is not handled, once of each kind in a process."""
+        """Warn of unsupported features of videos, once of each kind in a process."""
         for note in notes:
             kind = note.partition(":")[0]
             if kind not in self._noted:

@@ -30,7 +30,7 @@ class Shown(NamedTuple):
 
 
 class ClipFacts(NamedTuple):
-    """The end of a clip whose pictures came before. start: counted in frames at `fps`. notes: what is not handled.
+    """The end of a clip whose pictures came before. start: counted in frames at `fps`. notes: unsupported features.
 
     seconds: of each frame since the file's first picture; from `video_events` only.
     """
@@ -42,7 +42,7 @@ class ClipFacts(NamedTuple):
 
 
 class StreamEnd(NamedTuple):
-    """The end of a file. num_left: frames that were too few for another clip. notes: what is not handled."""
+    """The end of a file. num_left: frames that were too few for another clip. notes: unsupported features."""
 
     num_left: int
     notes: tuple[str, ...]

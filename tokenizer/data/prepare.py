@@ -5,7 +5,7 @@
 Writes DIR/videos/*.mp4 and DIR/manifest.csv, which takes the place of M.csv in a config. H.264 loses a little, so
 prepared videos are for training; measure on the originals. Without --fps a copy keeps the time of every picture, also
 of a variable frame rate. Rerun the same command to resume; a source whose content changed is prepared again. A video
-that cannot be read is named in DIR/skipped.json and left out; what is not handled is named in DIR/notes.json.
+that cannot be read is named in DIR/skipped.json and left out; unsupported features are named in DIR/notes.json.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class PrepareRule:
 
 
 def prepare_video(source: Path, target: Path, rule: PrepareRule) -> list[str]:
-    """One video -> `target`, which appears complete or not at all. Returns what of the video is not handled.
+    """One video -> `target`, which appears complete or not at all. Returns the unsupported features of the video.
 
     The decoding is done in another process. Raises VideoError if the source cannot be read to its end, OSError on a
     full disk.
@@ -91,7 +91,7 @@ def prepare_video(source: Path, target: Path, rule: PrepareRule) -> list[str]:
 
 
 def prepare(manifest: Path, out: Path, rule: PrepareRule, num_threads: int) -> tuple[int, list[dict[str, str]]]:
-    """All videos of a manifest -> DIR/videos and DIR/manifest.csv. Returns how many there are, and what was skipped."""
+    """All videos of a manifest -> DIR/videos and DIR/manifest.csv. Returns their number, and the skipped files."""
     videos = out / "videos"
     videos.mkdir(parents=True, exist_ok=True)
     for leftover in videos.glob(".writing-*"):
@@ -131,7 +131,7 @@ def _encode(
     first = next(frames)
     notes = dict.fromkeys(first.notes)
     height, width = _even_size(first.frames_THWC, rule.short_side)
-    # fastdecode leaves out what is slow to decode: deblocking, CABAC, weighted prediction
+    # fastdecode leaves out the parts that are slow to decode: deblocking, CABAC, weighted prediction
     options = {"crf": str(rule.crf), "preset": "medium", "tune": "fastdecode", "g": str(KEYFRAME_EVERY), "bf": "0"}
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=exact_rate(first.fps), options=options)

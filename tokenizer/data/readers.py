@@ -3,7 +3,7 @@
 A reader gives the pictures of the first video stream in the order of display, each with its time in seconds since the
 first. Pixels are uint8 RGB and upright: the display matrix of the container is applied, mirrored ones included. Both
 decoders give the same pixels; a file that decord would get wrong is refused.
-What is not handled (tone mapping, a tilted display matrix) is named in `Reader.notes`.
+Unsupported features (tone mapping, a tilted display matrix) are named in `Reader.notes`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Reader(Protocol):
     rate: Fraction  # frames per second
     num_frames: int | None  # what the header claims; None if it claims nothing
     duration: float | None  # in seconds, if the header has it
-    notes: dict[str, None]  # what is not handled, "kind: detail" each, in the order found
+    notes: dict[str, None]  # unsupported features, "kind: detail" each, in the order found
 
     def times(self) -> np.ndarray:
         """Time of every picture in seconds, float64 [T], ascending, the first one 0."""

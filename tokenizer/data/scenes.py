@@ -9,7 +9,7 @@ should cost in tokens:
     still   nothing changes, to the bit
     slow    the camera drifts, and the shapes with it, by a fraction of a pixel a frame
     shapes  the camera rests; the shapes travel and bounce, by a few pixels a frame
-    mixed   some temporal blocks stand still to the bit, in the others everything moves fast
+    mixed   some temporal blocks are still to the bit, in the others everything moves fast
     fast    the camera pans, turns and zooms and the shapes travel, by a few pixels a frame
     cuts    one to three abrupt changes of photograph, at block borders or anywhere, calm in between
 

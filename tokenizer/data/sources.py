@@ -70,7 +70,7 @@ class Wanted(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """uint8 [T, H, W, C], the kind of a rendered scene, and what of a file is not handled."""
+    """uint8 [T, H, W, C], the kind of a rendered scene, and unsupported features of the file."""
 
     frames_THWC: np.ndarray
     kind: str | None = None

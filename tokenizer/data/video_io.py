@@ -95,7 +95,7 @@ class VideoInfo:
 class DecodedClip:
     """Consecutive frames: `start` counts the file's frames at `fps`; the last `num_padded` repeat the last real one.
 
-    notes: what of the file is not handled, "kind: detail" each.
+    notes: unsupported features of the file, "kind: detail" each.
     seconds: of each real frame since the file's first one; from `iter_video` only.
     """
 
@@ -143,7 +143,7 @@ def iter_clips(
     fps: None keeps the file's own frames; a number shows the file at that rate (frames are dropped or repeated).
     size: short side and centre crop, in square pixels; None keeps the displayed size.
     A rest shorter than a clip is dropped, unless it is all there is: then its last frame is repeated (`num_padded`).
-    Returns how many frames that rest had, and what of the file is not handled.
+    Returns how many frames that rest had, and the unsupported features of the file.
     Raises VideoError if the file cannot be read, also in the middle, after the clips before the damage.
     """
     return assemble(path, clip_events(path, num_frames, fps, all_clips, backend, span), num_frames, size)

@@ -129,7 +129,7 @@ class ResultsFolder:
         os.replace(aside, target)
         record = {"file": clip.source.file, "start": clip.start, "name": clip.name, **result.figures}
         record |= {"num_padded": decoded.num_padded, "fps": decoded.fps, "fingerprint": clip.fingerprint}
-        return record | ({"notes": list(decoded.notes)} if decoded.notes else {})  # what of the file is not handled
+        return record | ({"notes": list(decoded.notes)} if decoded.notes else {})  # unsupported features of the file
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Enter a clip that `write` has finished into the journal."""

@@ -61,7 +61,7 @@ def rehearse(
     step_fn: StepFn,
     parts: dict[str, int],
 ) -> None:
-    """Run a few steps without a results folder; print parameters, memory, loss terms, hours, and what is missing.
+    """Run a few steps without a results folder; print parameters, memory, loss terms, hours, and missing parts.
 
     Two rounds of each kind of step: the first pays for allocations and its operations are counted, the second is timed.
     """

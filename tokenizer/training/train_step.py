@@ -226,7 +226,7 @@ class _Figures:
         return sorted(((name, x / self.weight) for name, x in self._scalars.items()), key=lambda x: x[0] == "loss")
 
     def values(self) -> Values:
-        """Means by weight, counts, and what is read off them."""
+        """Means by weight, counts, and the figures computed from them."""
         values: Values = {name: value / self.weight for name, value in self._scalars.items()}
         for name, count_K in self._counts.items():
             values |= self._readers[name](count_K) if name in self._readers else {name: count_K.tolist()}
