@@ -31,7 +31,7 @@ from evaluations.scoring import Scorer, load_scorer, trained_as
 from evaluations.shards import RealCache, Record, Scored, ShardFolder
 from evaluations.summary import per_clip_table, pick_shown, result_lines, summarise
 from evaluations.system import Draft, Made, Source, System, in_batches
-from tokenizer.common.device import pick_device
+from tokenizer.common.device import float32_mode, pick_device
 from tokenizer.common.distributed import several_processes
 from tokenizer.common.errors import UserError
 from tokenizer.data.safe_decode import map_ahead
@@ -71,7 +71,7 @@ class Evaluation:
             system=system.facts(),
             trained_as=self._trained_as(),
             device=str(self.device),
-            arithmetic=arithmetic(),
+            float32=float32_mode(),
             code=code_version(),
         )
         print(card_text(card), flush=True)
@@ -241,15 +241,6 @@ def _beside(
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def arithmetic() -> dict[str, Any]:
-    """The switches that decide how float32 products are computed on a GPU, for the card."""
-    return {
-        "float32_matmul": torch.get_float32_matmul_precision(),
-        "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
-        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
-    }
 
 
 def code_version() -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from evaluations.metrics.clip_scores import score_clips
 from evaluations.metrics.extractors import Extractor, load_extractor
 from evaluations.protocols import Protocol
-from tokenizer.common.checkpoint import read_model
+from tokenizer.common.checkpoint import read_card
 from tokenizer.data.video_io import resize, to_model_range
 from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
 
@@ -80,7 +80,6 @@ def load_scorer(protocol: Protocol, args: argparse.Namespace, device: torch.devi
 
 def trained_as(weights: str) -> dict[str, Any]:
     """Name of the training run and its step, from the config inside the weights; a run is named after its config."""
-    file = read_model(weights)
-    folder = file.config.get("run", {}).get("dir")
-    step = file.card.get("step")
+    config, card = read_card(weights)
+    folder, step = config.get("run", {}).get("dir"), card.get("step")
     return {"run": Path(folder).name if folder else None, "step": None if step is None else int(step)}

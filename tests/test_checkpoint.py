@@ -15,7 +15,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tokenizer.common import checkpoint
-from tokenizer.common.checkpoint import CheckpointStore, atomic_write, file_sha256, load_strict, read_model, save_model
+from tokenizer.common.checkpoint import (
+    CheckpointStore,
+    atomic_write,
+    file_sha256,
+    load_strict,
+    read_card,
+    read_model,
+    save_model,
+)
 from tokenizer.common.errors import UserError, run_cli
 
 CONFIG = {"model": {"width": 4, "lr": 1e-06}}
@@ -206,6 +214,27 @@ def test_run_cli_says_one_line(capsys: pytest.CaptureFixture[str], error: BaseEx
         run_cli(main)
     stderr = capsys.readouterr().err
     assert left.value.code == code and stderr.startswith(line) and stderr.count("\n") == 1
+
+
+def test_a_card_is_read_from_the_header_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "final" / "model.safetensors"
+    save_model(path, tensors(), CONFIG, {"kind": "toy", "step": "7"})
+    checkpoint_run = tmp_path / "unfinished"
+    filled(checkpoint_run / "checkpoints", 3)
+    monkeypatch.setattr(checkpoint, "load_file", None)
+    assert read_card(path) == read_card(tmp_path) == (CONFIG, {"kind": "toy", "step": "7"})
+    assert read_card(checkpoint_run)[1] == {"weights": "ema", "step": "3"}
+    save_file(tensors(), path)
+    with pytest.raises(UserError, match=r"model\.safetensors: holds tensors but no config of ours"):
+        read_card(path)
+    save_file(tensors(), path, metadata={"model_card": '{"config": 1, "card": {}}'})
+    for read in (read_card, read_model):
+        with pytest.raises(UserError, match="its card is not one of ours"):
+            read(path)
+    for name in ("absent.safetensors", "m.pt"):
+        (tmp_path / "m.pt").write_bytes(b"PK\x03\x04")
+        with pytest.raises(UserError, match=name):
+            read_card(tmp_path / name)
 
 
 def test_any_flipped_byte_of_a_weights_file_shows_without_a_file_beside_it(tmp_path: Path) -> None:

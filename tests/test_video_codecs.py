@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,15 @@ def test_every_codec_is_there_and_meets_the_rate(name: str, frames_THWC: np.ndar
     assert found[1258] > found[700] > 20
     num_made = len(search.made)
     assert search.at_most(1258)[0].num_bytes <= 1258 and len(search.made) == num_made, "nothing is encoded twice"
+
+
+def test_a_codec_gets_the_exact_frame_rate(frames_THWC: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate of some DV files is 9000000/299971; with a denominator of up to 1001 it would become 30003/1000."""
+    made: list[av.VideoCodecContext] = []
+    create = av.CodecContext.create
+    monkeypatch.setattr(av.CodecContext, "create", lambda *words: made.append(create(*words)) or made[-1])
+    encode(CODECS["h264"], frames_THWC[:2], fps=9000000 / 299971, quality=40)
+    assert made[0].framerate == 1 / made[0].time_base == Fraction(9000000, 299971)
 
 
 @pytest.mark.parametrize("name", CODECS)

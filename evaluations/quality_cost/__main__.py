@@ -49,7 +49,7 @@ from evaluations.quality_cost.sweep import REAL, Figures, Measure, Measured, Swe
 from evaluations.quality_cost.video_codecs import Codec, find_codecs, pick_codecs
 from evaluations.report import CURVE_KIND, write_report
 from evaluations.scoring import Scorer, load_scorer, trained_as
-from tokenizer.common.device import pick_device
+from tokenizer.common.device import float32_mode, pick_device
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.video_io import display_name
 from tokenizer.model import VideoTokenizer
@@ -192,6 +192,7 @@ def curve_card(
         system=system,
         trained_as={"tokenizer": trained_as(args.vq_ckpt)},
         device=str(measure.tokenizer.device),
+        float32=float32_mode(),
         code=code_version(),
     )
 

@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import cache
 from typing import Literal, cast
 
@@ -24,6 +23,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 
 from tokenizer.common.errors import UserError
+from tokenizer.data.video_io import exact_rate
 
 _STEPS_PER_UNIT = 4  # quality goes in quarters
 _INFORMATION_UNIT = 6  # NAL type of H.264's SEI; x265 is told not to write any
@@ -124,7 +124,7 @@ def encode(codec: Codec, frames_THWC: np.ndarray, fps: float, quality: float) ->
     context = cast(VideoCodecContext, av.CodecContext.create(codec.encoder, "w"))
     context.height, context.width = frames_THWC.shape[1:3]
     context.pix_fmt = "yuv420p"
-    context.framerate = Fraction(fps).limit_denominator(1001)
+    context.framerate = exact_rate(fps)
     context.time_base = 1 / context.framerate
     context.gop_size = len(frames_THWC)
     context.thread_count = 1

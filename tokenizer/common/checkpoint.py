@@ -107,22 +107,49 @@ def read_model(path: str | Path) -> ModelFile:
     expected = _expected_sha256(path)
     if expected is not None and expected != sha256:
         raise UserError(f"{path}: damaged: sha256 is {sha256[:12]}.., expected {expected[:12]}..; fetch it again")
+    inside = _header(path)
     try:
-        with safe_open(path, "pt") as file:
-            inside = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
         tensors = load_file(path)
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{path}: damaged or not a safetensors file ({_one_line(error)}); fetch it again") from error
-    if inside is None:
-        raise UserError(f"{path}: holds tensors but no config of ours; save it with tokenizer.common.checkpoint")
-    if not isinstance(inside, dict) or not {"config", "card"} <= inside.keys() <= {"config", "card", _DIGEST_KEY}:
-        raise UserError(f"{path}: damaged: its card is not one of ours; fetch it again")
     digest = inside.get(_DIGEST_KEY)
     if digest is not None and (len(str(digest)) != 64 or digest != _digest(path, str(digest))):
         raise UserError(f"{path}: damaged: its bytes do not have the sha256 that it states; fetch it again")
     if digest is None and expected is None:
         logger.warning("%s: no sha256 inside or beside it; damage would not show", path)
     return ModelFile(tensors, inside["config"], inside["card"], sha256)
+
+
+def read_card(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(config, card) of a model file or run folder, as `read_model` has them, without reading any weights.
+
+    Only the header is checked. Raises UserError as `read_model` does.
+    """
+    path = Path(path)
+    if path.is_dir():
+        final = path / "final" / "model.safetensors"
+        return read_card(final) if final.is_file() else _card_of_checkpoint(_newest_checkpoint(path))
+    if not path.is_file():
+        raise UserError(f"{path}: no such model file or run folder")
+    _refuse_pickle(path)
+    inside = _header(path)
+    return inside["config"], inside["card"]
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Config, card and digest inside a model file."""
+    try:
+        with safe_open(path, "pt") as file:
+            inside = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged or not a safetensors file ({_one_line(error)}); fetch it again") from error
+    if inside is None:
+        raise UserError(f"{path}: holds tensors but no config of ours; save it with tokenizer.common.checkpoint")
+    if not isinstance(inside, dict) or not {"config", "card"} <= inside.keys() <= {"config", "card", _DIGEST_KEY}:
+        raise UserError(f"{path}: damaged: its card is not one of ours; fetch it again")
+    if not isinstance(inside["config"], dict) or not isinstance(inside["card"], dict):
+        raise UserError(f"{path}: damaged: its card is not one of ours; fetch it again")
+    return inside
 
 
 def _digest(path: Path, stated: str) -> str:
@@ -261,15 +288,25 @@ class CheckpointStore:
 
 
 def _model_of_checkpoint(run_dir: Path) -> ModelFile:
+    folder = _newest_checkpoint(run_dir)
+    config, card = _card_of_checkpoint(folder)
+    print(f"note: {run_dir} has not ended; its newest checkpoint is taken, step {card['step']}", file=sys.stderr)
+    file = folder / f"{card['weights']}.safetensors"
+    return ModelFile(load_file(file), config, card, file_sha256(file))
+
+
+def _newest_checkpoint(run_dir: Path) -> Path:
     folder = CheckpointStore(run_dir / "checkpoints").newest_good()
     if folder is None:
         raise UserError(f"{run_dir}: neither final/model.safetensors nor a checkpoint is in this run folder")
+    return folder
+
+
+def _card_of_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(config, card) of the weights that an unfinished run would ship: the moving average if there is one."""
     weights = "ema" if (folder / "ema.safetensors").is_file() else "model"
-    file = folder / f"{weights}.safetensors"
     body = _read_json(folder / "state.json")
-    print(f"note: {run_dir} has not ended; its newest checkpoint is taken, step {body['step']}", file=sys.stderr)
-    card = {**body["state"].get("card", {}), "weights": weights, "step": str(body["step"])}
-    return ModelFile(load_file(file), body["config"], card, file_sha256(file))
+    return body["config"], {**body["state"].get("card", {}), "weights": weights, "step": str(body["step"])}
 
 
 def _damage(folder: Path) -> str | None:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tokenizer.common import distributed
 from tokenizer.common.checkpoint import CheckpointStore, load_strict
-from tokenizer.common.device import compile_layers, pick_device, pick_dtype
+from tokenizer.common.device import compile_layers, float32_mode, pick_device, pick_dtype
 from tokenizer.common.errors import UserError
 from tokenizer.training.optim import (
     Ema,
@@ -215,6 +215,11 @@ class TrainState:
         for trainable in self.trainables:
             trainable.module.train(on)
 
+    @property
+    def card(self) -> dict[str, str]:
+        """What every weights file of this run tells of itself."""
+        return {"kind": self.kind, "float32": float32_mode()}
+
     def save(self, store: Saver, config: Mapping[str, Any]) -> None:
         """Write everything, atomically."""
         groups = {
@@ -228,7 +233,7 @@ class TrainState:
             groups["discriminator"] = self.discriminator.module.state_dict()
             moments = optimizer_tensors(self.discriminator.optimizer, self.discriminator.module)
             groups["discriminator_optimizer"] = moments
-        state: dict[str, Any] = {"card": {"kind": self.kind}, "unlogged": dict(self.unlogged)}
+        state: dict[str, Any] = {"card": self.card, "unlogged": dict(self.unlogged)}
         state |= {trainable.name: trainable.counts() for trainable in self.trainables}
         store.save(self.step, groups, state, config)
 

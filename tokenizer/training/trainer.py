@@ -379,5 +379,5 @@ def _write_final(folder: Path, state: TrainState, config: Mapping[str, Any]) -> 
     files = {"model.safetensors": ("ema", state.ema.tensors())}
     files["model.raw.safetensors"] = ("raw", dict(state.model.state_dict()))
     for name, (weights, tensors) in files.items():
-        save_model(folder / name, tensors, config, {"kind": state.kind, "weights": weights, "step": str(state.step)})
+        save_model(folder / name, tensors, config, {**state.card, "weights": weights, "step": str(state.step)})
     atomic_write(sums, "".join(f"{file_sha256(folder / name)}  {name}\n" for name in files).encode())
