@@ -5,6 +5,7 @@ A `Trainable` is what one optimiser trains: the model with the head of its align
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -135,7 +136,9 @@ class Trainable:
             # each process names its own GPU: SLURM may show it one alone, or all of the machine
             ids = [device.index] if device.type == "cuda" else None
             # buffers are copied after the update: a broadcast in forward would change what `backward` still needs
-            self._gate = DistributedDataParallel(self._gate, device_ids=ids, broadcast_buffers=False)
+            with warnings.catch_warnings():  # its new name, forward_sync_buffers, is not in every torch that we support
+                warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+                self._gate = DistributedDataParallel(self._gate, device_ids=ids, broadcast_buffers=False)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of `loss`; they are averaged over the processes with the `last` part of a batch."""
