@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenizer.assignment import AssignmentSpace
-from tokenizer.budget import choose_rows, find_price, parse_budget
+from tokenizer.budget import choose_rows, find_price, keeps_quality, parse_budget
 from tokenizer.common.errors import UserError
 
 SPACE = AssignmentSpace((8, 16, 32), 3)  # 27 rows, 24 to 96 tokens
@@ -22,7 +22,7 @@ def chosen_tokens(text: str, score_BA: torch.Tensor, price: float | None = None)
     return SPACE.tokens_A[choose_rows(parse_budget(text, SPACE), score_BA, SPACE, price)]
 
 
-@given(st.text(max_size=30) | st.from_regex(r"(tokens|average|price|fixed|uniform|router):?[-+0-9.,einf]{0,12}"))
+@given(st.text(max_size=30) | st.from_regex(r"(tokens|average|price|quality|fixed|uniform|router):?[-+0-9.,einf]{0,12}"))
 def test_any_text_parses_or_is_refused_in_one_line(text: str) -> None:
     try:
         budget = parse_budget(text, SPACE)
@@ -86,7 +86,7 @@ def test_clips_that_tie_at_the_price_stay_equal_and_below_the_wish() -> None:
     assert len(tokens.unique()) == 1 and tokens[0] <= 60
 
 
-@pytest.mark.parametrize("text", ["router", "tokens:50", "price:0.02", "average:50", "uniform:8"])
+@pytest.mark.parametrize("text", ["router", "tokens:50", "price:0.02", "average:50", "quality:0.5", "uniform:8"])
 def test_a_clip_never_depends_on_its_batch_mates(text: str) -> None:
     score_SA = scores(16)
     budget, price = parse_budget(text, SPACE), find_price(score_SA, SPACE, 50)
@@ -108,6 +108,7 @@ def test_a_clip_never_depends_on_its_batch_mates(text: str) -> None:
         ("tokens:many", "whole number"),
         ("price:nan", "finite"),
         ("average:inf", "finite"),
+        ("quality:good", "finite"),
         ("routr", "tokens:N"),
         ("", "router"),
     ],
@@ -116,6 +117,33 @@ def test_a_wrong_budget_says_what_is_right(text: str, says: str) -> None:
     with pytest.raises(UserError, match=says) as caught:
         parse_budget(text, SPACE)
     assert "\n" not in str(caught.value)
+
+
+def test_a_quality_floor_gets_the_cheapest_row_that_keeps_it() -> None:
+    space = AssignmentSpace((1, 2), 2)  # rows (1, 1), (1, 2), (2, 1), (2, 2): 2, 3, 3 and 4 tokens
+    distance_BA = torch.tensor(
+        [
+            [0.9, 0.5, 0.4, 0.1],  # two rows of 3 tokens keep 0.5: the better one
+            [0.5, 0.1, 0.1, 0.1],  # the smallest keeps it
+            [0.9, 0.8, 0.7, 0.6],  # no row keeps it: the best
+            [0.6, 0.6, 0.6, 0.6],  # no row keeps it, all are equal: the cheapest
+        ]
+    )
+    budget = parse_budget("quality:0.5", space)
+    row_B = choose_rows(budget, -distance_BA, space)
+    assert row_B.tolist() == [2, 0, 3, 0]
+    assert keeps_quality(budget, -distance_BA, row_B).tolist() == [True, True, False, False]
+    assert keeps_quality(parse_budget("router", space), -distance_BA, row_B).all()
+    spent = [space.tokens_A[choose_rows(parse_budget(f"quality:{q}", space), -distance_BA, space)] for q in (0.6, 0.5)]
+    assert (spent[0][:3] <= spent[1][:3]).all()
+
+
+@pytest.mark.parametrize("text", ["uniform:8", "fixed:8,8,8", "quality:0.1"])
+def test_a_trade_off_that_changes_nothing_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="changes nothing"):
+        parse_budget(text, SPACE).check_trade_off(1.0)
+    parse_budget(text, SPACE).check_trade_off(None)
+    parse_budget("average:50", SPACE).check_trade_off(1.0)
 
 
 def test_missing_scores_missing_price_and_broken_scores_are_refused() -> None:

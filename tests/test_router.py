@@ -16,8 +16,8 @@ from tokenizer.data.video_io import VideoError
 from tokenizer.frozen.encoders import VJEPA2, FrozenConfig, FrozenVJEPA2
 from tokenizer.model import TokenizerConfig
 from tokenizer.router.model import Router, RouterConfig, VJEPA2StemConfig, frequency_filters
-from tokenizer.router.predict import check_router_fits, load_router
-from tokenizer.router.reward import QualityTable, reward, stats_of
+from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
+from tokenizer.router.reward import QualityTable, reward, stats_of, table_stats
 from tokenizer.router.train import WITHIN_WEIGHT, RouterTrainConfig, RouterTraining, TableClips, measure, quality_loss
 from tokenizer.training.optim import OptimConfig
 from tokenizer.training.trainer import RunConfig
@@ -257,8 +257,43 @@ def test_one_quality_router_serves_every_weight_and_needs_no_whole_rows(tmp_path
         best_single = reward_SA.mean(dim=0).max()
         chosen = reward_SA.gather(1, space.best_row(router.scores(video_BCTHW))[:, None]).mean()
         assert chosen > best_single + 0.25 * (reward_SA.amax(dim=1).mean() - best_single)
+    check_distances_and_floors(load_router(config.run.dir), partial, truth, video_BCTHW)
     with pytest.raises(UserError, match="one trade-off"):
         load_router("ckpts/mini/router.safetensors", quality_weight=1.0)
+    with pytest.raises(UserError, match=r"within \[0, 2\]"):
+        load_router(config.run.dir, quality_weight=2.5)
+    with pytest.raises(UserError, match="labels=quality"):
+        load_router("ckpts/mini/router.safetensors").assign(torch.zeros(1, 3, 16, 128, 128), "quality:0.1")
+
+
+def check_distances_and_floors(
+    router: TrainedRouter, table: QualityTable, truth: QualityTable, video_BCTHW: torch.Tensor
+) -> None:
+    """Predicted distances are in the table's units; quality:Q keeps Q by prediction, and mostly in truth."""
+    assert router.stats is not None and router.stats == table_stats(table)
+    distance_SA, space = router.distances(video_BCTHW), router.space
+    score_SA = router.scores(video_BCTHW)
+    torch.testing.assert_close(
+        score_SA.double(), reward(distance_SA, space.tokens_A, 1.2, router.stats), rtol=1e-4, atol=1e-4
+    )
+    gap_SA = distance_SA - truth.lpips_BA
+    assert gap_SA.abs().mean() < 0.8 * (truth.lpips_BA - truth.lpips_BA.mean()).abs().mean()
+    middle = router.stats.lpips_mean
+    length_SN = router.assign(video_BCTHW, f"quality:{middle}")
+    row_S = space.rows_of(length_SN)
+    assert (distance_SA.gather(1, row_S[:, None]) <= middle).all()
+    cheaper_SA = space.tokens_A < length_SN.sum(dim=1)[:, None]
+    assert (distance_SA[cheaper_SA] > middle).all()
+    for outside in (router.stats.lpips_min / 2, router.stats.lpips_max * 2):
+        with pytest.raises(UserError, match=rf"from {router.stats.lpips_min:.4g} to {router.stats.lpips_max:.4g}"):
+            router.assign(video_BCTHW, f"quality:{outside}")
+    hard = distance_SA.amin(dim=1).max().item() - 1e-6  # by prediction at least one clip never keeps it
+    if router.stats.lpips_min <= hard:
+        with pytest.warns(UserWarning, match=f"of {len(video_BCTHW)} clips"):
+            router.assign(video_BCTHW, f"quality:{hard}")
+    router.stats = None  # a file of before
+    with pytest.raises(UserError, match="train stage 3 again"):
+        router.distances(video_BCTHW)
 
 
 def test_the_quality_loss_by_hand() -> None:

@@ -6,8 +6,16 @@ Every form that asks a router applies one rule to each clip by itself:
 
 `router` is price 0 without a limit, `tokens:N` sets the limit, `price:P` sets the price (units of the score per token),
 and `average:N` finds the price at which a whole set of clips spends N tokens per clip (`find_price`). `fixed:a,b,c,d`
-and `uniform:K` give every clip the same row and need no router. Of equal rows the one with the fewest tokens wins, then
-the smallest row number. A choice depends on no other clip of the batch.
+and `uniform:K` give every clip the same row and need no router.
+
+`quality:Q` asks a router that predicts distances (labels=quality) and inverts the rule:
+
+    row = argmin(tokens)  over the rows whose predicted distance is at most Q
+
+A clip without such a row gets the row of the least predicted distance; `keeps_quality` tells them apart.
+
+Of equal rows the one with the fewest tokens wins, then the smallest row number. A choice depends on no other clip of
+the batch.
 
 Letters: B clips of a batch, S clips of a whole set, A assignments (rows).
 """
@@ -29,24 +37,31 @@ BISECTION_STEPS = 100  # halves the interval past float64 resolution
 
 @dataclass(frozen=True)
 class Budget:
-    """A parsed budget. Either `fixed_row` is set, or the rule of this file applies with the other three fields."""
+    """A parsed budget. Either `fixed_row` or `max_distance` is set, or the first rule applies with the other fields."""
 
     text: str
     fixed_row: int | None = None
     max_tokens: int | None = None
     average_tokens: float | None = None  # its price is found later, for the whole set
     price: float = 0.0
+    max_distance: float | None = None  # Q of quality:Q, a perceptual distance; lower is better
 
     @property
     def needs_router(self) -> bool:
         """Whether the choice depends on a router's scores."""
         return self.fixed_row is None
 
+    def check_trade_off(self, trade_off: float | None) -> None:
+        """Raises UserError if a w_q is given, but this budget compares no scores."""
+        if trade_off is not None and (self.fixed_row is not None or self.max_distance is not None):
+            raise UserError(f"--trade-off {trade_off:g} changes nothing under the budget {self.text!r}: leave one out")
+
 
 def parse_budget(text: str, space: AssignmentSpace) -> Budget:
-    """Read one of the forms `router | tokens:N | average:N | price:P | fixed:a,b,c,d | uniform:K`.
+    """Read one of the forms `router | tokens:N | average:N | price:P | quality:Q | fixed:a,b,c,d | uniform:K`.
 
     Raises UserError for any other text, for a limit below the smallest assignment and for lengths outside the levels.
+    Whether a Q can be reached is the router's to know: `TrainedRouter.check_budget`.
     """
     form, colon, value = text.strip().partition(":")
     match form, colon:
@@ -62,6 +77,8 @@ def parse_budget(text: str, space: AssignmentSpace) -> Budget:
             return Budget(text, average_tokens=average)
         case "price", ":":
             return Budget(text, price=_finite_number(text, value))
+        case "quality", ":":
+            return Budget(text, max_distance=_finite_number(text, value))
         case "fixed", ":":
             lengths = [_whole_number(text, part) for part in value.split(",")]
             if len(lengths) != space.num_blocks:
@@ -81,8 +98,8 @@ def choose_rows(
 ) -> Tensor:
     """The row of each clip under `budget`: int64 of shape (B,), on the CPU.
 
-    score_BA: a router's scores, higher is better; may be None for `fixed` and `uniform`, which then answer for
-    `num_clips` clips. price: what `find_price` returned for the whole set, needed by `average:N` alone.
+    score_BA: what the router's `rate` returns for this budget, higher is better: scores, or for `quality:Q` the
+    negative predicted distance. May be None for `fixed` and `uniform`, which then answer for `num_clips` clips. price: what `find_price` returned for the whole set, needed by `average:N` alone.
     Raises UserError if the scores or the price are missing, and for scores that are not finite.
     """
     if budget.fixed_row is not None:
@@ -94,7 +111,19 @@ def choose_rows(
     elif price is None:
         raise UserError(f"budget {budget.text!r} needs one price for the whole set of clips: find it with find_price")
     score_BA = _checked_scores(score_BA, space)
+    if budget.max_distance is not None:
+        fits_BA = score_BA >= -budget.max_distance
+        tokens_BA = space.tokens_A.double().where(fits_BA, torch.inf)
+        fewest_B1 = tokens_BA.amin(dim=1, keepdim=True)  # inf if no row fits: then all rows compete
+        return space.best_row(score_BA.where(tokens_BA == fewest_B1, -torch.inf))
     return space.best_row(score_BA - price * space.tokens_A.double(), budget.max_tokens)  # [B, A] -> [B]
+
+
+def keeps_quality(budget: Budget, score_BA: Tensor, row_B: Tensor) -> Tensor:
+    """Whether the chosen row of each clip is predicted to keep Q of `quality:Q`, bool (B,); True for other budgets."""
+    if budget.max_distance is None:
+        return torch.ones(len(row_B), dtype=torch.bool)
+    return score_BA.cpu().double().gather(1, row_B[:, None])[:, 0] >= -budget.max_distance
 
 
 def find_price(score_SA: Tensor, space: AssignmentSpace, average_tokens: float) -> float:

@@ -3,24 +3,29 @@
     router = load_router("ckpts/mini/router.safetensors")
     length_BN = router.assign(video_BCTHW, "tokens:512")
 
+A router trained with labels=quality predicts the quality of every row. From one set of weights it serves every
+trade-off (`quality_weight`) and every budget, `quality:Q` among them.
+
 Letters: B clips, C T H W, N temporal blocks, A assignments (rows).
 """
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenizer.assignment import AssignmentSpace
-from tokenizer.budget import Budget, choose_rows, parse_budget
-from tokenizer.common.config import differences, load_section, to_dict
+from tokenizer.budget import Budget, choose_rows, keeps_quality, parse_budget
+from tokenizer.common.config import differences, from_dict, load_section, to_dict
 from tokenizer.common.device import autocast
 from tokenizer.common.errors import UserError
 from tokenizer.model import TokenizerConfig
 from tokenizer.router.model import Router, RouterConfig
-from tokenizer.router.reward import reward_of_quality
+from tokenizer.router.reward import TOTAL_WEIGHT, TableStats, distance, reward_of_quality
 from tokenizer.router.stem import build_stem
 
 
@@ -29,11 +34,19 @@ class TrainedRouter:
 
     quality_weight: the w_q of a router that predicts qualities (labels=quality), within [0, 2]; it may be set anew at
     any time. None of one that has learned a single trade-off.
+    stats: of the table that a router of qualities learned from; its predictions are distances by them.
     """
 
-    def __init__(self, model: Router, sha256: str, origin: str, quality_weight: float | None = None) -> None:
+    def __init__(
+        self,
+        model: Router,
+        sha256: str,
+        origin: str,
+        quality_weight: float | None = None,
+        stats: TableStats | None = None,
+    ) -> None:
         """Raises UserError if a router on V-JEPA 2 does not find the weights it learned with."""
-        self.quality_weight = quality_weight
+        self.quality_weight, self.stats = quality_weight, stats
         self.model = model.eval().requires_grad_(False)
         self.stem = build_stem(model.config, model.head.weight.device)
         self.stem.check(model, origin)
@@ -48,13 +61,61 @@ class TrainedRouter:
     def space(self) -> AssignmentSpace:
         return self.model.space
 
-    @torch.no_grad()
     def scores(self, video_BCTHW: Tensor, together: bool = False) -> Tensor:
         """Pixels in [0, 1] -> score_BA, float32 on the CPU; higher is better, only differences within a clip count.
 
-        Clips are scored one by one in float32, so that no bit of a score depends on the batch or on the precision of a
-        training that asks. `together`: all clips at once, for a training on a GPU, in which one by one would take
-        longer than the step and a tie may fall either way. Raises UserError for clips of another shape.
+        Of a router of qualities: the rewards at `quality_weight`. `together`: see `predict`.
+        """
+        predicted_BA = self.predict(video_BCTHW, together)  # [B, A]
+        if self.quality_weight is None:
+            return predicted_BA
+        return reward_of_quality(predicted_BA, self.space, self.quality_weight).float()  # [B, A]
+
+    def distances(self, video_BCTHW: Tensor, together: bool = False) -> Tensor:
+        """Pixels in [0, 1] -> the predicted distance of every row, float64 [B, A] on the CPU; lower is better.
+
+        It is the distance of the proxy's reconstruction, which the table holds. Raises UserError for a router that
+        predicts no distances.
+        """
+        return distance(self.predict(video_BCTHW, together), self._table_stats("predicted distances"))
+
+    def rate(self, video_BCTHW: Tensor, budget: Budget, together: bool = False) -> Tensor:
+        """What `budget` compares, [B, A], higher is better: scores, or for `quality:Q` negative distances.
+
+        Raises UserError if the router cannot serve the budget, see `check_budget`.
+        """
+        self.check_budget(budget)
+        if budget.max_distance is not None:
+            return -self.distances(video_BCTHW, together)
+        return self.scores(video_BCTHW, together)
+
+    def check_budget(self, budget: Budget) -> None:
+        """Raises UserError for `quality:Q` if the router predicts no distances, or if its table never reached Q."""
+        if (most := budget.max_distance) is None:
+            return
+        stats = self._table_stats(f"budget {budget.text!r}")
+        if not stats.lpips_min <= most <= stats.lpips_max:
+            raise UserError(
+                f"budget {budget.text!r}: the distances of the table that {self.origin} learned from reach from "
+                f"{stats.lpips_min:.4g} to {stats.lpips_max:.4g}; give a Q between them"
+            )
+
+    def _table_stats(self, wanted: str) -> TableStats:
+        if self.quality_weight is None:
+            raise UserError(f"{wanted}: {self.origin} predicts no distances; give a router trained with labels=quality")
+        if self.stats is None:
+            raise UserError(
+                f"{wanted}: {self.origin} does not hold the statistics of its table (table_stats); train stage 3 again"
+            )
+        return self.stats
+
+    @torch.no_grad()
+    def predict(self, video_BCTHW: Tensor, together: bool = False) -> Tensor:
+        """Pixels in [0, 1] -> the output of the model, float32 [B, A] on the CPU: scores, or standardised qualities.
+
+        Clips are rated one by one in float32, so that no bit depends on the batch or on the precision of a training
+        that asks. `together`: all clips at once, for a training on a GPU, in which one by one would take longer than
+        the step and a tie may fall either way. Raises UserError for clips of another shape.
         """
         wanted = (3, self.config.num_frames, self.config.size, self.config.size)
         if video_BCTHW.ndim != 5 or tuple(video_BCTHW.shape[1:]) != wanted:
@@ -63,10 +124,7 @@ class TrainedRouter:
         # A matrix product rounds differently for other batch sizes, and the two best rows may be that close.
         parts = [video_BCTHW] if together else video_BCTHW.split(1)
         with autocast(device, "none"):  # bf16 would make near-best rows equal
-            score_BA = torch.cat([self.model(self.stem(part.to(device))).float().cpu() for part in parts])  # [B, A]
-        if self.quality_weight is None:
-            return score_BA
-        return reward_of_quality(score_BA, self.space, self.quality_weight).float()  # [B, A]
+            return torch.cat([self.model(self.stem(part.to(device))).float().cpu() for part in parts])  # [B, A]
 
     def assign(
         self,
@@ -78,12 +136,19 @@ class TrainedRouter:
         """length_BN, int64 on the CPU: the assignment of each clip under `budget` (forms: see tokenizer.budget).
 
         `price` goes with `average:N`: what `find_price` returned for the scores of the whole set. `together`: see
-        `scores`.
+        `predict`. Warns of clips for which no row is predicted to keep Q of `quality:Q`: they get the best predicted.
         """
         if isinstance(budget, str):
             budget = parse_budget(budget, self.space)
-        score_BA = self.scores(video_BCTHW, together) if budget.needs_router else None
-        return self.space.lengths_of(choose_rows(budget, score_BA, self.space, price, num_clips=len(video_BCTHW)))
+        score_BA = self.rate(video_BCTHW, budget, together) if budget.needs_router else None
+        row_B = choose_rows(budget, score_BA, self.space, price, num_clips=len(video_BCTHW))  # [B]
+        if score_BA is not None and (missed := int((~keeps_quality(budget, score_BA, row_B)).sum())):
+            warnings.warn(
+                f"budget {budget.text!r}: no assignment is predicted to keep it for {missed} of {len(row_B)} clips; "
+                "they get the assignment of the least predicted distance",
+                stacklevel=2,
+            )
+        return self.space.lengths_of(row_B)
 
 
 def load_router(
@@ -94,7 +159,8 @@ def load_router(
 ) -> TrainedRouter:
     """A trained router from a .safetensors file, a folder, or "owner/name" on the hub; the config is inside the file.
 
-    quality_weight: another w_q than the file's, for a router trained with labels=quality; UserError for any other.
+    quality_weight: another w_q than the file's, within [0, 2], for a router trained with labels=quality; UserError for
+    any other.
     `config_path`: a YAML whose `model` section must agree with it. Raises UserError naming both files and every
     differing key if it does not, and for damaged, pickled or foreign files.
     """
@@ -110,9 +176,14 @@ def load_router(
         raise UserError(
             f"{path} has learned one trade-off: only a router trained with labels=quality takes another w_q"
         )
-    if predicts_quality and quality_weight is None:
-        quality_weight = file_config["quality_weight"]
-    return TrainedRouter(model.to(device), model.sha256, str(path), quality_weight)
+    if quality_weight is not None and not 0 <= quality_weight <= TOTAL_WEIGHT:
+        raise UserError(f"w_q = {quality_weight:g} must lie within [0, {TOTAL_WEIGHT:g}]")
+    stats = None
+    if predicts_quality:
+        quality_weight = file_config["quality_weight"] if quality_weight is None else quality_weight
+        stored: Any = file_config.get("table_stats")  # absent from files of the first routers of qualities
+        stats = from_dict(TableStats, stored, f"{path} (table_stats)") if stored else None
+    return TrainedRouter(model.to(device), model.sha256, str(path), quality_weight, stats)
 
 
 def check_router_fits(router: TrainedRouter, tokenizer: TokenizerConfig) -> None:

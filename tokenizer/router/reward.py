@@ -13,7 +13,7 @@ Letters: B clips, A assignments (rows).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,22 @@ class RewardStats:
     lpips_std: float
     tokens_mean: float
     tokens_std: float
+
+
+@dataclass(frozen=True)
+class TableStats(RewardStats):
+    """What a router with a quality head keeps of its training table, to turn qualities back into distances."""
+
+    lpips_min: float  # the best and the worst of all measured pairs
+    lpips_max: float
+    perceptual_net: str  # that measured the distances
+
+
+def table_stats(table: QualityTable) -> TableStats:
+    """`stats_of` with the range of the distances and the name of the network."""
+    lpips = table.lpips_BA[table.lpips_BA.isfinite()].double()
+    reached = {"lpips_min": lpips.min().item(), "lpips_max": lpips.max().item()}
+    return TableStats(**asdict(stats_of(table)), **reached, perceptual_net=str(table.meta.get("perceptual_net", "")))
 
 
 def stats_of(table: QualityTable) -> RewardStats:
@@ -71,6 +87,11 @@ def reward(lpips_BA: Tensor, tokens_A: Tensor, quality_weight: float, stats: Rew
 def quality(lpips_BA: Tensor, stats: RewardStats) -> Tensor:
     """The first half of the reward: LPIPS in standard deviations below its mean, float64; NaN stays NaN."""
     return (stats.lpips_mean - lpips_BA.double()) / stats.lpips_std
+
+
+def distance(quality_BA: Tensor, stats: RewardStats) -> Tensor:
+    """The distance of a quality, float64: the inverse of `quality`."""
+    return stats.lpips_mean - quality_BA.double() * stats.lpips_std
 
 
 def reward_of_quality(quality_BA: Tensor, space: AssignmentSpace, quality_weight: float) -> Tensor:

@@ -25,7 +25,7 @@ if __name__ == "__main__":
     answer_help(lambda: training_parser(ABOUT).parse_intermixed_args())  # before torch is imported
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ from tokenizer.router.reward import (
     reward_of_quality,
     reward_percentile,
     soft_labels,
-    stats_of,
+    table_stats,
     threshold_labels,
 )
 from tokenizer.router.stem import build_stem
@@ -231,7 +231,7 @@ class RouterTraining:
         ):
             if whole and not each.is_whole:
                 raise UserError(f"{path} lacks assignments (children): only the training table of labels=quality may")
-        stats = stats_of(table)  # those of training rate both sets, or a weight would mean two things
+        self.table_stats = stats = table_stats(table)  # those of training rate both sets, or a weight would mean two things
         self.reward_SA, self.val_reward_SA = (
             reward(each.lpips_BA, self.space.tokens_A, config.quality_weight, stats) for each in (table, val_table)
         )
@@ -299,6 +299,8 @@ class RouterTraining:
         for clips in (self.clips, self.val_clips):
             clips.keep_in(Path(config.clip_cache or f"{config.run.dir}/clips"))
         stored = to_dict(config) | ({"init_from_sha256": self.source_sha256} if self.source_sha256 else {})
+        if config.labels == "quality":
+            stored["table_stats"] = asdict(self.table_stats)  # so that predictions can be read as distances
         fit(config.run, stored, self.state, self.batches, self.train_step, self.validate)
 
     def rehearse(self) -> None:
