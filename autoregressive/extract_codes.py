@@ -35,7 +35,7 @@ from autoregressive.condition import check_condition, class_order, encode_condit
 from autoregressive.sequence import ClipCodes
 from autoregressive.token_archive import ArchivedClip, ArchiveFacts, TokenArchive, save_archive, save_shard
 from tokenizer.assignment import AssignmentSpace
-from tokenizer.budget import Budget, parse_budget
+from tokenizer.budget import Budget, choose_rows, parse_budget, warn_of_missed
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import to_dict
 from tokenizer.common.device import autocast, pick_device, pick_dtype
@@ -53,7 +53,8 @@ class ExtractConfig:
     dir: str = ""  # results folder; default results/extract/<config name>
     tokenizer: str = ""  # the final tokenizer of stage 4: .safetensors file or run folder
     router: str = ""  # the router of stage 3; empty for a budget that asks none
-    budget: str = "router"  # or tokens:N, price:P, uniform:K, fixed:a,b,c,d; see tokenizer/budget.py
+    budget: str = "router"  # or tokens:N, price:P, quality:Q, uniform:K, fixed:a,b,c,d; see tokenizer/budget.py
+    trade_off: float | None = None  # w_q of a router trained with labels=quality; None: that of its training
     data: DataConfig = field(default_factory=DataConfig)
     views: int = 1  # how often every clip is drawn anew: crop, flip and start; above 1 needs data.augment
     seed: int = 0
@@ -189,6 +190,7 @@ class Extraction:
             tokenizer_sha256=self.tokenizer.sha256,
             router_sha256=self.router.sha256 if self.router else "",
             budget=c.budget,
+            trade_off=self.router.trade_off(self.budget) if self.router else None,
             class_names=self._class_names(),
             condition_lengths=c.condition_lengths,
             condition_frames=c.condition_frames,
@@ -225,6 +227,7 @@ class Extraction:
 
     def _load_router(self, device: torch.device) -> TrainedRouter | None:
         c = self.config
+        self.budget.check_trade_off(c.trade_off)
         if self.budget.average_tokens is not None:
             raise UserError(f"budget = {c.budget!r} needs the whole set at once; use price:P or tokens:N here")
         if bool(c.router) != self.budget.needs_router:
@@ -235,8 +238,9 @@ class Extraction:
             )
         if not c.router:
             return None
-        router = load_router(c.router, device)
+        router = load_router(c.router, device, quality_weight=c.trade_off)
         check_router_fits(router, self.tokenizer.config)
+        router.check_budget(self.budget)
         return router
 
     def _made_from(self) -> dict[str, Any]:
@@ -257,7 +261,10 @@ def choose_lengths(
     router: TrainedRouter | None,
     prefix: list[int],
 ) -> Tensor:
-    """length_BN: the budget's choice for each clip; with a prefix, the best of the assignments that begin with it."""
+    """length_BN: the budget's choice for each clip; with a prefix, the best of the assignments that begin with it.
+
+    Warns of clips for which no assignment is predicted to keep quality:Q.
+    """
     if router is None:
         assert budget.fixed_row is not None
         length_BN = space.lengths_of(torch.full((len(video_BCTHW),), budget.fixed_row))
@@ -266,8 +273,16 @@ def choose_lengths(
         return length_BN
     if not prefix:
         return router.assign(video_BCTHW, budget)
-    score_BA = router.scores(video_BCTHW).double() - budget.price * space.tokens_A.double()
     row_R = space.rows_with_prefix(prefix)
+    if budget.max_distance is not None:
+        score_BA = router.rate(video_BCTHW, budget)  # [B, A], minus the predicted distances
+        lowest = min(float(score_BA.min()), -budget.max_distance) - 1  # of other prefixes: never chosen
+        inside_BA = torch.full_like(score_BA, lowest)
+        inside_BA[:, row_R] = score_BA[:, row_R]
+        row_B = choose_rows(budget, inside_BA, space)
+        warn_of_missed(budget, inside_BA, row_B)
+        return space.lengths_of(row_B)
+    score_BA = router.scores(video_BCTHW).double() - budget.price * space.tokens_A.double()
     if budget.max_tokens is not None:
         row_R = row_R[space.tokens_A[row_R] <= budget.max_tokens]
         if len(row_R) == 0:

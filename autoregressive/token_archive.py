@@ -74,6 +74,7 @@ class ArchiveFacts:
     tokenizer_sha256: str
     router_sha256: str = ""  # empty for a budget without router
     budget: str = "router"
+    trade_off: float | None = None  # w_q, of a router that predicts qualities
     class_names: list[str] = field(default_factory=list)  # class number -> name; empty without labels
     condition_lengths: list[int] = field(default_factory=list)  # frame prediction: tokens of each given block
     condition_frames: int = 0  # frame prediction: frames that are given

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 
 from evaluations.flags import add_common_flags, parse
-from tokenizer.common.cli import BUDGET_FORMS, Parser, answer_help
+from tokenizer.common.cli import BUDGET_FORMS, TRADE_OFF_HELP, Parser, answer_help
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -24,6 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--router-config", metavar="R.yaml", help="YAML of the router, checked against its weights")
     parser.add_argument("--router-ckpt", metavar="R", help="weights of the router")
     parser.add_argument("--budget", type=str.strip, default="router", help=f"{BUDGET_FORMS} (default: router)")
+    parser.add_argument("--trade-off", type=float, metavar="W_Q", help=TRADE_OFF_HELP)
     return parse(parser)
 
 
@@ -38,7 +39,7 @@ import torch
 from evaluations.clip_list import ClipList
 from evaluations.job import Evaluation, check_tokenizer, require, token_figures
 from evaluations.system import Draft, Made, Source
-from tokenizer.budget import choose_rows, find_price, parse_budget
+from tokenizer.budget import Budget, choose_rows, find_price, keeps_quality, parse_budget
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.video_io import VideoError, to_model_range, to_uint8
 from tokenizer.model import VideoTokenizer
@@ -56,21 +57,25 @@ def main() -> None:
     check_tokenizer(evaluation.protocol, tokenizer)
     if args.router_config is not None and args.router_ckpt is None:
         raise UserError("--router-config is only checked against weights; give --router-ckpt too")
+    budget = parse_budget(args.budget, tokenizer.space)
+    budget.check_trade_off(args.trade_off)
     router = None
     if args.router_ckpt is not None:
-        router = load_router(args.router_ckpt, evaluation.device, args.router_config)
+        router = load_router(args.router_ckpt, evaluation.device, args.router_config, args.trade_off)
         check_router_fits(router, tokenizer.config)
-    evaluation.run(Reconstruction(tokenizer, router, args.budget, evaluation.clips))
+        router.check_budget(budget)
+    evaluation.run(Reconstruction(tokenizer, router, budget, evaluation.clips))
 
 
 class Reconstruction:
     """Encoded and decoded by the tokenizer, with the tokens that the router or the budget gives each clip."""
 
-    def __init__(self, tokenizer: VideoTokenizer, router: TrainedRouter | None, budget: str, clips: ClipList) -> None:
-        self.tokenizer, self.router = tokenizer, router
-        self.budget = parse_budget(budget, tokenizer.space)
+    def __init__(
+        self, tokenizer: VideoTokenizer, router: TrainedRouter | None, budget: Budget, clips: ClipList
+    ) -> None:
+        self.tokenizer, self.router, self.budget = tokenizer, router, budget
         if self.budget.needs_router and router is None:
-            raise UserError(f"--budget {budget} needs a router: give --router-ckpt, or a budget such as uniform:K")
+            raise UserError(f"--budget {budget.text} needs a router: give --router-ckpt, or a budget such as uniform:K")
         self.price = None if self.budget.average_tokens is None else self._price_of_the_set(clips)
 
     def facts(self) -> dict[str, Any]:
@@ -80,6 +85,7 @@ class Reconstruction:
             "router_sha256": self.router.sha256 if self.router and self.budget.needs_router else None,
             "budget": self.budget.text,
             "price": self.price,
+            "trade_off": self.router.trade_off(self.budget) if self.router and self.budget.needs_router else None,
         }
 
     def stream(self, sources: Iterable[Source]) -> Iterator[Draft]:
@@ -94,13 +100,19 @@ class Reconstruction:
         if not videos:
             return []
         video_BCTHW = torch.stack(videos)
-        score_BA = self.router.scores(video_BCTHW) if self.router and self.budget.needs_router else None
+        score_BA = self.router.rate(video_BCTHW, self.budget) if self.router and self.budget.needs_router else None
         row_B = choose_rows(self.budget, score_BA, space, self.price, num_clips=len(drafts))
         length_BN = space.lengths_of(row_B)
         ours_BCTHW = self.tokenizer.decode(self.tokenizer.encode(video_BCTHW, length_BN))
+        figures = [token_figures(length_N.tolist()) for length_N in length_BN]
+        if score_BA is not None and self.budget.max_distance is not None:
+            for figure, score_A, row, kept in zip(
+                figures, score_BA, row_B, keeps_quality(self.budget, score_BA, row_B), strict=True
+            ):
+                figure |= {"predicted_distance": -float(score_A[row]), "keeps_quality": bool(kept)}
         return [
-            Made(draft.source, to_uint8(ours_CTHW), token_figures(length_N.tolist()))
-            for draft, ours_CTHW, length_N in zip(drafts, ours_BCTHW, length_BN, strict=True)
+            Made(draft.source, to_uint8(ours_CTHW), figure)
+            for draft, ours_CTHW, figure in zip(drafts, ours_BCTHW, figures, strict=True)
         ]
 
     def _price_of_the_set(self, clips: ClipList) -> float:

@@ -58,6 +58,10 @@ def summarise(
             f"{num_padded} of {len(good)} clips are padded: their videos are shorter, so the last frame is repeated "
             "(num_padded in per_clip.csv); without_padded has the means without them"
         )
+    if missed := sum(not record.get("keeps_quality", True) for record in good):
+        notes.append(
+            f"no assignment is predicted to keep quality:Q for {missed} clips: they got the best predicted one"
+        )
     if others := _other_classes(good):
         notes.append(f"{others} samples are of another class than the real clips: shares differ")
     metrics = _means(good, protocol)

@@ -22,7 +22,9 @@ def chosen_tokens(text: str, score_BA: torch.Tensor, price: float | None = None)
     return SPACE.tokens_A[choose_rows(parse_budget(text, SPACE), score_BA, SPACE, price)]
 
 
-@given(st.text(max_size=30) | st.from_regex(r"(tokens|average|price|quality|fixed|uniform|router):?[-+0-9.,einf]{0,12}"))
+@given(
+    st.text(max_size=30) | st.from_regex(r"(tokens|average|price|quality|fixed|uniform|router):?[-+0-9.,einf]{0,12}")
+)
 def test_any_text_parses_or_is_refused_in_one_line(text: str) -> None:
     try:
         budget = parse_budget(text, SPACE)

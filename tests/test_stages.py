@@ -7,18 +7,25 @@ import importlib
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
 from autoregressive.presets import check_tokenizer_fits, load_gpt
+from autoregressive.token_archive import TokenArchive
 from tokenizer import load_router, load_tokenizer
 from tokenizer.common.checkpoint import read_model
-from tokenizer.router.reward import QualityTable
+from tokenizer.common.errors import UserError
+from tokenizer.data.clip_stream import ClipRule, ClipWalk, find_sources
+from tokenizer.data.video_io import to_model_range
+from tokenizer.router.reward import QualityTable, reward_of_quality, table_stats
+from tokenizer.token_file import TokenFile
 
 ROOT = Path(__file__).parents[1]
 HELD_OUT = ROOT / "tokenizer" / "data" / "bundled" / "tree_000.mp4"
@@ -97,6 +104,61 @@ def test_main_job_with_the_trained_pair(results: Path) -> None:
     clip = json.loads((out / "metrics.json").read_text())["clips"][0]
     assert sum(clip["assignment"]) == clip["tokens"] <= 12
     assert (out / "report.html").stat().st_size > 10_000 and str(out / "report.html") in said
+
+
+def test_one_router_of_qualities_serves_every_trade_off(results: Path) -> None:
+    """The main job, whole videos and stage 5a with --trade-off and quality:Q; all of them name it."""
+    table = results / "curate_train" / "table.safetensors"
+    learn = ["labels=quality", f"table={table}", f"val_table={results}/curate_heldout/table.safetensors"]
+    run_here(MODULES["3_router.sh"], "configs/debug/router.yaml", f"run.dir={results}/quality", *learn)
+    router = load_router(results / "quality")
+    pair = ["--router_ckpt", results / "quality", "--vq_ckpt", results / "final"]
+    stats = router.stats
+    assert stats == table_stats(QualityTable.load(table)) and router.quality_weight == 1.2
+
+    def main_job(name: str, *flags: str) -> dict[str, Any]:
+        words = ["job", "--vid_path", HELD_OUT, "--save_dir", results / name, *pair, "--no-videos", *flags]
+        with mock.patch.object(sys, "argv", list(map(str, words))), contextlib.redirect_stdout(io.StringIO()):
+            runpy.run_path(str(ROOT / "tokenizer/router/reconstruction_qual_with_router.py"), run_name="job")["main"]()
+        return json.loads((results / name / "metrics.json").read_text())
+
+    clip = next(iter(ClipWalk(find_sources(HELD_OUT, lambda path: False), ClipRule(16, 32), 1, 1)("reading")))
+    video_BCTHW = to_model_range(clip.decoded.frames_THWC)[None]
+    for weight in ("0.0", "0.7", "2.0"):
+        metrics = main_job(f"at {weight}", "--trade-off", weight)
+        reward_BA = reward_of_quality(router.predict(video_BCTHW), router.space, float(weight))
+        assert metrics["clips"][0]["tokens"] == router.space.tokens_A[router.space.best_row(reward_BA)].item()
+        assert metrics["trade_off"] == float(weight) and metrics["quality_floor"] is None
+        assert f"w_q = {float(weight):g}" in (results / f"at {weight}" / "report.html").read_text()
+    assert main_job("at its own")["trade_off"] == 1.2
+
+    predicted_A = router.distances(video_BCTHW)[0]
+    for name, most in (("loose", stats.lpips_max), ("strict", stats.lpips_min)):
+        metrics = main_job(name, "--budget", f"quality:{most!r}")
+        (clip,) = metrics["clips"]
+        kept = bool((predicted_A <= most).any())
+        measured = metrics["lpips_backbone"] == stats.perceptual_net
+        assert clip["keeps_quality"] is kept and metrics["trade_off"] is None
+        assert metrics["quality_floor"] == {
+            "distance": most,
+            "perceptual_net": stats.perceptual_net,
+            "num_not_predicted": int(not kept),
+            "num_kept_measured": int(clip["lpips"] <= most) if measured else None,
+        }
+        fits_A = predicted_A <= most if kept else predicted_A == predicted_A.min()
+        assert clip["tokens"] == router.space.tokens_A[fits_A].min()
+        assert "predicted to keep" in (results / name / "report.html").read_text()
+
+    whole = [*pair, "--out", results / "whole", "--device", "cpu", HELD_OUT]
+    run_here("tokenizer.tokenize", *whole, "--trade-off", "0.7")
+    (file,) = (results / "whole").glob("*.safetensors")
+    assert TokenFile(file).facts.trade_off == 0.7
+    with pytest.raises(UserError, match="trade-off"):
+        run_here("tokenizer.tokenize", *whole, "--trade-off", "0.9")
+    config = ["configs/debug/extract_fp.yaml", f"tokenizer={results}/final", f"router={results}/quality"]
+    config += [f"dir={results}/floor", f"budget=quality:{stats.lpips_max!r}"]
+    run_here("autoregressive.extract_codes", *config)
+    assert TokenArchive(results / "floor").facts.budget.startswith("quality:")
 
 
 def test_tokens_and_both_gpts(results: Path) -> None:

@@ -23,6 +23,7 @@ Letters: B clips of a batch, S clips of a whole set, A assignments (rows).
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +100,8 @@ def choose_rows(
     """The row of each clip under `budget`: int64 of shape (B,), on the CPU.
 
     score_BA: what the router's `rate` returns for this budget, higher is better: scores, or for `quality:Q` the
-    negative predicted distance. May be None for `fixed` and `uniform`, which then answer for `num_clips` clips. price: what `find_price` returned for the whole set, needed by `average:N` alone.
+    negative predicted distance. May be None for `fixed` and `uniform`, which then answer for `num_clips` clips.
+    price: what `find_price` returned for the whole set, needed by `average:N` alone.
     Raises UserError if the scores or the price are missing, and for scores that are not finite.
     """
     if budget.fixed_row is not None:
@@ -124,6 +126,16 @@ def keeps_quality(budget: Budget, score_BA: Tensor, row_B: Tensor) -> Tensor:
     if budget.max_distance is None:
         return torch.ones(len(row_B), dtype=torch.bool)
     return score_BA.cpu().double().gather(1, row_B[:, None])[:, 0] >= -budget.max_distance
+
+
+def warn_of_missed(budget: Budget, score_BA: Tensor, row_B: Tensor) -> None:
+    """Warn of the clips for which no row is predicted to keep Q of `quality:Q`."""
+    if missed := int((~keeps_quality(budget, score_BA, row_B)).sum()):
+        warnings.warn(
+            f"budget {budget.text!r}: no assignment is predicted to keep it for {missed} of {len(row_B)} clips; they "
+            "get the assignment of the least predicted distance",
+            stacklevel=3,
+        )
 
 
 def find_price(score_SA: Tensor, space: AssignmentSpace, average_tokens: float) -> float:

@@ -49,6 +49,7 @@ class VideoFacts:
     read_at: float | None  # the rate that was asked for; None: the file's own frames
     source: str  # fingerprint of the video file
     backend: str = "pyav"
+    trade_off: float | None = None  # w_q, of a router that predicts qualities
 
     @property
     def code_type(self) -> np.dtype:
@@ -170,6 +171,8 @@ class TokenFile:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: cannot be read as video tokens: {error}") from error
         facts = parse_json(meta[_VIDEO], str(path), _WAY_OUT)
+        if isinstance(facts, dict):
+            facts.setdefault("trade_off", None)  # not in the first files
         self.facts = VideoFacts(**check_fields(facts, get_type_hints(VideoFacts), str(path), _WAY_OUT))
         self._end_B = [0, *self.length_BN.sum(dim=1).cumsum(0).tolist()]
         num_clips = -(-len(self.second_F) // self.facts.num_frames)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tokenizer.common.cli import BUDGET_FORMS, Parser, answer_help, at_least, positive
+from tokenizer.common.cli import BUDGET_FORMS, TRADE_OFF_HELP, Parser, answer_help, at_least, positive
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,6 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tok_config", help="YAML of the tokenizer, checked against its weights")
     add("--router_config", help="YAML of the router, checked against its weights")
     add("--budget", type=str.strip, default="router", help=f"{BUDGET_FORMS} (default: router; not average:N)")
+    add("--trade-off", type=float, metavar="W_Q", help=TRADE_OFF_HELP)
     add("--fps", type=positive, help="frame rate to read at (default: each file's own)")
     add("--batch-size", type=at_least(1), default=4, metavar="N", help="clips that go through the models together")
     add("--h264-crf", type=at_least(0), default=23, metavar="Q", help="H.264 to compare the bits with (default: 23)")
@@ -52,7 +53,7 @@ import torch
 from av.video.codeccontext import VideoCodecContext
 from tqdm import tqdm
 
-from tokenizer.budget import parse_budget
+from tokenizer.budget import Budget, choose_rows, keeps_quality, parse_budget
 from tokenizer.common.device import pick_device
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.work_units import lock
@@ -98,7 +99,9 @@ def load_chosen_router(args: argparse.Namespace, device: torch.device) -> Traine
     """The router of the command line, or None without one."""
     if args.router_ckpt is None and args.router_config is not None:
         raise UserError("--router_config without --router_ckpt: give the weights too, or neither")
-    return load_router(args.router_ckpt, device, args.router_config) if args.router_ckpt else None
+    if args.router_ckpt is None:
+        return None
+    return load_router(args.router_ckpt, device, args.router_config, args.trade_off)
 
 
 @dataclass
@@ -108,12 +111,14 @@ class Job:
     model: VideoTokenizer
     router: TrainedRouter | None
     args: argparse.Namespace
+    budget: Budget = field(init=False)
 
     def __post_init__(self) -> None:
         """Raises UserError if models and budget do not fit each other."""
         if self.router is not None:
             check_router_fits(self.router, self.model.config)
-        budget = parse_budget(self.args.budget, self.model.space)
+        budget = self.budget = parse_budget(self.args.budget, self.model.space)
+        budget.check_trade_off(self.args.trade_off)
         if budget.average_tokens is not None:
             raise UserError(f"--budget {budget.text} needs all clips before the first; use tokens:N or price:P")
         if budget.needs_router and self.router is None:
@@ -121,6 +126,8 @@ class Job:
                 f"--budget {budget.text} asks a router: give --router_ckpt, or a budget without one, "
                 f"such as uniform:{self.model.config.levels[-1]}"
             )
+        if self.router is not None:
+            self.router.check_budget(budget)
 
     def facts(self, source: VideoSource, fps: float) -> VideoFacts:
         c = self.model.config
@@ -136,13 +143,16 @@ class Job:
             read_at=self.args.fps,
             source=source.fingerprint(),
             backend=self.args.backend,
+            trade_off=self.router.trade_off(self.budget) if self.router else None,
         )
 
     def check_same(self, target: Path, source: VideoSource) -> None:
         """Raises UserError if a finished file was made by other weights or settings."""
         there = TokenFile(target).facts
         if there != self.facts(source, there.fps):
-            raise UserError(f"{target} was made by other weights, budget or fps; choose another --out or remove it")
+            raise UserError(
+                f"{target} was made by other weights, budget or fps, or at another --trade-off; choose another --out or remove it"
+            )
 
     @torch.inference_mode()
     def tokenize(self, source: VideoSource, target: Path) -> str:
@@ -152,7 +162,7 @@ class Job:
         writer = TokenWriter(target, self.facts(source, fps))
         resumed, began = writer.num_clips, math.nan
         meter = H264Meter(args.h264_crf, fps)
-        new_frames, batch = 0, list[DecodedClip]()
+        new_frames, missed, batch = 0, 0, list[DecodedClip]()
         clips = decode_video(source.path, c.num_frames, c.size, args.fps, args.backend, skip=resumed)
         # One thread decodes the next clips in its process while these go through the models.
         batches = map_ahead(lambda _: list(itertools.islice(clips, args.batch_size)), itertools.count(), 1)
@@ -162,7 +172,13 @@ class Job:
                 if not new_frames:
                     began = time.perf_counter()  # the decoder has started
                 video_BCTHW = torch.stack([to_model_range(clip.frames_THWC) for clip in batch])
-                tokens = self.model.encode(video_BCTHW, router=self.router, budget=args.budget)
+                rated_BA = None
+                if self.router and self.budget.needs_router:
+                    rated_BA = self.router.rate(video_BCTHW, self.budget)  # [B, A]
+                row_B = choose_rows(self.budget, rated_BA, self.model.space, num_clips=len(batch))
+                if rated_BA is not None:
+                    missed += int((~keeps_quality(self.budget, rated_BA, row_B)).sum())
+                tokens = self.model.encode(video_BCTHW, self.model.space.lengths_of(row_B))
                 writer.append(tokens, [clip.seconds for clip in batch])
                 for clip in batch:
                     meter.add(clip.frames_THWC[: len(clip.seconds)])
@@ -170,6 +186,12 @@ class Job:
         took = time.perf_counter() - began
         for note in dict.fromkeys(batch[-1].notes if batch else ()):
             print(f"note: {source.file}: {note}", file=sys.stderr)
+        if missed:
+            print(
+                f"note: {source.file}: no assignment is predicted to keep {self.budget.text} for {missed} clips of "
+                "this run; they have the best predicted one",
+                file=sys.stderr,
+            )
         file = TokenFile(writer.finish())
         return f"{source.file}: {_report(file, new_frames, took, meter, resumed)}; {target}"
 

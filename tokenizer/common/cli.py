@@ -16,7 +16,9 @@ from typing import NoReturn
 from tokenizer.common.errors import EXIT_USER_ERROR, UserError
 
 # Values of flags whose own modules import torch.
-BUDGET_FORMS = "router | tokens:N | average:N | price:P | quality:Q | fixed:a,b,c,d | uniform:K"  # see tokenizer/budget.py
+BUDGET_FORMS = (
+    "router | tokens:N | average:N | price:P | quality:Q | fixed:a,b,c,d | uniform:K"  # see tokenizer/budget.py
+)
 TRADE_OFF_HELP = "w_q of a router trained with labels=quality, within [0, 2] (default: that of its training)"
 EXTRACTORS = ("i3d", "videomae", "effnet")  # of video features, for Frechet distances
 PRECISION_NAMES = ("none", "bf16", "fp16")  # none is float32

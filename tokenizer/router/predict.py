@@ -11,7 +11,6 @@ Letters: B clips, C T H W, N temporal blocks, A assignments (rows).
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.assignment import AssignmentSpace
-from tokenizer.budget import Budget, choose_rows, keeps_quality, parse_budget
+from tokenizer.budget import Budget, choose_rows, parse_budget, warn_of_missed
 from tokenizer.common.config import differences, from_dict, load_section, to_dict
 from tokenizer.common.device import autocast
 from tokenizer.common.errors import UserError
@@ -89,6 +88,10 @@ class TrainedRouter:
             return -self.distances(video_BCTHW, together)
         return self.scores(video_BCTHW, together)
 
+    def trade_off(self, budget: Budget) -> float | None:
+        """The w_q that a choice under `budget` depends on; None for quality:Q and for a router of one trade-off."""
+        return None if budget.max_distance is not None else self.quality_weight
+
     def check_budget(self, budget: Budget) -> None:
         """Raises UserError for `quality:Q` if the router predicts no distances, or if its table never reached Q."""
         if (most := budget.max_distance) is None:
@@ -142,12 +145,8 @@ class TrainedRouter:
             budget = parse_budget(budget, self.space)
         score_BA = self.rate(video_BCTHW, budget, together) if budget.needs_router else None
         row_B = choose_rows(budget, score_BA, self.space, price, num_clips=len(video_BCTHW))  # [B]
-        if score_BA is not None and (missed := int((~keeps_quality(budget, score_BA, row_B)).sum())):
-            warnings.warn(
-                f"budget {budget.text!r}: no assignment is predicted to keep it for {missed} of {len(row_B)} clips; "
-                "they get the assignment of the least predicted distance",
-                stacklevel=2,
-            )
+        if score_BA is not None:
+            warn_of_missed(budget, score_BA, row_B)
         return self.space.lengths_of(row_B)
 
 

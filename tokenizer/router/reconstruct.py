@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenizer.budget import Budget, choose_rows
+from tokenizer.budget import Budget, choose_rows, keeps_quality
 from tokenizer.common.errors import UserError
 from tokenizer.common.image_quality import motion, psnr, ssim
 from tokenizer.data.video_io import DecodedClip, to_model_range, to_uint8
@@ -54,14 +54,14 @@ class Reconstructor:
     def __call__(self, clips: Sequence[DecodedClip], score_BA: Tensor | None = None) -> list[Reconstruction]:
         """Clips of the tokenizer's size, uint8 -> their reconstructions, in order.
 
-        score_BA: the router's scores of these clips if they are known; else the router is run.
+        score_BA: what the router's `rate` gave for these clips if it is known; else the router is run.
         """
         if not clips:
             return []
         space = self.tokenizer.space
         video_BCTHW = torch.stack([to_model_range(clip.frames_THWC) for clip in clips])  # float32 in [0, 1]
         if score_BA is None and self.router:
-            score_BA = self.router.scores(video_BCTHW)  # [B, A], logits
+            score_BA = self.router.rate(video_BCTHW, self.budget)  # [B, A]
         row_B = choose_rows(self.budget, score_BA, space, self.price, num_clips=len(clips))  # [B]
         tokens = self.tokenizer.encode(video_BCTHW, space.lengths_of(row_B))  # lengths [B, N] -> codes [L]
         ours_BCTHW = self.tokenizer.decode(tokens)  # float32 in [0, 1]
@@ -106,11 +106,15 @@ class Reconstructor:
         }
 
     def _router_figures(self, score_A: Tensor, row: int) -> dict[str, Any]:
-        """Tokens of the router's own choice, and by how many logits the choice beats the best uniform row allowed.
+        """Tokens of the router's own choice, and by how much its score beats the best uniform row allowed.
 
-        The gap compares what the budget compares: score minus price times tokens.
+        The gap compares what the budget compares: score minus price times tokens. Under quality:Q instead: the
+        predicted distance, and whether it keeps Q.
         """
         space = self.tokenizer.space
+        if self.budget.max_distance is not None:
+            kept = keeps_quality(self.budget, score_A[None], torch.tensor([row]))
+            return {"predicted_distance": -float(score_A[row]), "keeps_quality": bool(kept)}
         price = self.budget.price if self.price is None else self.price
         value_A = score_A.double() - price * space.tokens_A.double()  # [A], logits
         limit = self.budget.max_tokens or space.max_tokens

@@ -34,6 +34,7 @@ from tokenizer.router.summary import (
     UNIFORM_MEASURES,
     assignment_use,
     codebook_use,
+    floor_use,
     means,
     padding,
     rank_correlation,
@@ -41,7 +42,7 @@ from tokenizer.router.summary import (
     tokens_by_motion,
     versions,
 )
-from tokenizer.viz.report import padding_sentence, uniform_sentence, write_report
+from tokenizer.viz.report import floor_sentence, padding_sentence, uniform_sentence, write_report
 
 _MOST_KEPT = 1 << 30  # bytes of decoded clips that the scoring pass of average:N may hand to the second pass
 
@@ -54,6 +55,7 @@ def reconstruct_videos(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.vq_ckpt, device, args.tok_config)
     router = load_fitting_router(args, tokenizer, device)
     budget = parse_budget(args.budget, tokenizer.space)
+    trade_off = router.trade_off(budget) if router else None
     perceptual, no_lpips = pick_perceptual(args.perceptual, device)
     rule = ClipRule(tokenizer.config.num_frames, tokenizer.config.size, args.fps, args.all_clips, args.backend)
     walk = ClipWalk(sources, rule, args.num_workers, args.max_clips)
@@ -61,6 +63,7 @@ def reconstruct_videos(args: argparse.Namespace) -> None:
         "tokenizer_sha256": tokenizer.sha256,
         "router_sha256": router.sha256 if router else None,
         "budget": args.budget,
+        "trade_off": trade_off,
         "fps": args.fps,
         "backend": args.backend,
         "lpips_backbone": perceptual.name if perceptual else None,
@@ -83,18 +86,24 @@ def reconstruct_videos(args: argparse.Namespace) -> None:
 def load_fitting_router(
     args: argparse.Namespace, tokenizer: VideoTokenizer, device: torch.device
 ) -> TrainedRouter | None:
-    """The router of the command line, or None if there is none and none is needed."""
+    """The router of the command line, or None if there is none and none is needed.
+
+    Raises UserError if it does not fit the tokenizer, or cannot serve --budget and --trade-off.
+    """
+    budget = parse_budget(args.budget, tokenizer.space)
+    budget.check_trade_off(args.trade_off)
     if args.router_ckpt is None:
         if args.router_config is not None:
             raise UserError("--router_config without --router_ckpt: give the weights too, or neither")
-        if parse_budget(args.budget, tokenizer.space).needs_router:
+        if budget.needs_router:
             raise UserError(
                 f"--budget {args.budget} needs a router: give --router_config and --router_ckpt, "
                 f"or a budget without one, such as uniform:{tokenizer.config.levels[-1]}"
             )
         return None
-    router = load_router(args.router_ckpt, device, args.router_config)
+    router = load_router(args.router_ckpt, device, args.router_config, args.trade_off)
     check_router_fits(router, tokenizer.config)
+    router.check_budget(budget)
     return router
 
 
@@ -196,6 +205,7 @@ def again(clips: list[SourceClip], folder: ResultsFolder) -> Generator[SourceCli
 def protocol_facts(args: argparse.Namespace, made_by: Reconstructor) -> dict[str, Any]:
     """What the figures depend on: weights, budget, input, versions."""
     tokenizer, router, perceptual = made_by.tokenizer, made_by.router, made_by.perceptual
+    stats = router.stats if router and made_by.budget.max_distance is not None else None
 
     def files(weights: str, config: str | None) -> dict[str, str | None]:
         return {"weights": display_name(weights), "config": config and display_name(config)}
@@ -204,6 +214,8 @@ def protocol_facts(args: argparse.Namespace, made_by: Reconstructor) -> dict[str
         "lpips_backbone": perceptual.name if perceptual else None,
         "budget": args.budget,
         "price": made_by.price,
+        "trade_off": router.trade_off(made_by.budget) if router else None,
+        "quality_floor": stats and {"distance": made_by.budget.max_distance, "perceptual_net": stats.perceptual_net},
         "compare_uniform": made_by.compare_uniform,
         "tokenizer": {**files(args.vq_ckpt, args.tok_config), **tokenizer_facts(tokenizer)},
         "router": router and {**files(args.router_ckpt, args.router_config), "sha256": router.sha256},
@@ -227,6 +239,8 @@ def finish(folder: ResultsFolder, names: list[str], walk: ClipWalk, facts: dict[
             raise UserError(f"none of the {len(walk.sources)} videos could be read, see {listed}{first}")
         return
     records, tokenizer = [folder.records[name] for name in names], facts["tokenizer"]
+    if floor := facts["quality_floor"]:
+        facts = {**facts, "quality_floor": {**floor, **floor_use(records, floor, facts["lpips_backbone"])}}
     metrics = {
         "clips": records,
         "mean": means(records),
@@ -263,8 +277,7 @@ def closing_lines(metrics: Mapping[str, Any], report: Path) -> str:
         lines.append(f"motion and tokens, clips in {len(thirds)} groups from still to lively: {each}{rank}")
     if padded := padding_sentence(metrics):
         lines.append(padded)
-    if compared := uniform_sentence(metrics):
-        lines.append(compared)
+    lines += filter(None, (uniform_sentence(metrics), floor_sentence(metrics)))
     left_out = f", {metrics['frames_left_out']} frame(s) at their ends left out" if metrics["frames_left_out"] else ""
     lpips = "" if mean["lpips"] is None else f", {metrics['lpips_backbone']} {mean['lpips']:.4f}"
     lines.append(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from tokenizer.common.cli import BUDGET_FORMS, Parser, at_least, positive
+from tokenizer.common.cli import BUDGET_FORMS, TRADE_OFF_HELP, Parser, at_least, positive
 from tokenizer.common.errors import run_cli
 
 
@@ -30,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tok_config", help="YAML of the tokenizer, checked against its weights")
     add("--vq_ckpt", required=True, help="weights of the tokenizer: .safetensors or a run folder")
     add("--budget", type=str.strip, default="router", help=f"{BUDGET_FORMS} (default: router)")
+    add("--trade-off", type=float, metavar="W_Q", help=TRADE_OFF_HELP)
     add("--max-clips", type=at_least(1), metavar="N", help="stop after N clips")
     add(
         "--all-clips",

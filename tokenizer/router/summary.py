@@ -32,6 +32,19 @@ def means(records: Sequence[Mapping[str, Any]], measures: Sequence[str] = MEASUR
     return {key: None if None in column else float(np.mean(column)) for key, column in columns.items()}
 
 
+def floor_use(
+    records: Sequence[Mapping[str, Any]], floor: Mapping[str, Any], lpips_backbone: str | None
+) -> dict[str, Any]:
+    """How quality:Q was kept: clips that no assignment keeps it for by prediction, and the measured ones that do.
+
+    Measured: LPIPS at most Q; None unless it is the network's whose distance was predicted.
+    """
+    num_kept = None
+    if lpips_backbone is not None and lpips_backbone == floor["perceptual_net"]:
+        num_kept = sum(record["lpips"] <= floor["distance"] for record in records)
+    return {"num_not_predicted": sum(not r["keeps_quality"] for r in records), "num_kept_measured": num_kept}
+
+
 def assignment_use(records: Sequence[Mapping[str, Any]], num_possible: int) -> dict[str, Any]:
     """The number of distinct assignments, of `num_possible`; the commonest one and its share of the clips, 0 to 1."""
     ranked = Counter(tuple(record["assignment"]) for record in records).most_common()

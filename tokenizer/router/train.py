@@ -231,7 +231,9 @@ class RouterTraining:
         ):
             if whole and not each.is_whole:
                 raise UserError(f"{path} lacks assignments (children): only the training table of labels=quality may")
-        self.table_stats = stats = table_stats(table)  # those of training rate both sets, or a weight would mean two things
+        self.table_stats = stats = table_stats(
+            table
+        )  # those of training rate both sets, or a weight would mean two things
         self.reward_SA, self.val_reward_SA = (
             reward(each.lpips_BA, self.space.tokens_A, config.quality_weight, stats) for each in (table, val_table)
         )

@@ -43,7 +43,7 @@ def report_page(folder: Path, metrics: Mapping[str, Any], skipped: Sequence[Mapp
     keys = {r["name"]: f"c{i}" for i, r in enumerate(r for _, _, group in groups for r in group)}
     motions = [r["motion"] for r in records]
     cards = [
-        (heading, note, [card(r, keys[r["name"]], metrics["budget"], motions) for r in group])
+        (heading, note, [card(r, keys[r["name"]], metrics["budget"], unit(metrics), motions) for r in group])
         for heading, note, group in groups
     ]
     pictures = {key: (folder / "clips" / name / "film.jpg").read_bytes() for name, key in keys.items()}
@@ -101,8 +101,8 @@ def grouped(records: Sequence[Record]) -> list[tuple[str, str, list[Record]]]:
     return [group for group in groups if group[2]]
 
 
-def card(r: Record, key: str, budget: str, motions: Sequence[float]) -> dict[str, Any]:
-    """What the page shows of one clip. `key`: its anchor and the class that holds its film."""
+def card(r: Record, key: str, budget: str, unit: str, motions: Sequence[float]) -> dict[str, Any]:
+    """What the page shows of one clip. `key`: its anchor and the class that holds its film. `unit`: of scores."""
     numbers = {"tokens": str(r["tokens"]), "PSNR": f"{r['psnr']:.1f} dB"}
     if r["lpips"] is not None:
         numbers["LPIPS"] = f"{r['lpips']:.3f}"
@@ -115,7 +115,7 @@ def card(r: Record, key: str, budget: str, motions: Sequence[float]) -> dict[str
         "start": r["start"],
         "lengths": r["assignment"],
         "numbers": numbers,
-        "why": why(r, budget, motions),
+        "why": why(r, budget, unit, motions),
     }
 
 
@@ -231,15 +231,27 @@ def budget_sentence(metrics: Mapping[str, Any]) -> str:
     form, _, value = metrics["budget"].partition(":")
     if form == "fixed":
         return f"The blocks of every clip got the same tokens: {value.replace(',', ', ')}."
+    if floor := metrics["quality_floor"]:
+        network = floor["perceptual_net"] or "the table's network"
+        return (
+            f"Each clip got the fewest tokens for which the router predicts a distance of at most {value} by {network} "
+            "for the proxy's reconstruction, or, if no assignment is predicted to reach it, the best predicted one."
+        )
     if form == "uniform":
         return f"Every clip got {value} tokens in each of its {metrics['tokenizer']['num_blocks']} blocks."
     among = {
         "router": "",
         "tokens": f" among those of at most {value} tokens",
-        "price": f" after subtracting {value} logits per token",
+        "price": f" after subtracting {value} {unit(metrics)} per token",
         "average": f" after subtracting a price per token that keeps the whole set at {value} tokens per clip",
     }.get(form, f" under the budget {metrics['budget']}")
-    return f"Each clip got the assignment of tokens to blocks that the router rates highest{among}."
+    weight = "" if metrics["trade_off"] is None else f" at the trade-off w_q = {metrics['trade_off']:g}"
+    return f"Each clip got the assignment of tokens to blocks that the router rates highest{weight}{among}."
+
+
+def unit(metrics: Mapping[str, Any]) -> str:
+    """Of a router's scores: the reward if it predicts qualities, else logits."""
+    return "logits" if metrics["trade_off"] is None else "units of reward"
 
 
 def made_with(metrics: Mapping[str, Any]) -> str:
@@ -249,6 +261,7 @@ def made_with(metrics: Mapping[str, Any]) -> str:
         f"tokenizer {metrics['tokenizer']['sha256'][:12]}",
         f"router {router['sha256'][:12]}" if router else "no router",
         f"budget {metrics['budget']}",
+        *([] if metrics["trade_off"] is None else [f"trade-off w_q = {metrics['trade_off']:g}"]),
         f"LPIPS by {metrics['lpips_backbone'] or 'none'}",
         f"{metrics['num_videos']} videos, {metrics['num_skipped']} skipped",
     ]
@@ -262,8 +275,7 @@ def notes(metrics: Mapping[str, Any]) -> list[str]:
         found.append("The run was stopped: the report covers the clips it finished.")
     if padded := padding_sentence(metrics):
         found.append(padded)
-    if compared := uniform_sentence(metrics):
-        found.append(compared)
+    found += filter(None, (uniform_sentence(metrics), floor_sentence(metrics)))
     tokenizer = metrics["tokenizer"]
     if not tokenizer["paper_size"]:
         clip = f"{tokenizer['num_frames']}×{tokenizer['size']}×{tokenizer['size']}"
@@ -305,25 +317,42 @@ def uniform_sentence(metrics: Mapping[str, Any]) -> str | None:
     )
 
 
-def why(record: Record, budget: str, motions: Sequence[float]) -> str:
-    """Why this clip got its tokens. `motions`: those of all clips of the report."""
-    sentences = [choice(record, budget), movement(record, motions)]
+def floor_sentence(metrics: Mapping[str, Any]) -> str | None:
+    """How many clips keep quality:Q, by prediction and measured; None under other budgets."""
+    floor, num = metrics["quality_floor"], len(metrics["clips"])
+    if floor is None:
+        return None
+    missed = floor["num_not_predicted"]
+    text = f"No assignment is predicted to keep {metrics['budget']} for {missed} of {num} clip(s)"
+    if floor["num_kept_measured"] is None:
+        return f"{text}; whether the others do was not measured by {floor['perceptual_net'] or 'the same network'}."
+    return f"{text}; measured with this tokenizer, {floor['num_kept_measured']} of {num} keep it."
+
+
+def why(record: Record, budget: str, unit: str, motions: Sequence[float]) -> str:
+    """Why this clip got its tokens. `unit`: of scores. `motions`: those of all clips of the report."""
+    sentences = [choice(record, budget, unit), movement(record, motions)]
     if record["num_padded"]:
         sentences.append(f"The file is short: its last frame is repeated {record['num_padded']} times.")
     sentences += [f"Note: {note}." for note in record.get("notes", [])]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def choice(record: Record, budget: str) -> str:
-    """The rule of the budget with the router's figures: scores are logits, so only their differences count."""
+def choice(record: Record, budget: str, unit: str) -> str:
+    """The rule of the budget with the router's figures; of scores only differences count."""
     form = budget.partition(":")[0]
+    if form == "quality":
+        predicted = f"{record['predicted_distance']:.4f}"
+        if record["keeps_quality"]:
+            return f"The cheapest assignment that is predicted to keep the quality: a distance of {predicted}."
+        return f"No assignment is predicted to keep the quality: this is the best one, at a distance of {predicted}."
     alone = f" The router alone would spend {record['router_tokens']} tokens." if "router_tokens" in record else ""
     if form in ("fixed", "uniform"):
         return f"Set by the budget.{alone}"
     scope = {"router": "", "tokens": " within the limit"}.get(form, " after the price")
     uniform = f"{record['best_uniform']} tokens in every block"
     gap = record["score_gap"]
-    against = f", {gap:.2f} logits above the best uniform one ({uniform})" if gap else f": {uniform}"
+    against = f", {gap:.2f} {unit} above the best uniform one ({uniform})" if gap else f": {uniform}"
     differs = record["router_tokens"] != record["tokens"]
     return f"The router's first choice{scope}{against}.{alone if differs else ''}"
 
@@ -352,14 +381,15 @@ def protocol(metrics: Mapping[str, Any]) -> dict[str, str]:
     which = "every clip" if given["all_clips"] else "the first clip"
     which += f" (at most {given['max_clips']} in all)" if given["max_clips"] else ""
     ends = f"; {metrics['frames_left_out']} frames at the ends of files, too few for a clip, are left out"
-    price = "" if metrics["price"] is None else f"; price {metrics['price']:.6g} logits per token"
+    price = "" if metrics["price"] is None else f"; price {metrics['price']:.6g} {unit(metrics)} per token"
+    trade_off = "" if metrics["trade_off"] is None else f"; trade-off w_q = {metrics['trade_off']:g}"
     levels = ", ".join(map(str, tok["levels"]))
     return {
         "Videos": f"{given['vid_path']}: {metrics['num_videos']} files, {metrics['num_skipped']} skipped",
         "Clips": f"{which} of {tok['num_frames']} consecutive frames at {rate}, read with {given['backend']}; "
         f"short side to {tok['size']} pixels, centre crop; a file shorter than a clip repeats its last frame"
         + (ends if metrics["frames_left_out"] else ""),
-        "Budget": metrics["budget"] + price,
+        "Budget": metrics["budget"] + price + trade_off,
         "Levels": f"{levels} tokens for each of {tok['num_blocks']} blocks: "
         f"{len(tok['levels']) ** tok['num_blocks']} assignments",
         "Tokenizer": f"{tok['weights']}, {tok['num_parameters'] / 1e6:.1f}M parameters, sha256 {tok['sha256']}",
