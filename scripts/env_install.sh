@@ -26,6 +26,6 @@ fi
 new_enough "$VENV/bin/python" || die "$VENV holds a Python older than 3.11: remove that folder or set VENV to another"
 
 echo "Installing evatok and its packages into $VENV (once; about 2 minutes and 6 GB)"
-"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[offline,scenes,semantic,log,dev]" ||
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[offline,scenes,semantic,log,demo,dev]" ||
   die "pip could not install the packages into $VENV; see its message above"
 wanted >"$stamp"

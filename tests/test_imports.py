@@ -83,6 +83,7 @@ NOT_CORE = (
     "decord",
     "triton",
     "vizdoom",
+    "gradio",
 )
 COMES_WITH_TORCH = {"triton"}  # on some platforms; whoever imports it looks first
 
