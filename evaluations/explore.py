@@ -90,7 +90,6 @@ class OpenClip:
 
     frames_THWC: np.ndarray  # uint8
     video_BCTHW: Tensor  # [1, 3, T, H, W] in [0, 1], on the device
-    score_BA: Tensor  # the router's, [1, A]
     real: list[Tensor]  # perceptual features of the frames that the distance looks at
     distance_A: Tensor | None = None  # of every assignment, once it was asked for
 
@@ -139,14 +138,14 @@ class Explorer:
             real = self.perceptual.features(self._seen(video_BCTHW))
             while len(self._clips) >= _MOST_CLIPS:
                 del self._clips[next(iter(self._clips))]
-            self._clips[key] = OpenClip(frames_THWC, video_BCTHW, self.router.scores(video_BCTHW), real)
+            self._clips[key] = OpenClip(frames_THWC, video_BCTHW, real)
         return self._clips[key]
 
     def choose(self, clip: OpenClip, budget_text: str) -> list[int]:
         """Lengths of the blocks under a budget in any of its forms; `average:N` is the average of this one clip."""
-        budget, score_BA = parse_budget(budget_text, self.space), clip.score_BA
-        price = None
-        if budget.average_tokens is not None:
+        budget, price = parse_budget(budget_text, self.space), None
+        score_BA = self.router.rate(clip.video_BCTHW, budget) if budget.needs_router else None
+        if budget.average_tokens is not None and score_BA is not None:
             price = find_price(score_BA, self.space, budget.average_tokens)
         return self.space.lengths_of(choose_rows(budget, score_BA, self.space, price))[0].tolist()
 
@@ -171,11 +170,11 @@ class Explorer:
         if clip.distance_A is not None:
             points = list(zip(self.space.tokens_A.tolist(), clip.distance_A.tolist(), strict=True))
             hints = [f"{self._named(row)}: {d:.3f}" for row, (_, d) in zip(self.space.table_AN, points, strict=True)]
-            series.append(Series(f"all {len(points)}", points, hints, look=7))
+            series.append(Series(f"all {len(points)}", points, hints, look=7, joined=False))
         uniform = [self._point(clip, [level] * self.space.num_blocks) for level in self.space.levels]
-        series.append(Series("uniform", *zip(*uniform, strict=True), look=0))
-        picked = [self._point(clip, self.choose(clip, "router"))]
-        series.append(Series("router", *zip(*picked, strict=True), look=2))
+        series.append(Series("uniform", [point for point, _ in uniform], [hint for _, hint in uniform], look=0))
+        point, hint = self._point(clip, self.choose(clip, "router"))
+        series.append(Series("router", [point], [hint], look=2))
         now = (sum(chosen.lengths), chosen.distance), f"{self._named(chosen.lengths)}: {chosen.distance:.3f}"
         return [*series, Series("shown", [now[0]], [now[1]], look=1)]
 
@@ -298,7 +297,8 @@ def build_page(explorer: Explorer, gr: ModuleType) -> Any:
             try:
                 return function(*values)
             except UserError as error:
-                raise gr.Error(str(error), print_exception=False) from error
+                gr.Warning(str(error), title="Not possible")
+                return gr.skip()  # leaves what is shown; gr.Error would cover the sliders
 
         return run
 
@@ -325,6 +325,10 @@ def build_page(explorer: Explorer, gr: ModuleType) -> Any:
         explorer.score_all(clip)
         return curve_html(explorer, clip, explorer.reconstruct(clip, [space.levels[int(digit)] for digit in digits]))
 
+    def by_trade_off(path: str, place: float, weight: float) -> list[Any]:
+        explorer.router.quality_weight = weight
+        return ["router", *by_budget(path, place, "router")]
+
     def draw(class_name: str, guidance: float, seed: float) -> str:
         frames_THWC, tokens = explorer.sample(class_name, guidance, int(seed))
         return films_html({class_name: frames_THWC}, tokens, longest)
@@ -346,6 +350,16 @@ def build_page(explorer: Explorer, gr: ModuleType) -> Any:
                     buttons=[],
                 )
                 budget = gr.Textbox("router", label="any budget, then Enter", info=BUDGET_FORMS)
+            weight = explorer.router.quality_weight
+            trade_off = gr.Slider(
+                0,
+                2,
+                weight or 0,
+                step=0.1,
+                label="trade-off, w_q of the router",
+                buttons=[],
+                visible=weight is not None,
+            )
             films = gr.HTML()
             with gr.Row():
                 with gr.Column(scale=3):
@@ -367,6 +381,7 @@ def build_page(explorer: Explorer, gr: ModuleType) -> Any:
             place.release(safe(by_budget), [path, place, budget], shown)
             budget.submit(safe(by_budget), [path, place, budget], shown)
             tokens.input(safe(by_tokens), [path, place, tokens], [budget, *shown], **latest)
+            trade_off.input(safe(by_trade_off), [path, place, trade_off], [budget, *shown], **latest)
             for block in blocks:
                 block.input(safe(by_blocks), [path, place, *blocks], [budget, *shown], **latest)
             every.click(safe(by_table), [path, place, *blocks], chart)

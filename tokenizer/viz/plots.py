@@ -74,6 +74,7 @@ class Series:
     hints: Sequence[str] = ()
     links: Sequence[str] = ()
     look: int = 0
+    joined: bool = True  # by a line; else small dots
 
     @property
     def colour(self) -> str:
@@ -90,6 +91,9 @@ def line_chart(series: Sequence[Series], x_title: str, y_title: str, log2_x: boo
     with matplotlib.rc_context(_RC):
         for line in series:
             x, y = zip(*line.points, strict=True)
+            if not line.joined:
+                _dots(axes, line, size=9, alpha=0.4, label=line.name)
+                continue
             marked = len(x) <= _MOST_MARKERS
             axes.plot(x, y, color=line.colour, linewidth=1.6, alpha=0.85, zorder=2, label=None if marked else line.name)
             if marked:
