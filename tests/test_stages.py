@@ -149,6 +149,10 @@ def test_one_router_of_qualities_serves_every_trade_off(results: Path) -> None:
         assert clip["tokens"] == router.space.tokens_A[fits_A].min()
         assert "predicted to keep" in (results / name / "report.html").read_text()
 
+    job = [sys.executable, "scripts/mini/trade_offs.py", "--table", f"{results}/curate_heldout/table.safetensors"]
+    said = run(*job, "--router-ckpt", results / "quality", "--single", results / "router", "--out", results / "figures")
+    assert "6 clips" in said and (results / "figures" / "reliability.svg").read_text().startswith("<svg")
+
     whole = [*pair, "--out", results / "whole", "--device", "cpu", HELD_OUT]
     run_here("tokenizer.tokenize", *whole, "--trade-off", "0.7")
     (file,) = (results / "whole").glob("*.safetensors")

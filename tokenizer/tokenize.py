@@ -151,7 +151,8 @@ class Job:
         there = TokenFile(target).facts
         if there != self.facts(source, there.fps):
             raise UserError(
-                f"{target} was made by other weights, budget or fps, or at another --trade-off; choose another --out or remove it"
+                f"{target} was made by other weights, budget or fps, or at another --trade-off; choose another --out "
+                "or remove it"
             )
 
     @torch.inference_mode()

@@ -123,6 +123,20 @@ def scatter_chart(
     return figure
 
 
+def reliability_chart(points: Sequence[tuple[float, float]], x_title: str, y_title: str) -> Figure:
+    """(predicted, measured) pairs as a line with markers, beside the dashed diagonal on which both are equal."""
+    figure, axes = _figure(x_title, y_title)
+    with matplotlib.rc_context(_RC):
+        low, high = min(min(pair) for pair in points), max(max(pair) for pair in points)
+        axes.plot([low, high], [low, high], color=_SOFT, linewidth=1, linestyle=(0, (3, 4)), label="equal")
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, color=_ACCENT, linewidth=1.6, zorder=2)
+        hints = [f"predicted {a:.4g}, measured {b:.4g}" for a, b in points]
+        _dots(axes, Series("bins", points, hints), size=26, colour=_ACCENT)
+        axes.legend(loc="upper left")
+    return figure
+
+
 def bar_chart(labels: Sequence[str], values: Sequence[float], x_title: str, y_title: str) -> Figure:
     """Horizontal bars from the top down, the value at the end of each."""
     figure, axes = _figure(x_title, y_title)
