@@ -30,7 +30,7 @@ from tokenizer.common.errors import UserError
 from tokenizer.data.files import Span
 from tokenizer.data.safe_decode import fingerprint_of
 from tokenizer.data.sources import (
-    RENDERERS,
+    RENDERED_KINDS,
     BundledClips,
     RenderedScenes,
     Source,
@@ -41,7 +41,7 @@ from tokenizer.data.sources import (
 )
 from tokenizer.data.video_io import VideoError, horizontal_flip, random_resized_crop, rng_for
 
-RENDERED = tuple(f"{kind}/" for kind in RENDERERS)  # how the names of rendered scenes begin
+RENDERED = tuple(f"{kind}/" for kind in RENDERED_KINDS)  # how the names of rendered scenes begin
 NO_FILE = ""  # the fingerprint of a clip that comes from no file of the user's
 
 log = logging.getLogger(__name__)

@@ -1,11 +1,12 @@
 """What a data source gives: its clips by number. One small picklable object a source, none a clip.
 
-`find_source` reads the spelling (see `clips.py`); `RENDERERS` lists the kinds that are computed and not read.
+`find_source` reads the spelling (see `clips.py`); `RENDERED_KINDS` lists the kinds that are computed and not read.
 Letters: T frames, H W rows and columns, C colours.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -18,13 +19,9 @@ import numpy as np
 from tokenizer.common.checkpoint import file_sha256
 from tokenizer.common.errors import UserError
 from tokenizer.data.bundled_clips import SPLITS, BundledVideo, bundled_videos
-from tokenizer.data.classed_scenes import CLASS_NAMES, render_classed_scene, render_duotone_scene
 from tokenizer.data.clip_store import is_store, open_store
-from tokenizer.data.doom import MOTIONS, STEADY_MOTIONS, render_doom_walk, render_steady_walk
-from tokenizer.data.doom import SPLITS as DOOM_SPLITS
 from tokenizer.data.files import Span, display_name, list_videos
 from tokenizer.data.safe_decode import decode_clip_at
-from tokenizer.data.scenes import KINDS, render_scene
 from tokenizer.data.video_io import DecodedClip, iter_clips, read_clip_at, resize_center_crop
 from tokenizer.data.video_table import (
     KEPT_BYTES,
@@ -47,13 +44,26 @@ class Renderer(NamedTuple):
     splits: Sequence[str] = SPLITS
 
 
-RENDERERS = {
-    "synthetic": Renderer(render_scene, KINDS, labelled=False),
-    "classed": Renderer(render_classed_scene, CLASS_NAMES, labelled=True),
-    "duotone": Renderer(render_duotone_scene, CLASS_NAMES, labelled=True),
-    "doom": Renderer(render_doom_walk, MOTIONS, labelled=True, splits=DOOM_SPLITS),
-    "steady_doom": Renderer(render_steady_walk, STEADY_MOTIONS, labelled=True, splits=DOOM_SPLITS),
-}
+RENDERED_KINDS = ("synthetic", "classed", "duotone", "doom", "steady_doom")
+
+
+@functools.cache
+def renderer_of(kind: str) -> Renderer:
+    """The renderer of one of RENDERED_KINDS. Its module is imported here, so that a run on files needs none of them."""
+    if kind == "synthetic":
+        from tokenizer.data.scenes import KINDS, render_scene
+
+        return Renderer(render_scene, KINDS, labelled=False)
+    if kind in ("classed", "duotone"):
+        from tokenizer.data.classed_scenes import CLASS_NAMES, render_classed_scene, render_duotone_scene
+
+        render = render_classed_scene if kind == "classed" else render_duotone_scene
+        return Renderer(render, CLASS_NAMES, labelled=True)
+    from tokenizer.data import doom
+
+    if kind == "doom":
+        return Renderer(doom.render_doom_walk, doom.MOTIONS, labelled=True, splits=doom.SPLITS)
+    return Renderer(doom.render_steady_walk, doom.STEADY_MOTIONS, labelled=True, splits=doom.SPLITS)
 
 
 class Wanted(NamedTuple):
@@ -177,14 +187,14 @@ class RenderedScenes:
         return f"{self.kind}/{self.split}/{self.numbers[number]:06d}"
 
     def label(self, number: int) -> str | None:
-        renderer = RENDERERS[self.kind]
+        renderer = renderer_of(self.kind)
         return renderer.turns[self.numbers[number] % len(renderer.turns)] if renderer.labelled else None
 
     def file(self, number: int) -> None:
         return None
 
     def draw(self, number: int, wanted: Wanted, rng: np.random.Generator | None) -> Drawn:
-        renderer, seed = RENDERERS[self.kind], self.numbers[number]
+        renderer, seed = renderer_of(self.kind), self.numbers[number]
         if rng is not None:
             seed += len(renderer.turns) * int(rng.integers(1, 2**31))
         return Drawn(*renderer.render(seed, self.split, wanted.side, wanted.num_frames))
@@ -225,7 +235,7 @@ def find_sources_of(source: str, num_frames: int, size: int) -> list[Source]:
     kind = source.partition(":")[0]
     if kind == "bundled":
         return [BundledClips(*_part(source))]
-    if kind in RENDERERS:
+    if kind in RENDERED_KINDS:
         return [RenderedScenes(kind, *_part(source))]
     if is_store(kind):
         return [_stored(source, num_frames, size)]
@@ -265,14 +275,14 @@ def side_to_read(size: int, crop_scale: float, augment: bool) -> int:
 def _part(source: str) -> tuple[str, range]:
     """ "kind:split:N" or "kind:split:A-B" -> the split and the numbers of its clips; "bundled:split" has all."""
     kind = source.partition(":")[0]
-    splits = RENDERERS[kind].splits if kind in RENDERERS else SPLITS
+    splits = renderer_of(kind).splits if kind in RENDERED_KINDS else SPLITS
     match = re.fullmatch(rf"(\w+):({'|'.join(splits)})(?::(?:(\d+)-)?(\d+))?", source)
     if match and (match[4] or kind == "bundled"):
         last = len(bundled_videos(match[2])) if kind == "bundled" else int(match[4])
         numbers = range(int(match[3] or 0), min(last, int(match[4] or last)))
         if numbers:
             return match[2], numbers
-    plain = ", ".join(f"{kind}:{split}" + (":N" if kind in RENDERERS else "") for split in splits)
+    plain = ", ".join(f"{kind}:{split}" + (":N" if kind in RENDERED_KINDS else "") for split in splits)
     raise UserError(f"data source {source!r}: expected {plain} or {kind}:train:A-B (number A up to B - 1)")
 
 
