@@ -204,6 +204,7 @@ def test_a_table_made_on_the_spot(run: Callable[..., Path], tmp_path: Path) -> N
         (("--extractor", "none", "--budgets", "uniform:2"), "uniform:2"),
         (("--extractor", "none", "--codecs", "h266"), "h266"),
         (("--extractor", "none", "--strategies", "price"), "--budgets price:N"),
+        (("--extractor", "none", "--strategies", "quality", "--budgets", "quality:0.1"), "predicts no distances"),
         (("--sources", "nowhere"), "nowhere"),
         (("--protocol", "mini-recon"), "--max-clips: protocol mini-recon has decided"),
         (("--data", "somewhere"), "--data goes with --protocol"),

@@ -10,7 +10,7 @@ from evaluations.flags import MIN_CLIPS
 from tokenizer.common.cli import EXTRACTORS, Parser, at_least, positive
 
 TABLE_STRATEGIES = ("threshold", "max-reward")
-BUDGET_STRATEGIES = ("tokens", "average", "price")
+BUDGET_STRATEGIES = ("tokens", "average", "price", "quality")
 STRATEGIES = ("uniform", *TABLE_STRATEGIES, "router", *BUDGET_STRATEGIES)
 QUALITY_WEIGHTS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)  # the paper's sweep
 FREE = {"extractor": "none", "perceptual": "auto", "draws": 1000, "seed": 0}  # without a protocol

@@ -37,6 +37,7 @@ from evaluations.quality_cost.strategies import (
 from evaluations.quality_cost.sweep import Figures, Measure, made_once
 from evaluations.summary import csv_table
 from tokenizer.assignment import AssignmentSpace
+from tokenizer.budget import parse_budget
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
 from tokenizer.router.curate import Scorer
@@ -100,21 +101,26 @@ class StrategyInputs:
                 Point("router", label, self.space.best_row(self.scores(router)))
                 for label, router in zip(labels, self.routers, strict=True)
             ]
-        return budget_points(self.scores(self.routers[0]), self.space, self._budgets(name))
+        for text in self._budgets(name):
+            self.routers[0].check_budget(parse_budget(text, self.space))
+        rated_SA = self.scores(self.routers[0], distances=name == "quality")
+        return budget_points(rated_SA, self.space, self._budgets(name))
 
     def _budgets(self, kind: str) -> list[str]:
         if self.budgets:
             return [text for text in self.budgets if text.partition(":")[0] == kind]
-        return [] if kind == "price" else default_budgets(self.space, kind)
+        return [] if kind in ("price", "quality") else default_budgets(self.space, kind)
 
-    def scores(self, router: TrainedRouter) -> Tensor:
-        """score_SA of all clips, kept in the folder: several processes run a router once."""
+    def scores(self, router: TrainedRouter, distances: bool = False) -> Tensor:
+        """score_SA of all clips, or negative predicted distances, kept in the folder: processes run a router once."""
 
         def run() -> Tensor:
             indices = tqdm(range(len(self.clips)), desc="running the router", unit="clip")
-            return torch.cat([router.scores(self.clips.read(i)[None]) for i in indices])
+            videos = (self.clips.read(i)[None] for i in indices)
+            return torch.cat([-router.distances(video) if distances else router.scores(video) for video in videos])
 
-        return made_once(self.folder / "scores" / f"{router.sha256[:16]}.safetensors", run)
+        kind = "-distances" if distances else ""
+        return made_once(self.folder / "scores" / f"{router.sha256[:16]}{kind}.safetensors", run)
 
 
 def reward_stats(table: QualityTable) -> RewardStats:

@@ -4,7 +4,7 @@
     threshold    the shortest assignment whose LPIPS in a proxy's table is under a threshold, else the longest
     max-reward   the assignment of the highest reward in that table, one point for each w_q (what routers learn)
     router       the argmax of a router's scores, one point for each router
-    tokens, average, price
+    tokens, average, price, quality
                  a router under a budget (tokenizer/budget.py), one point for each budget
 
 A point gives every clip a row. `threshold` and `max-reward` choose after seeing the proxy's reconstructions: an upper
@@ -75,7 +75,10 @@ def default_budgets(space: AssignmentSpace, kind: str) -> list[str]:
 
 
 def budget_points(score_SA: Tensor, space: AssignmentSpace, budgets: Iterable[str]) -> list[Point]:
-    """A router's choice under each budget; its strategy is the budget's form, its setting the number."""
+    """A router's choice under each budget; its strategy is the budget's form, its setting the number.
+
+    score_SA: the router's scores, or under quality:Q its negative distances.
+    """
     points = []
     for text in budgets:
         budget = parse_budget(text, space)
