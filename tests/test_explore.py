@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluations.explore import POLICY, Explorer, films_html, serve, token_picture, view_html
+from evaluations.clip_explorer import Explorer, films_html, token_picture, view_html
+from evaluations.explore import POLICY, serve
 from tokenizer.common.errors import UserError
 from tokenizer.data.bundled_clips import bundled_videos
 
@@ -61,10 +62,10 @@ def test_the_chart_scores_as_the_tree_of_curation_does(explorer: Explorer) -> No
     lengths = explorer.space.table_AN[row].tolist()
     assert explorer.reconstruct(clip, lengths).distance == pytest.approx(distance_A[row].item(), abs=1e-3)
 
-    clip.distance_A = torch.linspace(1, 0, explorer.space.num_rows)  # stands in for the whole tree
+    clip.distance_A, clip.uniform = torch.linspace(1, 0, explorer.space.num_rows), None  # in place of the whole tree
     every, uniform, *_ = explorer.curve(clip, view)
     assert len(every.points) == 625 and every.points[0] == uniform.points[0] == (32, 1.0)
-    clip.distance_A = None
+    clip.distance_A = clip.uniform = None
 
 
 def test_a_sample_repeats(explorer: Explorer) -> None:
