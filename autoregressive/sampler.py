@@ -63,7 +63,7 @@ class Sample:
     def codes(self, layout: SequenceLayout) -> ClipCodes:
         """The clip for the tokenizer, on the CPU. Only of a sample that is not broken."""
         assert self.broken is None, self.broken
-        body_L = self.id_Q[layout.condition_tokens + 1 :].cpu()
+        body_L = self.id_Q[layout.condition_tokens + 1 :].cpu()  # without condition codes and the class id
         return ClipCodes(
             body_L[body_L < layout.codebook_size], self.lengths, self.request.label, self.request.condition_L
         )
@@ -191,7 +191,7 @@ class Sampler:
                 live_slots = [slot for slot in self._slots if slot]
                 if not live_slots:
                     return
-                steps = min(slot.steps_to_event for slot in live_slots)
+                steps = min(slot.steps_to_event for slot in live_slots)  # up to the next length token of any slot
                 self._prepare()
                 for _ in range(steps):
                     self._step()
@@ -217,7 +217,7 @@ class Sampler:
                 self.model.prefill(condition_L, s, self._cache)
             self._sequence_SQ[s, :given] = condition_L
         self._sequence_SQ[s, given] = condition_id
-        self._input_SG[s] = layout.open_id
+        self._input_SG[s] = layout.open_id  # the stream without class
         self._input_SG[s, 0] = condition_id
         self._position_S[s] = given
         self._inner_S[s] = 0
@@ -276,7 +276,7 @@ class Sampler:
     def _live(self) -> Live:
         """What a step is told of the cached keys (attention.py)."""
         if self._kernel_sees:
-            return None
+            return None  # it reads the positions on the device
         live = [slot.position + 1 if slot else 0 for slot in self._slots]
         return live if self.model.device.type == "cpu" else self._rounded(max(live))
 
@@ -287,13 +287,14 @@ class Sampler:
         """The device's part of a step: fixed shapes, all state in place."""
         c, position_S = self.config, self._position_S
         logits_RV = self.model.step(self._input_SG.flatten(), position_S, live, self._cache, self._inner_S)
-        logits_SV = guide(logits_RV.unflatten(0, self._input_SG.shape), self._scale_S)
+        logits_SV = guide(logits_RV.unflatten(0, self._input_SG.shape), self._scale_S)  # [R, V] -> [S, V]
+        # arg max of logits + Gumbel noise is a draw from their softmax; the noise depends on (key, position) alone
         noise_SV = gumbel(self._key_S2, position_S, self._word_V)
-        next_S = draw_ids(logits_SV, self._bias_SV, noise_SV, c.temperature, c.top_k, c.top_p)
-        self._input_SG.copy_(next_S[:, None].expand_as(self._input_SG))
+        next_S = draw_ids(logits_SV, self._bias_SV, noise_SV, c.temperature, c.top_k, c.top_p)  # [S]
+        self._input_SG.copy_(next_S[:, None].expand_as(self._input_SG))  # both streams of a slot read the same id
         self._inner_S.copy_(self._block_positions.after(self._inner_S, next_S))
         self._sequence_SQ.scatter_(1, position_S[:, None] + 1, next_S[:, None])
-        position_S += self._active_S
+        position_S += self._active_S  # idle slots stay at place 0
 
     # --- settle ---------------------------------------------------------------------------------------------------
 
@@ -329,7 +330,7 @@ class Sampler:
                 known[s] = self.layout.length_id(levels[0])
         if len(known) < len(due):
             self.counts.synchronisations += 1
-            token_S = self._input_SG[:, 0].tolist()
+            token_S = self._input_SG[:, 0].tolist()  # waits for the device
             known = {s: token_S[s] for s in due}
         return known
 

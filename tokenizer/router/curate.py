@@ -73,7 +73,7 @@ class Scorer:
         """
         blocks, levels = video_BCTHW.chunk(self.space.num_blocks, dim=2), self.space.levels
         real = [self.perceptual.features(self._images(block)) for block in blocks]
-        patches = read_patches(self.tokenizer, video_BCTHW)
+        patches = read_patches(self.tokenizer, video_BCTHW)  # once for all assignments
         leaves: dict[int, tuple[Tensor, Tensor]] = {}  # row of the table -> distance and MSE of each clip
 
         def walk(t: int, row: int, past: Past, distance_B: Tensor, mse_B: Tensor) -> None:
@@ -96,7 +96,7 @@ class Scorer:
     def brute_force(self, video_BCTHW: Tensor) -> Scores:
         """Each assignment on its own, by the tokenizer's ordinary forward: the oracle for `tree`."""
         leaves = []
-        for length_N in self.space.table_AN:
+        for length_N in self.space.table_AN:  # [N], for all clips
             ours = self.tokenizer(video_BCTHW, length_N.expand(len(video_BCTHW), -1)).video_BCTHW.clamp(0, 1)
             pairs = zip(*(x.chunk(self.space.num_blocks, dim=2) for x in (ours, video_BCTHW)), strict=True)
             per_block = [
@@ -121,10 +121,11 @@ def _drawn_places(num_levels: int, children: int, generator: torch.Generator | N
 
 
 def _mse(ours: Tensor, real: Tensor) -> Tensor:
-    return (ours - real).square().flatten(1).mean(dim=1)
+    return (ours - real).square().flatten(1).mean(dim=1)  # [B]
 
 
 def _collect(leaves: list[tuple[Tensor, Tensor]]) -> Scores:
+    # A pairs of [B] -> two [B, A]
     distance_BA, mse_BA = (torch.stack(column, dim=1).float().cpu() for column in zip(*leaves, strict=True))
     return distance_BA, psnr_of_mse(mse_BA), mse_BA
 

@@ -88,7 +88,7 @@ class Reconstructor:
         """Each clip at the uniform assignment whose tokens are nearest to `tokens_B`, and what that gives."""
         space = self.tokenizer.space
         level_B = [min(space.levels, key=lambda k: abs(k * space.num_blocks - int(tokens))) for tokens in tokens_B]
-        row_B = torch.tensor([space.uniform_row(level) for level in level_B])
+        row_B = torch.tensor([space.uniform_row(level) for level in level_B])  # [B]
         uniform_BCTHW = self.tokenizer.decode(self.tokenizer.encode(video_BCTHW, space.lengths_of(row_B)))
         measured = self._measure(uniform_BCTHW, video_BCTHW.to(uniform_BCTHW.device))
         figures = [

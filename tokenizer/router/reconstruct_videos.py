@@ -143,12 +143,12 @@ def price_of_the_set(walk: ClipWalk, router: TrainedRouter | None, budget: Budge
         scores.append(router.scores(to_model_range(clip.decoded.frames_THWC)[None])[0])  # [A], 2.5 KB for 625 rows
         num_bytes += clip.decoded.frames_THWC.nbytes
         if num_bytes > _MOST_KEPT:
-            kept = None
+            kept = None  # too much for memory: the second pass decodes again
         if kept is not None:
             kept.append(clip)
     if not scores:
         return PricedSet()
-    score_SA = torch.stack(scores)
+    score_SA = torch.stack(scores)  # S x [A] -> [S, A]
     price = find_price(score_SA, router.space, budget.average_tokens)
     folder.save_scores(made_from, price, names, score_SA)
     return PricedSet(price, dict(zip(names, score_SA, strict=True)), kept)

@@ -75,7 +75,7 @@ def zoom_and_turn(
     flip: left to right with probability 1/2. turns: upside down and along the diagonal too; all eight views with flip.
     """
     num_clips = places.total
-    side_B = 1 - (1 - crop_scale) * torch.rand(num_clips, generator=generator)
+    side_B = 1 - (1 - crop_scale) * torch.rand(num_clips, generator=generator)  # uniform in (crop_scale, 1]
     shift_B2 = (1 - side_B)[:, None] * (2 * torch.rand(num_clips, 2, generator=generator) - 1)
     mirrored_B2 = torch.zeros(num_clips, 2, dtype=torch.bool)  # along x and y
     if flip:
@@ -286,7 +286,7 @@ class RouterTraining:
                 readable += clips
                 seen = self.stem(torch.stack([*clips.values()]).to(self.state.device))
                 scores.append(self.state.model(seen).float().cpu())
-        score_SA = distributed.rows_of_all(torch.cat(scores))
+        score_SA = distributed.rows_of_all(torch.cat(scores))  # [own clips, A] -> [S, A]
         readable = distributed.rows_of_all(torch.tensor(readable, dtype=torch.long)).tolist()
         if not readable:
             raise UserError(f"val_data: not one of {num} clips can be read; make it name the clips of val_table")
