@@ -28,13 +28,7 @@ def add_common_flags(parser: Parser) -> None:
     add("--seed", type=at_least(0), default=0, help="a sample depends on it and on its own name (default: 0)")
     add("--temperature", type=positive, default=1.0, help="divides the logits (default: 1)")
     add("--top-k", type=at_least(0), default=0, metavar="K", help="draw among the K likeliest ids; 0: all (default)")
-    add(
-        "--top-p",
-        type=positive,
-        default=1.0,
-        metavar="P",
-        help="draw among the likeliest ids of probability P together",
-    )
+    add("--top-p", type=positive, default=1.0, metavar="P", help="draw among the likeliest ids of total probability P")
     add_precision_flag(parser)
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     add("--compile", action="store_true", help="torch.compile the step: slower to start, for many clips")

@@ -230,27 +230,31 @@ def open_archives(config: GPTTrainConfig, tokenizer: VideoTokenizer) -> tuple[To
     check_vocabulary(config.model, tokenizer.config, "model")
     archive, val_archive = TokenArchive(config.archive), TokenArchive(config.val_archive)
     for each in (archive, val_archive):
-        facts = each.facts
-        if facts.tokenizer_sha256 != tokenizer.sha256:
-            raise UserError(
-                f"{each.folder} was made by tokenizer {facts.tokenizer_sha256[:12]}.., but {config.tokenizer} is "
-                f"{tokenizer.sha256[:12]}..: give the tokenizer that made it, or extract the codes again"
-            )
-        if facts.condition_lengths != config.model.condition_lengths:
-            raise UserError(
-                f"{each.folder} has condition_lengths = {facts.condition_lengths}, but model.condition_lengths = "
-                f"{config.model.condition_lengths}; use an archive for this task"
-            )
-        if len(facts.class_names) != config.model.num_classes:
-            raise UserError(
-                f"{each.folder} has {len(facts.class_names)} classes, but model.num_classes = "
-                f"{config.model.num_classes}: set model.num_classes={len(facts.class_names)}"
-            )
-        if len(each) == 0:
-            raise UserError(f"{each.folder} holds no clip; see its skipped.json")
+        _check_archive(each, config, tokenizer)
     if archive.facts.class_names != val_archive.facts.class_names:
         raise UserError(f"{config.archive} and {config.val_archive} name other classes; extract one again")
     return archive, val_archive
+
+
+def _check_archive(each: TokenArchive, config: GPTTrainConfig, tokenizer: VideoTokenizer) -> None:
+    facts = each.facts
+    if facts.tokenizer_sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{each.folder} was made by tokenizer {facts.tokenizer_sha256[:12]}.., but {config.tokenizer} is "
+            f"{tokenizer.sha256[:12]}..: give the tokenizer that made it, or extract the codes again"
+        )
+    if facts.condition_lengths != config.model.condition_lengths:
+        raise UserError(
+            f"{each.folder} has condition_lengths = {facts.condition_lengths}, but model.condition_lengths = "
+            f"{config.model.condition_lengths}; use an archive for this task"
+        )
+    if len(facts.class_names) != config.model.num_classes:
+        raise UserError(
+            f"{each.folder} has {len(facts.class_names)} classes, but model.num_classes = "
+            f"{config.model.num_classes}: set model.num_classes={len(facts.class_names)}"
+        )
+    if len(each) == 0:
+        raise UserError(f"{each.folder} holds no clip; see its skipped.json")
 
 
 def main() -> None:

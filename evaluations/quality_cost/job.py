@@ -12,7 +12,7 @@ Letters: S clips of the set, A assignments (rows).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,16 @@ def fresh_table(measure: Measure, clips: CurveClips, folder: Path) -> QualityTab
 # Results
 
 
+def _clip_rows(
+    points: Sequence[CurvePoint], rows: Sequence[Sequence[Figures]], names: Sequence[str], space: AssignmentSpace
+) -> Iterator[dict[str, Any]]:
+    """The rows of clips.csv: every clip at every point."""
+    for point, mine in zip(points, rows, strict=True):
+        for name, key, figures in zip(names, point.keys, mine, strict=True):
+            setting = {"strategy": point.strategy, "setting": point.setting, "assignment": _assignment(key, space)}
+            yield {"clip": name} | setting | figures
+
+
 def write_results(
     folder: Path,
     points: Sequence[CurvePoint],
@@ -192,13 +202,7 @@ def write_results(
     columns = list(dict.fromkeys(key for each in summaries for key in each))
     atomic_write(folder / "points.csv", csv_table(columns, summaries))
     columns = ["clip", "strategy", "setting", "assignment", "tokens", "bytes", *metrics["metrics"], "crf", "reached"]
-    per_clip = (
-        {"clip": name, "strategy": point.strategy, "setting": point.setting, "assignment": _assignment(key, space)}
-        | figures
-        for point, mine in zip(points, rows, strict=True)
-        for name, key, figures in zip(names, point.keys, mine, strict=True)
-    )
-    atomic_write(folder / "clips.csv", csv_table(columns, per_clip))
+    atomic_write(folder / "clips.csv", csv_table(columns, _clip_rows(points, rows, names, space)))
     for file, chart in charts(metrics, alone=True).items():
         atomic_write(folder / file, chart.encode())
     atomic_write(folder / "metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())

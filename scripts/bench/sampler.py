@@ -42,6 +42,17 @@ SLOTS, CLIPS, LIVE, REPEATS = 8, 64, 756, 3
 PAPER_LEVELS = [32, 64, 128, 256, 512]
 
 
+def step_fractions(quick: bool) -> dict[str, dict[str, float]]:
+    """Steps of GPT-L at four batch sizes, see `step_fraction`."""
+    model = GPT(replace(PRESETS["GPT-L"], layers=8 if quick else 24)).eval()
+    return {
+        "fp32_b1": step_fraction(model, 1),
+        "fp32_b4_guided": step_fraction(model, 4, streams=2),
+        "fp32_b8_guided": step_fraction(model, 8, streams=2),
+        "bf16_b16": step_fraction(model.bfloat16(), 16),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The sampler against padding, and against the memory limit.")
     parser.add_argument("--quick", action="store_true", help="a third of GPT-L's layers, a quarter of every length")
@@ -50,13 +61,7 @@ def main() -> None:
     torch.manual_seed(0)
     speed_up, sampling = bench_sampling([level // 4 for level in PAPER_LEVELS] if quick else PAPER_LEVELS)
     utilisation = slot_utilisation()
-    model = GPT(replace(PRESETS["GPT-L"], layers=8 if quick else 24)).eval()
-    steps = {
-        "fp32_b1": step_fraction(model, 1),
-        "fp32_b4_guided": step_fraction(model, 4, streams=2),
-        "fp32_b8_guided": step_fraction(model, 8, streams=2),
-        "bf16_b16": step_fraction(model.bfloat16(), 16),
-    }
+    steps = step_fractions(quick)
     fast = all(steps[name]["fraction"] >= goal for name, goal in GOALS_STEP.items())
     report(
         "sampler against pad-to-maximum",

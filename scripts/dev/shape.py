@@ -280,11 +280,15 @@ def walk(name: str, out: str) -> dict[str, int]:
         sys.argv = ["tokenizer/train.py", "configs/debug/full/proxy.yaml", "--dry-run"]
         sys.argv += [f"run.dir={out}", "run.device=cpu"]
         return traced(Trace("train_step"), lambda: runpy.run_path(sys.argv[0], run_name="__main__"))
+    return walk_sample(gpt_file, final)
 
+
+def walk_sample(gpt_file: str, tokenizer_file: str) -> dict[str, int]:
+    """Sample and decode one clip; loading the models is not traced."""
     from autoregressive import Request, Sampler, SamplingConfig, load_gpt, tokens_of
     from tokenizer import load_tokenizer
 
-    gpt, tokenizer = load_gpt(gpt_file), load_tokenizer(final)
+    gpt, tokenizer = load_gpt(gpt_file), load_tokenizer(tokenizer_file)
 
     def sample_clip() -> None:
         sampler = Sampler(gpt.model, SamplingConfig(slots=1, guidance=(2.25,)))

@@ -110,13 +110,18 @@ def path_for(video: Path, manifest: Path) -> str:
     return str(video.relative_to(folder)) if video.is_relative_to(folder) else str(video)
 
 
-def _records(manifest: Path, needed: str = "path") -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, column -> cell) of every row; columns in lower case, cells as they are."""
+def _check_manifest(manifest: Path, needed: str) -> None:
+    """UserError for a file that is absent or UTF-16."""
     if not manifest.is_file():
         raise UserError(f"{_name(manifest)}: no such manifest; give a .csv with the column {needed}")
     with open(manifest, "rb") as file:
         if file.read(2) in _UTF16:
             raise UserError(f"{_name(manifest)}: is UTF-16; save it as UTF-8")
+
+
+def _records(manifest: Path, needed: str = "path") -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, column -> cell) of every row; columns in lower case, cells unchanged."""
+    _check_manifest(manifest, needed)
     # utf-8-sig drops the mark that spreadsheets put first; strict=True reports a quote that is never closed
     with open(manifest, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.reader(file, strict=True)

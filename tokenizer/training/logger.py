@@ -254,14 +254,9 @@ class Reporter:
         if step % self.run.log_every and step != self.run.steps:
             return
         seconds, data_wait = self.clock.lap()
-        perf = {
-            "perf/clips_per_second": self._clips / max(seconds, 1e-9),
-            "perf/memory_gib": peak_memory(self.device) / 2**30,
-            "perf/eta_seconds": self.clock.seconds_per_step * (self.run.steps - step),
-            "perf/checkpoint_stall": self._stalled / max(seconds, 1e-9),
-        }
+        timing = {"seconds": seconds, "data_wait": data_wait, **self._performance(step, seconds)}
         self._stalled, self._clips = 0.0, 0
-        self._write(step, {**unlogged, **values, "seconds": seconds, "data_wait": data_wait, **perf})
+        self._write(step, {**unlogged, **values, **timing})
         unlogged.clear()
         self.progress.report(values["loss"], self.clock.seconds_per_step, data_wait)
         self._warn(step, self.reference.look(step, values["loss"]) if self.reference else None)
@@ -290,6 +285,14 @@ class Reporter:
         self.progress.close()
         if self.trackers is not None:
             self.trackers.end_training()
+
+    def _performance(self, step: int, seconds: float) -> dict[str, float]:
+        return {
+            "perf/clips_per_second": self._clips / max(seconds, 1e-9),
+            "perf/memory_gib": peak_memory(self.device) / 2**30,
+            "perf/eta_seconds": self.clock.seconds_per_step * (self.run.steps - step),
+            "perf/checkpoint_stall": self._stalled / max(seconds, 1e-9),
+        }
 
     def _warn(self, step: int, warning: str | None) -> None:
         if warning:
