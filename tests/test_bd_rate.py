@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluations.metrics.bd_rate import Curve, bd_rate, cost_at, frontier
 from evaluations.metrics.bootstrap import bootstrap, jackknife_intervals
+from evaluations.quality_cost.points import Curve, bd_rate, cost_at, frontier
 from tokenizer.common.errors import UserError
 
 

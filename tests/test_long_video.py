@@ -15,8 +15,7 @@ from tokenizer import detokenize, tokenize
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError
-from tokenizer.data.video_io import iter_clips, iter_video, to_model_range, to_uint8
-from tokenizer.data.video_writer import VideoWriter
+from tokenizer.data.video_io import VideoWriter, iter_clips, iter_video, to_model_range, to_uint8
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import build_tokenizer, load_tokenizer
 from tokenizer.token_file import TokenFile

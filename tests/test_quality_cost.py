@@ -18,12 +18,12 @@ import torch
 from autoregressive.model import GPT
 from autoregressive.presets import PRESETS
 from evaluations import report
-from evaluations.metrics.bd_rate import Curve, bd_rate
 from evaluations.metrics.extractors import I3D_SHA256
 from evaluations.protocols import PROTOCOLS, card_of, card_text, find_protocol
 from evaluations.quality_cost import __main__ as quality_cost
 from evaluations.quality_cost import sweep
 from evaluations.quality_cost.charts import charts
+from evaluations.quality_cost.points import Curve, bd_rate
 from evaluations.report import PAPER, Run, find_runs, own_tables, paper_tables
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict

@@ -47,8 +47,7 @@ from tokenizer.common.device import pick_device
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.clip_stream import find_sources
 from tokenizer.data.safe_decode import decode_video
-from tokenizer.data.video_io import DecodedClip, resize, resize_center_crop, to_uint8
-from tokenizer.data.video_writer import VideoWriter
+from tokenizer.data.video_io import DecodedClip, VideoWriter, resize, resize_center_crop, to_uint8
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
 from tokenizer.token_file import TokenFile
