@@ -1,11 +1,11 @@
-"""The sampler: B slots, each taken by the next clip as soon as its last one ends, so a short clip costs less.
+"""The sampler: S slots. A slot takes the next clip as soon as its last one ends, so a short clip costs less.
 
     refill     a free slot takes the next request; given frames go into the cache in one pass
     run        one step of the model for all slots, each at its own position
     settle     after a length token, the host reads it and knows how many codes follow
 
 A length token fixes how many codes follow, so the host reads nothing between two of them: codes stay on the device, and
-steps run up to the next length token of any slot. That is one synchronisation a block, none if the length is forced.
+steps run up to the next length token of any slot. That is one synchronisation per block, none if the length is forced.
 Shapes never change: idle slots are computed too, so a row's numbers do not depend on the other rows, and its noise is
 keyed by (seed, key of the request, position). A clip does not depend on its slot, its neighbours or the number of
 processes.
@@ -50,9 +50,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """A sampled clip. `broken`: how a sequence sampled without grammar masking is invalid, else None.
+    """A sampled clip. `broken`: why a sequence sampled without grammar masking is invalid; None if it is valid.
 
-    `id_Q`: its whole sequence, on the model's device; of a broken one as far as it was sampled.
+    `id_Q`: the whole sequence, on the model's device; a broken one ends at the invalid id.
     """
 
     request: Request
@@ -61,7 +61,7 @@ class Sample:
     broken: str | None = None
 
     def codes(self, layout: SequenceLayout) -> ClipCodes:
-        """The clip for the tokenizer, on the CPU. Only of a sample that is not broken."""
+        """The codes and lengths for the tokenizer, on the CPU. The sample must not be broken."""
         assert self.broken is None, self.broken
         body_L = self.id_Q[layout.condition_tokens + 1 :].cpu()  # without condition codes and the class id
         return ClipCodes(
@@ -75,8 +75,8 @@ class SamplingConfig:
 
     guidance: s of u + s (c - u), one number, or one for each temporal block. If all are 1, the stream
     without class is not run; else it is run in all blocks.
-    check_grammar: only ids that the grammar allows are drawn; else sequences that break it are found and marked.
-    compile: compile the model's layers. It takes a while before the first clip.
+    check_grammar: draw only ids that the grammar allows; if off, invalid sequences are detected and marked.
+    compile: compile the model's layers, which delays the first clip.
     """
 
     slots: int = 8
@@ -120,7 +120,7 @@ class SamplerCounts:
     tokens: int = 0  # ids sampled, length tokens included
 
     def utilisation(self, slots: int) -> float:
-        """Part of the slots that was in use, over the whole run."""
+        """Fraction of the slots in use over the whole run, 0 to 1."""
         return self.row_steps / max(1, self.steps * slots)
 
 
@@ -138,7 +138,7 @@ class _Slot:
 
 
 class Sampler:
-    """Samples clips of one model. `places`: ids of the longest sequence that will be asked for (default: any).
+    """Samples clips of one model. `places`: ids of the longest sequence to be sampled (default: any).
 
     Raises UserError if guidance does not fit the model, the keys and values do not fit into memory, or the step
     cannot be compiled here though `config` asks for it.
@@ -168,7 +168,7 @@ class Sampler:
         self._active_S = torch.zeros(slots, dtype=torch.long, device=device)  # 1 for slots in use
         self._key_S2 = torch.zeros(slots, 2, dtype=torch.long, device=device)
         self._scale_S = torch.ones(slots, device=device)
-        self._scale_of = [1.0] * slots  # what the host knows of it
+        self._scale_of = [1.0] * slots  # the host's copy
         self._bias_SV = torch.zeros(slots, layout.num_ids, device=device)
         self._word_V = id_words(layout.num_ids, device)
         self._bias_rows: dict[tuple[bool, ...], Tensor] = {}
@@ -246,7 +246,7 @@ class Sampler:
                 self._mask(s, grammar)
 
     def _mask(self, s: int, grammar: Grammar) -> None:
-        """What slot `s` may draw next. Rows of the mask are kept: there are few, and most steps change none."""
+        """Allow slot `s` the ids that its grammar does. Rows of the mask are cached: there are few."""
         allowed = (grammar.codes_left > 0, *grammar.allowed_levels())
         if allowed == self._bias_of[s]:
             return
@@ -270,11 +270,11 @@ class Sampler:
         self.counts.tokens += num_active
 
     def _own_precision(self) -> torch.autocast:
-        """That of the weights, which the cache has too, also inside a training's autocast."""
+        """Compute in the precision of the weights and the cache, also inside a training's autocast."""
         return torch.autocast(self.model.device.type, enabled=False)
 
     def _live(self) -> Live:
-        """What a step is told of the cached keys (attention.py)."""
+        """Which cached keys a step reads; see `Live` in attention.py."""
         if self._kernel_sees:
             return None  # it reads the positions on the device
         live = [slot.position + 1 if slot else 0 for slot in self._slots]
@@ -300,7 +300,7 @@ class Sampler:
 
     @torch.inference_mode()
     def _settle(self, steps: int) -> list[Sample]:
-        """Take in what the last `steps` drew; clips that ended leave their slots."""
+        """Advance the grammars by the last `steps`; finished clips leave their slots."""
         due = [s for s, slot in enumerate(self._slots) if slot and slot.grammar.wants_length]
         drawn = self._length_tokens(due)
         samples = []

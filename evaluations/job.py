@@ -1,8 +1,8 @@
-"""What the three evaluation commands share: flags, the stream of clips from list to shards, and the results at the end.
+"""Shared by the three evaluation commands: flags, the stream of clips from list to shards, and the results.
 
 A process scores one stream: clips are read ahead by `--num-workers` readers, the system draws them as it needs them,
-and frames are decoded and scored in a thread beside it. Networks see batches of a fixed size whose members the list
-decides, so no number depends on shards or processes.
+and frames are decoded and scored in a thread beside it. Batches have a fixed size and
+are cut from the list, so no figure depends on shards or processes.
 
 Letters: T frames, H W rows and columns, C colours, F numbers in a feature.
 """
@@ -47,7 +47,7 @@ class Evaluation:
     """One protocol, one system, one folder."""
 
     def __init__(self, args: argparse.Namespace, task: str) -> None:
-        """Raises UserError if protocol, data or the weights that judge are missing."""
+        """Raises UserError if protocol, data or the weights of a metric are missing."""
         fields = {name: getattr(args, name) for name in ("extractor", "perceptual", "count", "draws")}
         self.protocol: Protocol = find_protocol(args.protocol, task).change(**fields)
         self.args, self.device = args, pick_device(args.device)
@@ -55,12 +55,12 @@ class Evaluation:
             raise UserError("--overwrite with several processes: remove the folder yourself, then start them")
         self.cache = Path(args.cache)
         self.clips: ClipList = list_clips(self.protocol, args.data, self.cache, args.num_workers)
-        batch_size = args.batch_size or (1 if self.device.type == "cpu" else 8)  # on a CPU more is no faster
+        batch_size = args.batch_size or (1 if self.device.type == "cpu" else 8)  # more is no faster on a CPU
         self.scorer: Scorer = load_scorer(self.protocol, args, self.device, batch_size)
         self.folder = ShardFolder(args.out, len(self.clips.clips))
 
     def run(self, system: System) -> None:
-        """Score clips until no shard is free; the process that finds all there writes the results."""
+        """Score clips until no shard is free; the process that completes the last one writes the results."""
         which = {"list_sha256": self.clips.sha256, "files_sha256": self.clips.files_sha256}
         facts = {"protocol_hash": self.protocol.hash, **which, **self.scorer.facts()}
         self.folder.start({**facts, "system": system.facts()}, self.args.overwrite)
@@ -104,7 +104,7 @@ class Evaluation:
         for name in ("vq_ckpt", "tok_config", "router_ckpt", "router_config", "gpt_ckpt", "gpt_model"):
             if vars(self.args).get(name) is not None:
                 flag = name.replace("_", "-")
-                raise UserError(f"--ours scores clips that are there already; leave --{flag} out, or --ours")
+                raise UserError(f"--ours scores existing clips: leave out --{flag} or --ours")
         self.run(GivenClips(self.args.ours, self.clips, self.protocol, self.args.force))
         return True
 
@@ -114,7 +114,7 @@ class Evaluation:
         return {name: trained_as(path) for name, path in given.items() if path}
 
     def _drafts(self, system: System, places: Iterable[int], known: dict[int, Tensor]) -> Iterator[Draft]:
-        """What the system has of each clip, in any order; a clip that cannot be read never reaches it."""
+        """The system's drafts, in any order; a clip that cannot be read bypasses the system."""
         failed: list[Draft] = []
 
         def readable(sources: Iterable[Source]) -> Iterator[Source]:
@@ -203,7 +203,7 @@ class Evaluation:
                 filmstrip(real.frames_THWC, made.ours_THWC).save(pictures / f"{place}_{clip.index:06d}.png")
 
     def _real_cache(self) -> RealCache:
-        """Keyed by the content of the clips and by all that decides a feature."""
+        """The features of the real clips, keyed by the content of the clips and all that affects a feature."""
         extractor, clips = self.scorer.extractor, self.clips
         weights = extractor and [extractor.sha256, self.scorer.batch_size]
         key = json.dumps([self.protocol.real_side_hash, clips.sha256, clips.files_sha256, weights])
@@ -228,7 +228,7 @@ def scoring_threads(device: torch.device) -> int:
 def _beside(
     work: Callable[[list[Draft]], list[Scored]], batches: Iterable[list[Draft]], num_threads: int
 ) -> Iterator[Scored]:
-    """The results of all batches in order, worked on in threads while the next batches come together."""
+    """The results of all batches in order, computed in threads while the next batches are assembled."""
     with ThreadPoolExecutor(num_threads, "scoring") as pool:
         waiting: deque[Future[list[Scored]]] = deque()
         try:

@@ -113,7 +113,7 @@ def test_whole_and_block_by_block_are_equal(name: str) -> None:
         tokens = model.encode(video, budget="fixed:2,8,4,4")
         torch.testing.assert_close(model.decode(tokens), whole, rtol=1e-4, atol=1e-5)
     else:
-        with pytest.raises(UserError, match="is continuous, so its tokens are no codes"):
+        with pytest.raises(UserError, match="has continuous latents, no codes"):
             model.encode(video, budget="uniform:2")
         with pytest.raises(UserError, match="reads codes, but a tokenizer with model.bottleneck"):
             check_vocabulary(GPTS["GPT-debug"], model.config, "gpt.safetensors")

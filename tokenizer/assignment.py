@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tokenizer.common.errors import UserError
 
-MOST_ROWS = 1 << 20  # of a table: 8 blocks of 5 levels fit, 9 do not
+MOST_ROWS = 1 << 20  # rows of a table: 8 blocks of 5 levels fit, 9 do not
 _INT64 = 1 << 63
 
 
@@ -36,11 +36,11 @@ _INT64 = 1 << 63
 class AssignmentSpace:
     """All assignments of `num_blocks` blocks over `levels` (token counts, ascending).
 
-    An assignment is named by its *row*, its place in lexicographic order: row 0 gives every block the smallest level,
+    The *row* of an assignment is its index in lexicographic order: row 0 gives every block the smallest level,
     the last row gives every block the largest. The paper has levels (32, 64, 128, 256, 512) and 4 blocks: 625 rows.
 
-    Rows are numbers in base m, so drawing rows and turning them into lengths and back take no table and work for any
-    number of blocks. A router and curation score every row: for them `table_AN` exists, up to 2^20 rows.
+    Rows are numbers in base m, so drawing rows and converting them to lengths and back need no table and work for any
+    number of blocks. A router and curation score every row; they use `table_AN`, of up to 2^20 rows.
     """
 
     levels: tuple[int, ...]
@@ -119,17 +119,17 @@ class AssignmentSpace:
         first = int(self.rows_of(torch.tensor([*prefix, *[self.levels[0]] * free])))
         return torch.arange(first, first + num)  # lexicographic: a prefix is one contiguous range
 
-    # --- the whole table, for whatever scores every assignment --------------------------------------------------------
+    # --- the whole table, to score every assignment -------------------------------------------------------------------
 
     @cached_property
     def table_AN(self) -> Tensor:
-        """int64 [A, N], lexicographic: the last block counts fastest. Raises UserError for more than 2^20 rows."""
+        """int64 [A, N], lexicographic: the last block varies fastest. Raises UserError for more than 2^20 rows."""
         self.check_table(self.num_rows)
         return self.lengths_of(torch.arange(self.num_rows))
 
     @cached_property
     def tokens_A(self) -> Tensor:
-        """int64 [A], tokens of each assignment in all its blocks together."""
+        """int64 [A], tokens of each assignment, summed over its blocks."""
         return self.table_AN.sum(dim=1)
 
     def best_row(self, score_BA: Tensor, max_tokens: int | None = None) -> Tensor:
@@ -158,11 +158,11 @@ class AssignmentSpace:
 
     @cached_property
     def _place_value_N(self) -> Tensor:
-        """int64 [N], m^(N-1) .. m, 1: what a digit of each block is worth in a row."""
+        """int64 [N], m^(N-1) .. m, 1: the place value of each block in a row."""
         return torch.tensor([len(self.levels) ** power for power in range(self.num_blocks - 1, -1, -1)])
 
     def check_table(self, num_rows: int) -> None:
-        """Raises UserError if a table of `num_rows` rows is more than anything could score."""
+        """Raises UserError if a table of `num_rows` rows is too large to score."""
         if num_rows > MOST_ROWS:
             raise UserError(
                 f"{len(self.levels)} levels over {self.num_blocks} blocks give {self.num_rows} assignments, too many "
@@ -175,7 +175,7 @@ class AssignmentSpace:
 class Packing:
     """The layout of a packed batch: which clip, block and place each token belongs to. Made by `pack`.
 
-    `lengths` is the plain-Python copy of the [B, N] lengths, so that no loop over blocks asks a device for a number.
+    `lengths`: the [B, N] lengths as plain Python numbers, so that loops over blocks never wait for a device.
     """
 
     lengths: tuple[tuple[int, ...], ...]
@@ -237,7 +237,7 @@ class Packing:
         return torch.arange(self.num_tokens) - first_L
 
     def unpack(self, packed_L: Tensor) -> list[list[Tensor]]:
-        """Packed tokens [L, ...] -> for each clip, for each block, its own [length, ...]."""
+        """Packed tokens [L, ...] -> the tokens [length, ...] of every block, clip by clip."""
         blocks = packed_L.split([length for row in self.lengths for length in row])
         return [list(blocks[b * self.num_blocks : (b + 1) * self.num_blocks]) for b in range(self.num_clips)]
 

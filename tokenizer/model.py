@@ -4,8 +4,8 @@
     quantize  nearest code of a unit-length codebook
     decode    patches start as the first token of their block; Q-Former layers read the tokens
 
-Every attention is block-causal: block t sees blocks <= t. A clip with fewer tokens is less work, because there are
-fewer rows in the packed batch; nothing is padded or masked.
+Every attention is block-causal: block t sees blocks <= t. Fewer tokens are fewer rows of
+the packed batch, so a clip with fewer tokens costs less. Nothing is padded or masked.
 
 Letters: B clips, C T H W, N blocks, M patches of a clip, L packed tokens, P numbers in a patch, D E widths.
 """
@@ -42,7 +42,7 @@ from tokenizer.tokens import VideoTokens
 
 
 def _check_positive(config: object) -> None:
-    """Every number of a config counts something."""
+    """UserError for a number that is not above 0."""
     for name, value in vars(config).items():
         if isinstance(value, int | float) and not value > 0:
             raise UserError(f"{name} = {value}: must be above 0")
@@ -158,11 +158,11 @@ class TokenizerConfig:
 class TokenizerOutput:
     video_BCTHW: Tensor  # float32, not clamped, so that a loss sees overshoot
     quantized: Quantized
-    feature_BMD: Tensor | None = None  # patches after the decoder layer that was asked for
+    feature_BMD: Tensor | None = None  # patches after decoder layer `feature_layer`
 
 
 class ChoosesLengths(Protocol):
-    """What `encode` needs of a router; `tokenizer.router.predict.load_router` gives one."""
+    """The part of a router that `encode` uses; see `tokenizer.router.predict.load_router`."""
 
     def assign(self, video_BCTHW: Tensor, budget: str = ..., price: float | None = ...) -> Tensor: ...
 
@@ -200,7 +200,7 @@ class VideoTokenizer(HubModel, nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """How every weight begins.
+        """Initialise all weights.
 
         linear                 Xavier uniform, bias 0; the last one (to_pixels) N(0, 0.02), so that it starts grey
         codebook               random; training replaces it by real latents (VectorQuantizer.start)
@@ -242,8 +242,8 @@ class VideoTokenizer(HubModel, nn.Module):
     ) -> TokenizerOutput:
         """Reconstruct under the given assignment, with everything the losses need.
 
-        `feature_layer`: hand out the patches after this many decoder layers; 0 hands out none. generator: of the noise
-        that a KL bottleneck adds in training; without one it adds none.
+        feature_layer: also return the patches after this many decoder layers; 0 returns none. generator: of the noise
+        that a KL bottleneck adds in training; None adds no noise.
         """
         packing = self._checked_packing(video_BCTHW, length_BN)
         quantized = self.quantizer(self.encode_latents(video_BCTHW, packing), generator)
@@ -283,7 +283,7 @@ class VideoTokenizer(HubModel, nn.Module):
                 feature_BMD = rearrange(patch_LD, "(B M) D -> B M D", B=packing.num_clips)
         return rearrange(patch_LD, "(B M) D -> B M D", B=packing.num_clips), feature_BMD
 
-    # --- what users call ----------------------------------------------------------------------------------------
+    # --- public methods -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode(
@@ -297,12 +297,12 @@ class VideoTokenizer(HubModel, nn.Module):
         """Tokenize clips [B, 3, T, H, W] (or one, [3, T, H, W]) in [0, 1].
 
         Give the lengths, or a router with a budget ("router", "tokens:512", "price:0.01"), or a budget that needs no
-        router ("uniform:256", "fixed:256,128,64,64"). Each clip's tokens are its own: they never depend on the batch.
+        router ("uniform:256", "fixed:256,128,64,64"). The tokens of a clip never depend on the rest of the batch.
         Raises UserError for a wrong shape or lengths outside the levels.
         """
         if not self.config.is_discrete:
             raise UserError(
-                f"model.bottleneck = {self.config.bottleneck!r} is continuous, so its tokens are no codes: call "
+                f"model.bottleneck = {self.config.bottleneck!r} has continuous latents, no codes: call "
                 "encode_latents and decode_latents, or train with 'vq' or 'fsq'"
             )
         video_BCTHW = video_BCTHW[None] if video_BCTHW.ndim == 4 else video_BCTHW
@@ -315,7 +315,7 @@ class VideoTokenizer(HubModel, nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens: VideoTokens) -> Tensor:
-        """Tokens -> clips [B, 3, T, H, W] in [0, 1]; codes and lengths are all it reads.
+        """Tokens -> clips [B, 3, T, H, W] in [0, 1]; only codes and lengths are read.
 
         Raises UserError if the tokens were made by other weights or do not fit this tokenizer.
         """
@@ -334,15 +334,15 @@ class VideoTokenizer(HubModel, nn.Module):
     def stream(
         self, frames: Iterable[Tensor], *, router: ChoosesLengths | None = None, budget: str | None = None
     ) -> Iterator[BlockTokens]:
-        """Tokenize frames [3, H, W] in [0, 1] as they arrive, without end: the tokens of one temporal block at a time.
+        """Tokenize an endless stream of frames [3, H, W] in [0, 1]; yields the tokens of one temporal block at a time.
 
-        Lengths as in `encode`. With a router a block leaves when its clip is complete, else with its own last frame.
+        Lengths as in `encode`. With a router a block waits for the end of its clip, else for its own.
         """
 
         def choose(video_BCTHW: Tensor | None) -> list[int] | None:
             if video_BCTHW is None and router is not None:
                 return None
-            clip = torch.empty(1) if video_BCTHW is None else video_BCTHW  # without a router only their number counts
+            clip = torch.empty(1) if video_BCTHW is None else video_BCTHW  # only their number matters
             return self._chosen_lengths(clip, router, budget)[0].tolist()
 
         return stream_blocks(self, frames, choose)
@@ -350,13 +350,13 @@ class VideoTokenizer(HubModel, nn.Module):
     def play(self, tokens: VideoTokens | Iterable[BlockTokens]) -> Iterator[Tensor]:
         """Decode tokens as they arrive: frames [3, T, H, W] in [0, 1] of one temporal block at a time.
 
-        Takes what `stream` gives, or whole clips. Equal to `decode` up to rounding. Raises UserError as `decode` does.
+        Takes the output of `stream`, or whole clips. Equals `decode` up to rounding and raises the same UserError.
         """
         blocks = blocks_of(tokens, self.config.num_blocks) if isinstance(tokens, VideoTokens) else tokens
         return play_blocks(self, blocks)
 
     def check_made_here(self, made_by: str) -> None:
-        """Raises UserError if tokens with this sha256 are of another tokenizer; an empty one is of an unsaved one."""
+        """Raises UserError if tokens of a tokenizer with this sha256 do not fit; "" (never saved) passes."""
         if made_by and self.sha256 and made_by != self.sha256:
             raise UserError(
                 f"tokens made by tokenizer {made_by[:12]} cannot be read by {self.sha256[:12]}: load that one"
@@ -384,7 +384,7 @@ class VideoTokenizer(HubModel, nn.Module):
         return unpatchify(pixel_BMP, self.config.patch_frames, self.config.patch_size, self.config.grid) + 0.5
 
     def _token_rows(self, packing: Packing) -> Tensor:
-        """int64 [L]: for each packed token, its row of a 1D position table: that of the cell it starts from."""
+        """int64 [L]: the row of each packed token in a 1D position table: that of the cell it starts from."""
         return (packing.block_L * self.config.block_queries + packed_cells(packing)).to(self.device)
 
     def _chosen_lengths(self, video_BCTHW: Tensor, router: ChoosesLengths | None, budget: str | None) -> Tensor:
@@ -408,7 +408,7 @@ class VideoTokenizer(HubModel, nn.Module):
             )
         if len(length_BN) != len(video_BCTHW):
             raise UserError(f"{len(video_BCTHW)} clips but lengths for {len(length_BN)}")
-        self.space.rows_of(length_BN)  # raises if a length is none of the levels
+        self.space.rows_of(length_BN)  # raises if a length is not a level
         return pack(length_BN)
 
 

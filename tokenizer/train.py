@@ -1,12 +1,10 @@
-"""Stages 1 and 4: train a tokenizer. The config's `policy` selects the lengths: fixed, random, router.
+"""Stages 1 and 4: train a tokenizer.
 
     python -m tokenizer.train configs/vq/VQ_SB_proxy_3fps.yaml                          # stage 1, random assignments
     python -m tokenizer.train configs/mini/final.yaml run.steps=500 optim.lr=2e-4       # stage 4, the router's
 
-Started again with the same run.dir it resumes by itself, to the same result. `--dry-run` builds everything, runs two
-steps and says what the run would cost.
-
-Where the lengths come from while a tokenizer trains: fixed, random (stage 1) or a frozen router (stage 4).
+The config's `policy` chooses the lengths: fixed, random (stage 1), or by a frozen router (stage 4). Rerun the same
+command to resume; the result is the same. `--dry-run` runs a few steps and prints the cost of the run.
 """
 
 from __future__ import annotations
@@ -58,7 +56,7 @@ from tokenizer.viz.frames import save_comparison
 class Policy(Protocol):
     """Clips -> their lengths, int64 [B, N] on the CPU. Draws only from the generator.
 
-    places: positions of the clips in the global batch, if they are not all of it.
+    places: positions of the clips in the global batch; None if they are the whole batch.
     """
 
     def __call__(self, video_BCTHW: Tensor, generator: torch.Generator, places: Places | None = None) -> Tensor: ...
@@ -88,9 +86,9 @@ class PolicyConfig:
 
 
 def build_policy(config: PolicyConfig, tokenizer: TokenizerConfig, device: torch.device) -> Policy:
-    """The policy of a config, into which the router's sha256 is entered.
+    """Build the policy of a config and fill in the router's sha256.
 
-    Raises UserError where lengths or router do not fit the tokenizer, or the router is not the one that is named.
+    Raises UserError if lengths or router do not fit the tokenizer, or if the config names another router's sha256.
     """
     space = AssignmentSpace(tuple(tokenizer.levels), tokenizer.num_blocks)
     if config.kind == "random":
@@ -121,7 +119,7 @@ def _random(
 
 
 _PICTURED = 6  # clips in the picture of a validation
-_START_BATCHES = 64  # at most so many batches are encoded to start the codebook
+_START_BATCHES = 64  # most batches that are encoded to initialise the codebook
 
 
 @dataclass
@@ -165,7 +163,7 @@ class TokenizerTrainConfig:
 
 
 class TokenizerTraining:
-    """One run: the state, and what its steps and validations need."""
+    """One run: its state, data, losses and policy."""
 
     def __init__(self, config: TokenizerTrainConfig) -> None:
         self.config, run = config, config.run
@@ -207,23 +205,23 @@ class TokenizerTraining:
         )
 
     def costs(self, step: int) -> list[float]:
-        """Cost of each clip of a step's global batch, about its tokens; known only for random assignments."""
+        """Cost of each clip of a step's global batch: its tokens, known in advance for random assignments only."""
         run = self.config.run
         drawn = self.policy(torch.empty(run.batch_size), generator_for(run.seed, "loss", step))
         return drawn.sum(dim=1).tolist()
 
     def train_step(self, batch: ClipBatch) -> Values:
-        """One step (arXiv 2603.12267, section 3): the tokenizer against its discriminator, which learns less often.
+        """One training step of the tokenizer and, every few steps, of its discriminator (arXiv 2603.12267, section 3).
 
-        Gradients of both networks are computed first; `commit` then makes both updates, or none if any number is not
-        finite. With run.accumulate the batch comes in parts.
+        First compute the gradients of both networks; then `commit` applies both updates, or neither if any number is
+        not finite. With run.accumulate the batch is computed in parts.
         """
         run, gan, step = self.config.run, self.gan, self.state.step
         parts = split(batch, run.accumulate)
         generator = Update(self.state.main, run, step)
         updates, fakes = [generator], []
 
-        # generator: reconstruction, quantiser, alignment, and high logits for the reconstructions
+        # generator: losses of reconstruction, quantizer and alignment, and the GAN loss that raises the logits of fakes
         for number, part in enumerate(parts):
             with generator.forward(number, len(parts)):
                 fake_BCTHW, loss, terms = self.reconstruct(part, step)
@@ -236,7 +234,7 @@ class TokenizerTraining:
             generator.backward(loss, terms)
             fakes.append(fake_BCTHW.detach())
 
-        # discriminator, every few steps: the clips of this step against their reconstructions
+        # discriminator, every few steps: real clips against the detached reconstructions of this step
         if gan is not None and self.state.discriminator is not None and gan.learns(step):
             discriminator = Update(self.state.discriminator, run, step)
             for number, (part, fake_BCTHW) in enumerate(zip(parts, fakes, strict=True)):
@@ -250,7 +248,7 @@ class TokenizerTraining:
         return commit(run, self.state, updates)
 
     def reconstruct(self, batch: ClipBatch, step: int) -> tuple[Tensor, Tensor, Terms]:
-        """Clips -> their reconstructions [B, C, T, H, W], the loss without its GAN term, and what to log."""
+        """Clips -> their reconstructions [B, C, T, H, W], the loss without its GAN term, and the figures to log."""
         generator = generator_for(self.config.run.seed, "loss", step)
         video_BCTHW = batch.video(self.device)
         length_BN = self.policy(video_BCTHW, generator, batch.places)
@@ -264,7 +262,7 @@ class TokenizerTraining:
         figures: Terms = {
             **terms,
             "tokens_per_clip": float(length_BN.sum()) / len(length_BN),
-            # how many blocks got each level
+            # [m], number of blocks at each level
             "tokens_histogram": (length_BN.flatten()[:, None] == level_K).sum(dim=0),
         }
         if self.config.model.is_discrete:
@@ -273,7 +271,7 @@ class TokenizerTraining:
 
     @property
     def random_encoders(self) -> list[str]:
-        """Frozen encoders that have random weights, because the config says random_for_tests."""
+        """Names of frozen encoders with random weights (random_for_tests in the config)."""
         encoders = {
             "V-JEPA 2": self.alignment.encoder if self.alignment else None,
             "VideoMAE": self.gan.encoder if self.gan else None,
@@ -287,9 +285,9 @@ class TokenizerTraining:
 
     @torch.no_grad()
     def start_codebook(self) -> None:
-        """Put every code on a latent of a training clip, so that none is dead at the start.
+        """Initialise every code with a latent of a training clip, so that no code is dead at the start.
 
-        Processes encode their shares of the batches of the first steps, as many as the codebook needs and no more.
+        Encodes as many batches as the codebook needs, shared among the processes.
         """
         if self.config.model.bottleneck != "vq":
             return
@@ -298,7 +296,7 @@ class TokenizerTraining:
         latents: list[Tensor] = []
         found = step = 0
         while found < needed and step < _START_BATCHES:
-            # the first batch tells how many tokens a batch gives
+            # the first batch shows how many latents a batch gives
             num = 1 if step == 0 else min(-(-(needed - found) * step // found), _START_BATCHES - step)
             for batch in batches(self.data, run.batch_size, run.seed, step, run.num_workers, steps=num):
                 video_BCTHW = batch.video(self.device)
@@ -362,7 +360,7 @@ class TokenizerTraining:
 def perceptual_pair(
     name: str, precision: str, device: torch.device
 ) -> tuple[PerceptualDistance | None, PerceptualDistance | None]:
-    """The distance of the loss, in bf16 where the run is, and that of validations, always in fp32."""
+    """The distance of the loss, in bf16 if the run is, and the distance of validations, always in fp32."""
     if name == "none":
         return None, None
     judge = load_perceptual(name).to(device)

@@ -32,7 +32,8 @@ from tokenizer.data.readers import Image, open_reader
 
 __all__ = [
     "VIDEO_SUFFIXES", "DecodedClip", "VideoError", "VideoInfo", "VideoWriter", "display_name", "file_slug",
-    "iter_clips", "iter_video", "list_videos", "probe", "read_clip", "read_clip_at", "to_model_range", "to_uint8", "write_video",
+    "iter_clips", "iter_video", "list_videos", "probe", "read_clip", "read_clip_at", "to_model_range", "to_uint8",
+    "write_video",
 ]  # fmt: skip
 
 _LARGEST_TERM = 1_000_000  # of a frame rate as a fraction

@@ -95,7 +95,7 @@ def distance(quality_BA: Tensor, stats: RewardStats) -> Tensor:
 
 
 def reward_of_quality(quality_BA: Tensor, space: AssignmentSpace, quality_weight: float) -> Tensor:
-    """reward_BA, float64, of a predicted quality: the trade-off that `labels=quality` leaves for later."""
+    """reward_BA, float64, of a predicted quality, for routers trained with labels=quality."""
     tokens_A = space.tokens_A.double().to(quality_BA.device)
     return _weigh(quality_BA.double(), (tokens_A - tokens_A.mean()) / tokens_A.std(correction=0), quality_weight)
 
@@ -120,7 +120,7 @@ def reward_percentile(reward_BA: Tensor, chosen_row_B: Tensor) -> float:
 
 
 def best_uniform(reward_BA: Tensor, space: AssignmentSpace) -> tuple[int, float]:
-    """The level with the highest reward percentile if all blocks of all clips get it, and that percentile."""
+    """(level, percentile) of the level with the highest reward percentile if every block of every clip gets it."""
     num_clips = len(reward_BA)
     percentiles = {
         level: reward_percentile(reward_BA, torch.full((num_clips,), space.uniform_row(level), device=reward_BA.device))
@@ -137,8 +137,8 @@ _KIND = "evatok.quality_table"
 class QualityTable:
     """float32 [B, A] each: perceptual distance (lower is better), PSNR in dB and MSE of pixels in [0, 1].
 
-    B clips, named; A rows of the assignment space in its own order. `meta`: what made it, such as the sha256 of the
-    tokenizer, name of the perceptual network.
+    B clips, named; A rows of the assignment space in its own order. `meta`: its origin, such as the sha256 of
+    the tokenizer and the name of the perceptual network.
     """
 
     lpips_BA: Tensor
@@ -150,7 +150,7 @@ class QualityTable:
     meta: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(
         default_factory=list
-    )  # fingerprint of each clip's file, "" for clips of ours; may be empty
+    )  # fingerprint of each clip's file, "" for clips without a file; may be empty
 
     def __post_init__(self) -> None:
         want = (len(self.names), self.space.num_rows)
@@ -173,7 +173,7 @@ class QualityTable:
         return not bool(self.lpips_BA.isnan().any())
 
     def save(self, path: str | Path) -> None:
-        """One .safetensors file, written aside and renamed; equal tables give equal bytes."""
+        """Write one .safetensors file, complete or not at all; equal tables give equal bytes."""
         facts = {"levels": list(self.levels), "num_blocks": self.num_blocks, "meta": self.meta}
         facts["names"] = list(self.names)
         if any(self.files):
@@ -217,7 +217,7 @@ def hard_labels(reward_BA: Tensor) -> Tensor:
 
 
 def threshold_labels(lpips_BA: Tensor, tokens_A: Tensor, threshold: float) -> Tensor:
-    """row_B: the fewest tokens whose LPIPS is at most `threshold`, the best of equally many; else the longest row.
+    """row_B: the fewest tokens with an LPIPS of at most `threshold` (ties: lowest LPIPS), else the longest row.
 
     A baseline of arXiv 2603.12267. UserError unless the threshold is above 0.
     """
@@ -232,7 +232,7 @@ def threshold_labels(lpips_BA: Tensor, tokens_A: Tensor, threshold: float) -> Te
 def soft_labels(reward_BA: Tensor, temperature: float) -> Tensor:
     """prob_BA = softmax(reward / temperature): rows nearly as good as the best share its label.
 
-    Cross-entropy with it is least if the router's logits are reward / temperature plus a constant per clip: every row
+    Cross-entropy is minimal if the router's logits are reward / temperature plus a constant per clip: every row
     of the table teaches, not only the best one. Not in the paper. UserError unless the temperature is above 0.
     """
     if not temperature > 0:
