@@ -186,14 +186,19 @@ def build_page(explorer: Explorer, gr: ModuleType) -> Any:
     return page
 
 
-def serve(explorer: Explorer, port: int) -> tuple[Any, str]:
-    """Start the server in a thread -> (page, its address). UserError if the port is in use."""
+def check_port(port: int) -> None:
+    """Raises UserError if the port is in use."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was just closed is free
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise UserError(f"--port {port}: cannot be opened ({error.strerror}); give another") from error
+
+
+def serve(explorer: Explorer, port: int) -> tuple[Any, str]:
+    """Start the server in a thread -> (page, its address). UserError if the port is in use."""
+    check_port(port)
     gr = import_gradio()
     from starlette.middleware import Middleware
 
@@ -229,6 +234,7 @@ def main() -> None:
             raise UserError(
                 f"{path} is not there: run this in the repository's folder, or give --vq-ckpt and the others"
             )
+    check_port(args.port)  # before the models are loaded
     page, address = serve(Explorer(args), args.port)
     print(f"{address} (Ctrl-C ends it)", flush=True)
     page.block_thread()
