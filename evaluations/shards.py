@@ -121,9 +121,7 @@ class ShardFolder:
             if found:
                 tensors[f"{side}.index"] = torch.tensor([index for index, _ in found])
                 tensors[f"{side}.feature"] = torch.stack([feature_F for _, feature_F in found])
-        records = json.dumps([each.record for each in scored], allow_nan=False)
-        header = {_KIND: records, _DIGEST: _digest(records, tensors)}
-        atomic_write(self.units.path(unit), save(tensors, metadata=header))
+        write_shard(self.units.path(unit), [each.record for each in scored], tensors)
 
     def num_scored(self) -> int:
         """Clips of the shards that some process has finished."""
@@ -149,8 +147,15 @@ class ShardFolder:
         atomic_write(self.folder / name, data)
 
 
-def read_shard(path: Path) -> tuple[list[Record], dict[str, Tensor]]:
-    """Records and tensors of one shard. UserError for a damaged or altered file."""
+def write_shard(path: Path, records: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Put what JSON can hold, and tensors, into one file with their sha256."""
+    text = json.dumps(records, sort_keys=isinstance(records, dict), allow_nan=False)
+    header = {_KIND: text, _DIGEST: _digest(text, tensors)}
+    atomic_write(path, save(dict(tensors), metadata=header))
+
+
+def read_shard(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Records and tensors that `write_shard` wrote. UserError for a damaged or altered file."""
     try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}

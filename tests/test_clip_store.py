@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
 from tokenizer.common.errors import UserError
 from tokenizer.common.image_quality import psnr
-from tokenizer.data.clip_store import compress, open_store
+from tokenizer.data.clip_store import ClipStore, compress, open_store
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.pack import pack_clips
 
@@ -72,3 +74,28 @@ def test_equal_frames_are_stored_once():
     frames_THWC = np.repeat(np.random.default_rng(0).integers(0, 255, (2, 16, 16, 3), np.uint8), [3, 2], axis=0)
     _, shown = compress(frames_THWC, 20)
     assert shown == [0, 0, 0, 1, 1]
+
+
+def test_a_damaged_store_is_one_line(packed, tmp_path):
+    """No traceback and no guess: cut files, other JSON in the header, a pipe."""
+    whole = packed[1].read_bytes()
+    path = tmp_path / "damaged.safetensors"
+    length = int.from_bytes(whole[:8], "little")
+    nested = b"[" * 100_000
+    for data in (
+        whole[:-1],
+        whole[: 8 + length],
+        whole[:20],
+        b"",
+        (2).to_bytes(8, "little") + b"[]" + bytes(99),
+        len(nested).to_bytes(8, "little") + nested + bytes(99),
+        whole.replace(b"data_offsets", b"data_offsetz"),
+        whole.replace(rb"\"clips\"", rb"\"clipz\""),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="damaged.safetensors"):
+            ClipStore(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is not a regular file"):
+        ClipStore(path)

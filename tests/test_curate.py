@@ -150,9 +150,14 @@ def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
     table = QualityTable(*torch.rand(3, 1, space_rows), ["a"], (2, 4), 4)
     path = tmp_path / "table.safetensors"
     table.save(path)
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(UserError, match="damaged"):
-        QualityTable.load(path)
+    whole = path.read_bytes()
+    length = 8 + int.from_bytes(whole[:8], "little")
+    flipped = [whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :] for place in range(length, len(whole), 7)]
+    renamed = [whole.replace(key, key[:-1] + b"z") for key in (b"levels", b"names", b"meta")]
+    for damaged in (whole[:-3], *flipped, *renamed):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            QualityTable.load(path)
     with pytest.raises(UserError, match="no such quality table"):
         QualityTable.load(tmp_path / "other.safetensors")
 

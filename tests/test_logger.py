@@ -164,6 +164,11 @@ def test_trackers_get_every_step_once_and_wandb_an_id_of_its_own(
     with pytest.raises(RuntimeError, match="crash"):
         train(tmp_path / "run", steps=8, **settings)
     (tmp_path / "run" / "tracking" / "last_step").write_text("5")  # the crash came after the step was sent
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tracking").mkdir()
+    (tmp_path / "other" / "tracking" / "last_step").write_text("")
+    with pytest.raises(UserError, match="last_step: damaged: holds no step"):
+        train(tmp_path / "other", steps=1, **settings)
     train(tmp_path / "run", steps=8, **settings)
     assert [step for _, step in sent] == [1, 2, 3, 4, 5, 6, 7, 8] and len({id for id, _ in sent}) == 1
     first = sent[0][0]

@@ -166,6 +166,10 @@ def test_more_strategies_measure_only_what_is_new(
     assert 0 < len(asked) <= 2
     with pytest.raises(UserError, match="another .*num_clips"):
         run(out, "--max-clips", "3", *more)
+    for unit in out.glob("units/*/000000.safetensors"):
+        unit.write_bytes(unit.read_bytes().replace(b"psnr", b"psnz"))
+    with pytest.raises(UserError, match=r"000000\.safetensors: is damaged .* remove it and run again"):
+        run(out, "--max-clips", "2", *more)
 
 
 def test_a_protocol_decides_about_clips_and_networks(

@@ -312,6 +312,14 @@ def test_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: py
     assert [line for line in missing(RunConfig(dir=str(tmp_path / "x")), 0.0) if line.startswith("locks: ")]
 
 
+def test_a_damaged_note_of_what_a_folder_is_made_from_is_one_line(tmp_path: Path) -> None:
+    claim_folder(tmp_path, {"seed": 0})
+    for damaged in (b"", b"\xff", b"[]", b"[" * 100_000):
+        (tmp_path / "made_from.json").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"made_from\.json: .*; choose another dir="):
+            claim_folder(tmp_path, {"seed": 0})
+
+
 def test_a_run_goes_on_with_other_settings_where_that_is_allowed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

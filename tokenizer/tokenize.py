@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tokenizer.common.cli import BUDGET_FORMS, TRADE_OFF_HELP, Parser, answer_help, at_least, positive
+from tokenizer.common.cli import BUDGET_FORMS, TRADE_OFF_HELP, Parser, add_tokenizing_flags, answer_help, at_least
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -20,17 +20,10 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("videos", nargs="+", metavar="VIDEO", help="a video file, or a folder of videos (searched recursively)")
     add("--out", required=True, type=Path, metavar="DIR", help="folder of the token files")
-    add("--vq_ckpt", required=True, help="weights of the tokenizer: .safetensors or a run folder")
-    add("--router_ckpt", help="weights of the router; not needed for the budgets fixed and uniform")
-    add("--tok_config", help="YAML of the tokenizer, checked against its weights")
-    add("--router_config", help="YAML of the router, checked against its weights")
+    add_tokenizing_flags(parser)
     add("--budget", type=str.strip, default="router", help=f"{BUDGET_FORMS} (default: router; not average:N)")
     add("--trade-off", type=float, metavar="W_Q", help=TRADE_OFF_HELP)
-    add("--fps", type=positive, help="frame rate to read at (default: each file's own)")
-    add("--batch-size", type=at_least(1), default=4, metavar="N", help="clips that go through the models together")
     add("--h264-crf", type=at_least(0), default=23, metavar="Q", help="H.264 to compare the bits with (default: 23)")
-    add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
-    add("--backend", choices=("pyav", "decord"), default="pyav", help="video reader")
     return parser.parse_args()
 
 

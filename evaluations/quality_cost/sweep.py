@@ -26,8 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from autoregressive.model import GPT
@@ -36,7 +34,7 @@ from autoregressive.sequence import ClipCodes
 from evaluations.quality_cost.clips import CurveClips
 from evaluations.quality_cost.video_codecs import CODECS, RateSearch, decode
 from evaluations.scoring import Scorer
-from tokenizer.common.checkpoint import atomic_write
+from evaluations.shards import read_shard, write_shard
 from tokenizer.common.errors import UserError
 from tokenizer.common.work_units import WorkUnits, claim_folder, lock
 from tokenizer.data.video_io import to_uint8
@@ -83,7 +81,6 @@ def gpt_bits(model: GPT, tokens: VideoTokens, label: int | None = None) -> Tenso
 
 
 Figures = dict[str, float]
-_KIND = "evatok.curve_measurements"
 NOMINAL_FPS = 25.0  # what the encoders are told; the bytes of a clip hardly depend on it
 REAL = "real"  # the key of the clip itself, whose features are the other side of a Frechet distance
 
@@ -193,8 +190,8 @@ def made_once(path: Path, make: Callable[[], Tensor]) -> Tensor:
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.with_suffix(".lock")):
         if not path.is_file():
-            atomic_write(path, save({"tensor": make().contiguous()}))
-    return load_file(path)["tensor"]
+            write_shard(path, [], {"tensor": make().contiguous()})
+    return read_shard(path)[1]["tensor"]
 
 
 class Sweep:
@@ -217,7 +214,7 @@ class Sweep:
         """All measurements, clip by clip; for use in `merge`."""
         everything = Measured()
         for path in self.units.paths:
-            figures, features = _read_unit(path)
+            figures, features = read_shard(path)
             everything.figures |= figures
             for name, found in figures.items():
                 places = {key: f"{name} {key}" for key in found}
@@ -229,7 +226,7 @@ class Sweep:
         known: dict[str, dict[str, Figures]] = {}
         vectors: dict[str, Tensor] = {}
         for path in sorted((self.folder / "units").glob(f"*/{unit:06d}.safetensors")):
-            earlier, its_vectors = _read_unit(path)
+            earlier, its_vectors = read_shard(path)
             for name, found in earlier.items():
                 known.setdefault(name, {}).update(found)
             vectors |= its_vectors
@@ -243,10 +240,4 @@ class Sweep:
             vectors |= {f"{name} {key}": vector for key, vector in new.items()}
         wanted = (f"{name} {key}" for name, found in figures.items() for key in found)
         features = {place: vectors[place].contiguous() for place in wanted if place in vectors}
-        header = {_KIND: json.dumps(figures, sort_keys=True)}
-        atomic_write(self.units.path(unit), save(features, metadata=header))
-
-
-def _read_unit(path: Path) -> tuple[dict[str, dict[str, Figures]], dict[str, Tensor]]:
-    with safe_open(str(path), framework="pt") as file:
-        return json.loads(file.metadata()[_KIND]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        write_shard(self.units.path(unit), figures, features)

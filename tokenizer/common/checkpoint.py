@@ -334,7 +334,7 @@ def _step_of(folder: Path) -> int:
 def _expected_sha256(path: Path) -> str | None:
     """The sha256 that a neighbouring checksum file (the format of `sha256sum`) promises for `path`."""
     for sums in (path.with_name(path.name + ".sha256"), path.with_name("SHA256SUMS")):
-        for line in sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else ():
+        for line in sums.read_text(encoding="utf-8", errors="replace").splitlines() if sums.is_file() else ():
             digest, _, name = line.strip().partition(" ")
             if name.strip(" *") in (path.name, "") and digest:
                 return digest.lower()

@@ -65,6 +65,19 @@ def positive(text: str) -> float:
     return number
 
 
+def add_tokenizing_flags(parser: argparse.ArgumentParser) -> None:
+    """Weights, reading and device, for the commands that take videos to tokens."""
+    add = parser.add_argument
+    add("--vq_ckpt", required=True, help="weights of the tokenizer: .safetensors or a run folder")
+    add("--router_ckpt", help="weights of the router; not needed for the budgets fixed and uniform")
+    add("--tok_config", help="YAML of the tokenizer, checked against its weights")
+    add("--router_config", help="YAML of the router, checked against its weights")
+    add("--fps", type=positive, help="frame rate to read at (default: each file's own)")
+    add("--batch-size", type=at_least(1), default=4, metavar="N", help="clips that go through the models together")
+    add("--device", default="auto", help="auto | cpu | cuda | cuda:N (default: auto)")
+    add("--backend", choices=("pyav", "decord"), default="pyav", help="video reader (default: pyav)")
+
+
 def training_parser(description: str) -> argparse.ArgumentParser:
     """The command line of a training stage: CONFIG.yaml [key.sub=value ...] [flags]."""
     parser = _stage_parser(description, "build all, run a few steps, say what the run would cost and what it lacks")

@@ -7,7 +7,6 @@ import, and asks the network for a config.json that our files do not need.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from tokenizer.common.checkpoint import (
 )
 from tokenizer.common.config import from_dict, to_dict
 from tokenizer.common.errors import UserError
+from tokenizer.common.schema import read_json
 
 _PAPER = "https://arxiv.org/abs/2603.12267"
 
@@ -98,12 +98,12 @@ class HubModel:
             config = {**self.file_config, "model": to_dict(self.config)}  # type: ignore[attr-defined]
             save_model(path, cast("nn.Module", self).state_dict(), config, self.card or {"kind": self.kind})
         sha256 = file_sha256(path)
-        (folder / "SHA256SUMS").write_text(f"{sha256}  {path.name}\n", encoding="utf-8")
+        atomic_write(folder / "SHA256SUMS", f"{sha256}  {path.name}\n".encode())
         if isinstance(figures, str | Path):
-            numbers: Mapping[str, Any] = json.loads(Path(figures).read_text(encoding="utf-8"))
+            numbers: Mapping[str, Any] = read_json(Path(figures), {}, "give a JSON file of numbers")
         else:
             numbers = figures or {}
-        (folder / "README.md").write_text(self._card(sha256, numbers), encoding="utf-8")
+        atomic_write(folder / "README.md", self._card(sha256, numbers).encode())
         return sha256
 
     def push_to_hub(

@@ -22,6 +22,7 @@ from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import differences
 from tokenizer.common.device import float32_mode
 from tokenizer.common.errors import UserError
+from tokenizer.common.schema import read_json
 
 
 class WorkUnits:
@@ -91,7 +92,7 @@ def claim_folder(folder: Path, facts: Mapping[str, Any], way_out: str = "choose 
     with lock(folder / ".made_from.lock"):  # workers start together
         if not path.exists():
             atomic_write(path, json.dumps(facts, indent=1).encode())
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path, {}, way_out)
     before.setdefault("float32", facts["float32"])  # folders of before this was noted
     if changed := sorted(key for key in facts if before.get(key) != facts[key]):
         details = differences(*({key: side.get(key) for key in changed} for side in (before, facts)))
@@ -106,7 +107,7 @@ def lock(path: Path, flags: int = 0, shared: bool = False) -> Iterator[bool]:
 
     Waits for it, or with LOCK_NB yields False if another has it. shared: any number may hold it together.
     """
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | flags)
         except BlockingIOError:

@@ -33,8 +33,12 @@ import torch
 from safetensors.torch import save_file
 
 from tokenizer.common.errors import UserError
+from tokenizer.common.schema import check_fields, parse_json
+from tokenizer.data.files import VideoError, open_regular
 
 _KIND = "clip_store"
+_WRITTEN_BY = "python -m tokenizer.data.pack writes one"
+_FIELDS = {"clips": list[list], "sources": list[str], "versions": dict, "sha256": str}
 
 
 @dataclass(frozen=True)
@@ -51,20 +55,17 @@ class ClipStore:
 
     def __init__(self, path: str | Path) -> None:
         header, start = _read_header(Path(path))
-        facts = json.loads(header["__metadata__"][_KIND])
+        facts = parse_json(header["__metadata__"][_KIND], str(path), _WRITTEN_BY)
+        check_fields(facts, _FIELDS, str(path), _WRITTEN_BY)
         self.path = str(path)
-        self.clips = [StoredClip(*clip) for clip in facts["clips"]]
+        try:
+            self.clips = [StoredClip(*clip) for clip in facts["clips"]]
+            self._parts = _map_parts(Path(path), header, start)
+        except (KeyError, TypeError, ValueError, OSError) as error:  # a cut file is shorter than its header promises
+            raise UserError(f"{path}: damaged clip store ({error}); {_WRITTEN_BY}") from error
         self.sources: list[str] = facts["sources"]
         self.versions: dict[str, Any] = facts["versions"]
         self.sha256: str = facts["sha256"]
-        self._parts = {
-            name: np.memmap(
-                path, np.uint8 if part["dtype"] == "U8" else np.int64, "r", start + part["data_offsets"][0],
-                tuple(part["shape"]),
-            )
-            for name, part in header.items()
-            if name != "__metadata__"
-        }  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -167,16 +168,28 @@ def _digest(parts: dict[str, np.ndarray]) -> str:
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file and the offset of its data."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if length < os.path.getsize(path) else {}
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such clip store; python -m tokenizer.data.pack writes one") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a clip store: {error}") from error
-    if _KIND not in header.get("__metadata__", {}):
-        raise UserError(f"{path}: not a clip store; python -m tokenizer.data.pack writes one")
-    return header, 8 + length
+        if _KIND in header.get("__metadata__", {}):
+            return header, 8 + length
+    except VideoError as error:
+        raise UserError(f"{path}: {error.reason}; {_WRITTEN_BY}") from error
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not a clip store ({error}); {_WRITTEN_BY}") from error
+    raise UserError(f"{path}: not a clip store; {_WRITTEN_BY}")
+
+
+def _map_parts(path: Path, header: dict[str, Any], start: int) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file whose data begins at `start`, memory-mapped."""
+    return {
+        name: np.memmap(
+            path, np.uint8 if part["dtype"] == "U8" else np.int64, "r", start + part["data_offsets"][0],
+            tuple(part["shape"]),
+        )
+        for name, part in header.items()
+        if name != "__metadata__"
+    }  # fmt: skip
 
 
 log = logging.getLogger(__name__)

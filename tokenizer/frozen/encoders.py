@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from tokenizer.common.checkpoint import file_sha256
 from tokenizer.common.device import pick_dtype
 from tokenizer.common.errors import UserError
+from tokenizer.common.schema import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def _random_model(transformers: Any, family: Family, size: str) -> tuple[nn.Modu
 
 
 def _read_model(transformers: Any, family: Family, folder: Path) -> nn.Module:
-    kind = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("model_type")
+    kind = read_json(folder / CONFIG_FILE, {}, "fetch it again").get("model_type")
     if kind != family.key:
         raise UserError(f"{folder}: holds weights of {kind!r}, not of {family.key!r} ({family.name})")
     model_class = getattr(transformers, family.model_class)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from tokenizer.common.cli import BUDGET_FORMS, TRADE_OFF_HELP, Parser, at_least, positive
+from tokenizer.common.cli import BUDGET_FORMS, TRADE_OFF_HELP, Parser, add_tokenizing_flags, at_least
 from tokenizer.common.errors import run_cli
 
 
@@ -25,10 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--vid_path", required=True, help="a folder of videos (searched recursively) or one file")
     add("--save_dir", required=True, help="results folder; an unfinished job in it is resumed")
-    add("--router_config", help="YAML of the router, checked against its weights")
-    add("--router_ckpt", help="weights of the router; not needed for the budgets fixed and uniform")
-    add("--tok_config", help="YAML of the tokenizer, checked against its weights")
-    add("--vq_ckpt", required=True, help="weights of the tokenizer: .safetensors or a run folder")
+    add_tokenizing_flags(parser)
     add("--budget", type=str.strip, default="router", help=f"{BUDGET_FORMS} (default: router)")
     add("--trade-off", type=float, metavar="W_Q", help=TRADE_OFF_HELP)
     add("--max-clips", type=at_least(1), metavar="N", help="stop after N clips")
@@ -37,9 +34,6 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="all clips of 16 frames of a video, not only the first; fewer than 16 left over are dropped and counted",
     )
-    add("--fps", type=positive, help="frame rate to read at (default: each file's own)")
-    add("--batch-size", type=at_least(1), default=4, metavar="N", help="clips that go through the models together")
-    add("--device", default="auto", help="auto | cpu | cuda | cuda:N (default: auto)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add(
         "--num-workers",
@@ -55,7 +49,6 @@ def parse_arguments() -> argparse.Namespace:
         help="reconstruct each clip also at about as many tokens, the same in every block (twice the model time)",
     )
     add("--overwrite", action="store_true", help="remove the earlier results in --save_dir and start again")
-    add("--backend", choices=("pyav", "decord"), default="pyav", help="video reader (default: pyav)")
     networks = "lpips_vgg | lpips_alex | stlpips_vgg | stlpips_alex | none | auto (lpips_vgg or stlpips_alex; default)"
     add("--perceptual", default="auto", metavar="NAME", help=networks)
     return parser.parse_args()

@@ -12,8 +12,10 @@ Letters: B clips, A assignments (rows).
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,12 @@ from torch import Tensor
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
+from tokenizer.common.schema import check_fields, parse_json
 from tokenizer.data.clips import RENDERED
 from tokenizer.data.scenes import SCENES
 
 TOTAL_WEIGHT = 2.0  # w_q + w_l
+_FIELDS = {"names": list[str], "levels": list[int], "num_blocks": int}
 
 
 @dataclass(frozen=True)
@@ -180,9 +184,11 @@ class QualityTable:
             facts["files"] = self.files
         facts["scenes"] = SCENES
         tensors = {"lpips": self.lpips_BA, "psnr": self.psnr_BA, "mse": self.mse_BA}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        facts["tensors_sha256"] = _digest(tensors)
         # one metadata key: safetensors writes several in random order, and equal tables would differ in their bytes
         header = {_KIND: json.dumps(facts, sort_keys=True)}
-        atomic_write(Path(path), save({k: v.contiguous() for k, v in tensors.items()}, metadata=header))
+        atomic_write(Path(path), save(tensors, metadata=header))
 
     @staticmethod
     def load(path: str | Path) -> QualityTable:
@@ -200,7 +206,12 @@ class QualityTable:
                 lpips, psnr, mse = (file.get_tensor(name) for name in ("lpips", "psnr", "mse"))
         except SafetensorError as error:
             raise UserError(f"{path}: damaged quality table: {error}") from error
-        facts = json.loads(header[_KIND])
+        again = "scripts/train/2_curate_router_data.sh makes it again"
+        facts = check_fields(parse_json(header[_KIND], str(path), again), _FIELDS, str(path), again)
+        if facts.pop("tensors_sha256", None) not in (None, _digest({"lpips": lpips, "psnr": psnr, "mse": mse})):
+            raise UserError(f"{path}: damaged: its tensors differ from their sha256; {again}")
+        if strange := sorted(facts.keys() - {field.name for field in fields(QualityTable)} - {"scenes"}):
+            raise UserError(f"{path}: damaged, or of another version: holds {strange[0]!r}; {again}")
         facts["levels"] = tuple(facts["levels"])
         scenes = facts.pop("scenes", "unknown")
         if scenes != SCENES and any(name.startswith(RENDERED) for name in facts["names"]):
@@ -209,6 +220,13 @@ class QualityTable:
                 "same names: make the table again (scripts/train/2_curate_router_data.sh)"
             )
         return QualityTable(lpips, psnr, mse, **facts)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].numpy())
+    return digest.hexdigest()
 
 
 def hard_labels(reward_BA: Tensor) -> Tensor:

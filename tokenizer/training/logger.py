@@ -232,7 +232,7 @@ class Reporter:
         self.trackers = start_trackers(run, config) if run.trackers else None
         # trackers keep what they got before a crash: those steps are not sent again
         self._tracked_file = Path(run.dir) / "tracking" / "last_step"
-        self._tracked = int(self._tracked_file.read_text()) if self._tracked_file.exists() else -1
+        self._tracked = _step_in(self._tracked_file)
         self.device = device
         self._stalled = 0.0
         self._clips = 0  # since the last line
@@ -302,7 +302,17 @@ class Reporter:
         self.log.write(step, values)
         if self.trackers is not None and step > self._tracked:
             self.trackers.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
-            self._tracked_file.write_text(str(step))
+            atomic_write(self._tracked_file, str(step).encode())
+
+
+def _step_in(file: Path) -> int:
+    """The last step that trackers got; -1 if they got none."""
+    if not file.exists():
+        return -1
+    text = file.read_bytes()
+    if not text.isdigit():
+        raise UserError(f"{file}: damaged: holds no step; remove it (trackers get some steps twice)")
+    return int(text)
 
 
 def start_trackers(run: RunConfig, config: Mapping[str, Any]) -> Accelerator | None:
@@ -323,7 +333,7 @@ def start_trackers(run: RunConfig, config: Mapping[str, Any]) -> Accelerator | N
     stored = folder / "tracking" / "wandb_id"  # random, but the same after a resume
     if not stored.exists():
         atomic_write(stored, uuid.uuid4().hex[:16].encode())
-    wandb = {"name": folder.name, "id": stored.read_text(), "resume": "allow", "dir": str(folder)}
+    wandb = {"name": folder.name, "id": stored.read_text(encoding="utf-8"), "resume": "allow", "dir": str(folder)}
     flat = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in _flat(config)}
     accelerator.init_trackers("evatok", config=flat, init_kwargs={"wandb": wandb} if "wandb" in run.trackers else {})
     return accelerator

@@ -101,7 +101,7 @@ def stop_signals() -> Iterator[list[str]]:
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
     """UserError for a second run in the folder: the two would damage each other's checkpoints."""
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / ".lock", "w", encoding="utf-8") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: data workers would inherit it
         except (BlockingIOError, PermissionError) as error:
