@@ -225,7 +225,7 @@ class QualityTable:
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(tensors[name].numpy())
+        digest.update(tensors[name].numpy().tobytes())
     return digest.hexdigest()
 
 
