@@ -142,7 +142,7 @@ def test_reconstruction_with_the_shipped_weights(run: Run, tmp_path: Path, capsy
         result["card"]["list"]["sha256"],
         "router_sha256",
         "torch",
-        "float32_matmul",
+        "matmul ieee",
         "batch size",
     ):
         assert words in card
