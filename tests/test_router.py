@@ -281,10 +281,12 @@ def check_distances_and_floors(
     middle = router.stats.lpips_mean
     length_SN = router.assign(video_BCTHW, f"quality:{middle}")
     row_S = space.rows_of(length_SN)
-    assert (distance_SA.gather(1, row_S[:, None]) <= middle).all()
-    cheaper_SA = space.tokens_A < length_SN.sum(dim=1)[:, None]
+    chosen_S, least_S = distance_SA.gather(1, row_S[:, None])[:, 0], distance_SA.amin(dim=1)
+    kept_S = least_S <= middle  # a clip without such a row gets that of the least distance
+    assert kept_S.any() and (chosen_S[kept_S] <= middle).all() and torch.equal(chosen_S[~kept_S], least_S[~kept_S])
+    cheaper_SA = (space.tokens_A < length_SN.sum(dim=1)[:, None]) & kept_S[:, None]
     assert (distance_SA[cheaper_SA] > middle).all()
-    for outside in (router.stats.lpips_min / 2, router.stats.lpips_max * 2):
+    for outside in (router.stats.lpips_min - 0.01, router.stats.lpips_max * 2):
         with pytest.raises(UserError, match=rf"from {router.stats.lpips_min:.4g} to {router.stats.lpips_max:.4g}"):
             router.assign(video_BCTHW, f"quality:{outside}")
     hard = distance_SA.amin(dim=1).max().item() - 1e-6  # by prediction at least one clip never keeps it
