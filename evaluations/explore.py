@@ -74,116 +74,121 @@ def import_gradio() -> ModuleType:
     return gradio
 
 
-def build_page(explorer: Explorer, gr: ModuleType) -> Any:
-    """All of the page: components, and which event computes what."""
-    space, longest = explorer.space, explorer.space.levels[-1]
-    bundled = [(f"{v.path.stem} ({s})", str(v.path)) for s in ("heldout", "train") for v in bundled_videos(s)]
+class Events:
+    """What the page computes when a control moves. A user's mistake is a warning on the page."""
 
-    def safe(function: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self, explorer: Explorer, gr: ModuleType) -> None:
+        self.explorer, self.gr = explorer, gr
+        self.levels = explorer.space.levels
+
+    def safe(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, with a UserError shown as a warning."""
+
         @functools.wraps(function)
         def run(*values: Any) -> Any:
             try:
                 return function(*values)
             except UserError as error:
-                gr.Warning(str(error), title="Not possible")
-                return gr.skip()  # leaves what is shown; gr.Error would cover the sliders
+                self.gr.Warning(str(error), title="Not possible")
+                return self.gr.skip()  # leaves what is shown; gr.Error would cover the sliders
 
         return run
 
-    def show(path: str, place: float, lengths: list[int]) -> list[Any]:
-        clip = explorer.open(path, place / 100)
-        view = explorer.reconstruct(clip, lengths)
+    def show(self, path: str, place: float, lengths: list[int]) -> list[Any]:
+        """Films, chart and block sliders of a clip under these lengths."""
+        clip = self.explorer.open(path, place / 100)
+        view = self.explorer.reconstruct(clip, lengths)
         named = [
-            gr.update(value=space.levels.index(k), label=f"block {t + 1}: {k} tokens") for t, k in enumerate(lengths)
+            self.gr.update(value=self.levels.index(k), label=f"block {t + 1}: {k} tokens")
+            for t, k in enumerate(lengths)
         ]
-        return [view_html(clip, view, longest), curve_html(explorer, clip, view), *named]
+        return [view_html(clip, view, self.levels[-1]), curve_html(self.explorer, clip, view), *named]
 
-    def by_budget(path: str, place: float, budget: str) -> list[Any]:
-        return show(path, place, explorer.choose(explorer.open(path, place / 100), budget))
+    def by_budget(self, path: str, place: float, budget: str) -> list[Any]:
+        return self.show(path, place, self.explorer.choose(self.explorer.open(path, place / 100), budget))
 
-    def by_tokens(path: str, place: float, tokens: float) -> list[Any]:
-        return [f"tokens:{int(tokens)}", *by_budget(path, place, f"tokens:{int(tokens)}")]
+    def by_tokens(self, path: str, place: float, tokens: float) -> list[Any]:
+        return [f"tokens:{int(tokens)}", *self.by_budget(path, place, f"tokens:{int(tokens)}")]
 
-    def by_blocks(path: str, place: float, *digits: float) -> list[Any]:
-        lengths = [space.levels[int(digit)] for digit in digits]
-        return ["fixed:" + ",".join(map(str, lengths)), *show(path, place, lengths)]
+    def by_blocks(self, path: str, place: float, *digits: float) -> list[Any]:
+        lengths = [self.levels[int(digit)] for digit in digits]
+        return ["fixed:" + ",".join(map(str, lengths)), *self.show(path, place, lengths)]
 
-    def by_table(path: str, place: float, *digits: float) -> str:
-        clip = explorer.open(path, place / 100)
-        explorer.score_all(clip)
-        return curve_html(explorer, clip, explorer.reconstruct(clip, [space.levels[int(digit)] for digit in digits]))
+    def by_table(self, path: str, place: float, *digits: float) -> str:
+        clip = self.explorer.open(path, place / 100)
+        self.explorer.score_all(clip)
+        view = self.explorer.reconstruct(clip, [self.levels[int(digit)] for digit in digits])
+        return curve_html(self.explorer, clip, view)
 
-    def by_trade_off(path: str, place: float, weight: float) -> list[Any]:
-        explorer.router.quality_weight = weight
-        return ["router", *by_budget(path, place, "router")]
+    def by_trade_off(self, path: str, place: float, weight: float) -> list[Any]:
+        self.explorer.router.quality_weight = weight
+        return ["router", *self.by_budget(path, place, "router")]
 
-    def draw(class_name: str, guidance: float, seed: float) -> str:
-        frames_THWC, tokens = explorer.sample(class_name, guidance, int(seed))
-        return films_html({class_name: frames_THWC}, tokens, longest)
+    def draw(self, class_name: str, guidance: float, seed: float) -> str:
+        frames_THWC, tokens = self.explorer.sample(class_name, guidance, int(seed))
+        return films_html({class_name: frames_THWC}, tokens, self.levels[-1])
 
+
+def build_page(explorer: Explorer, gr: ModuleType) -> Any:
+    """All of the page: components, and which event computes what."""
+    events = Events(explorer, gr)
     with gr.Blocks(title="EVATok explorer", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         with gr.Tab("Reconstruct"):
-            path = gr.State(bundled[0][1])
-            with gr.Row():
-                choice = gr.Dropdown(bundled, value=bundled[0][1], label="bundled clip")
-                place = gr.Slider(0, 99, 0, step=1, label="place in the video, %", buttons=[])
-                drop = gr.File(label="or drop a video", file_types=["video"], height=110)
-            with gr.Row():
-                tokens = gr.Slider(
-                    space.min_tokens,
-                    space.max_tokens,
-                    space.max_tokens // 2,
-                    step=8,
-                    label="budget, tokens",
-                    buttons=[],
-                )
-                budget = gr.Textbox("router", label="any budget, then Enter", info=BUDGET_FORMS)
-            weight = explorer.router.quality_weight
-            trade_off = gr.Slider(
-                0,
-                2,
-                weight or 0,
-                step=0.1,
-                label="trade-off, w_q of the router",
-                buttons=[],
-                visible=weight is not None,
-            )
-            films = gr.HTML()
-            with gr.Row():
-                with gr.Column(scale=3):
-                    chart = gr.HTML()
-                    every = gr.Button(f"Score all {space.num_rows} assignments of this clip (10 to 20 s)")
-                with gr.Column(scale=2):
-                    top = len(space.levels) - 1
-                    blocks = [
-                        gr.Slider(0, top, 0, step=1, label=f"block {t + 1}", buttons=[])
-                        for t in range(space.num_blocks)
-                    ]
-            shown = [films, chart, *blocks]
-            latest: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden"}
-            page.load(safe(by_budget), [path, place, budget], shown)
-            choice.input(lambda name: (name, 0), choice, [path, place]).then(
-                safe(by_budget), [path, place, budget], shown
-            )
-            drop.upload(lambda file: (file, 0, None), drop, [path, place, choice]).then(
-                safe(by_budget), [path, place, budget], shown
-            )
-            place.release(safe(by_budget), [path, place, budget], shown)
-            budget.submit(safe(by_budget), [path, place, budget], shown)
-            tokens.input(safe(by_tokens), [path, place, tokens], [budget, *shown], **latest)
-            trade_off.input(safe(by_trade_off), [path, place, trade_off], [budget, *shown], **latest)
-            for block in blocks:
-                block.input(safe(by_blocks), [path, place, *blocks], [budget, *shown], **latest)
-            every.click(safe(by_table), [path, place, *blocks], chart)
+            reconstruct_tab(page, events)
         with gr.Tab("Sample a class"):
-            with gr.Row():
-                name = gr.Dropdown(list(explorer.class_names), value=explorer.class_names[0], label="class")
-                guidance = gr.Slider(1, 5, 2.25, step=0.25, label="guidance", buttons=[])
-                seed = gr.Number(0, label="seed", precision=0, minimum=0)
-            sample = gr.Button("Sample")
-            sampled = gr.HTML()
-            sample.click(safe(draw), [name, guidance, seed], sampled)
+            sample_tab(events)
     return page
+
+
+def reconstruct_tab(page: Any, events: Events) -> None:
+    """Choose a clip and a budget, or the lengths of single blocks."""
+    gr, space = events.gr, events.explorer.space
+    bundled = [(f"{v.path.stem} ({s})", str(v.path)) for s in ("heldout", "train") for v in bundled_videos(s)]
+    path = gr.State(bundled[0][1])
+    with gr.Row():
+        choice = gr.Dropdown(bundled, value=bundled[0][1], label="bundled clip")
+        place = gr.Slider(0, 99, 0, step=1, label="place in the video, %", buttons=[])
+        drop = gr.File(label="or drop a video", file_types=["video"], height=110)
+    with gr.Row():
+        half, wide = space.max_tokens // 2, (space.min_tokens, space.max_tokens)
+        tokens = gr.Slider(*wide, half, step=8, label="budget, tokens", buttons=[])
+        budget = gr.Textbox("router", label="any budget, then Enter", info=BUDGET_FORMS)
+    weight = events.explorer.router.quality_weight
+    label, seen = "trade-off, w_q of the router", weight is not None
+    trade_off = gr.Slider(0, 2, weight or 0, step=0.1, label=label, buttons=[], visible=seen)
+    films = gr.HTML()
+    with gr.Row():
+        with gr.Column(scale=3):
+            chart = gr.HTML()
+            every = gr.Button(f"Score all {space.num_rows} assignments of this clip (10 to 20 s)")
+        with gr.Column(scale=2):
+            top, numbers = len(space.levels) - 1, range(1, space.num_blocks + 1)
+            blocks = [gr.Slider(0, top, 0, step=1, label=f"block {t}", buttons=[]) for t in numbers]
+
+    shown, by_budget = [films, chart, *blocks], (events.safe(events.by_budget), [path, place, budget])
+    latest: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden"}
+    page.load(*by_budget, shown)
+    choice.input(lambda name: (name, 0), choice, [path, place]).then(*by_budget, shown)
+    drop.upload(lambda file: (file, 0, None), drop, [path, place, choice]).then(*by_budget, shown)
+    place.release(*by_budget, shown)
+    budget.submit(*by_budget, shown)
+    tokens.input(events.safe(events.by_tokens), [path, place, tokens], [budget, *shown], **latest)
+    trade_off.input(events.safe(events.by_trade_off), [path, place, trade_off], [budget, *shown], **latest)
+    for block in blocks:
+        block.input(events.safe(events.by_blocks), [path, place, *blocks], [budget, *shown], **latest)
+    every.click(events.safe(events.by_table), [path, place, *blocks], chart)
+
+
+def sample_tab(events: Events) -> None:
+    """Sample a clip of a class with the GPT."""
+    gr, classes = events.gr, events.explorer.class_names
+    with gr.Row():
+        name = gr.Dropdown(list(classes), value=classes[0], label="class")
+        guidance = gr.Slider(1, 5, 2.25, step=0.25, label="guidance", buttons=[])
+        seed = gr.Number(0, label="seed", precision=0, minimum=0)
+    sample = gr.Button("Sample")
+    sampled = gr.HTML()
+    sample.click(events.safe(events.draw), [name, guidance, seed], sampled)
 
 
 def check_port(port: int) -> None:

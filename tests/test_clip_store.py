@@ -65,8 +65,8 @@ def test_parts_crops_and_refusals(packed):
 
 def test_a_file_that_is_no_store_is_one_line(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"not one")
-    for name in ("a", "missing"):
-        with pytest.raises(UserError, match="clip store"):
+    for name, words in (("a", "clip store"), ("missing", "does not exist")):
+        with pytest.raises(UserError, match=words):
             build_dataset(_of(tmp_path / f"{name}.safetensors"))
 
 

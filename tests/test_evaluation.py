@@ -465,7 +465,7 @@ def test_mistakes_are_one_line(run: Run, models: Path, tmp_path: Path, capsys: p
         ("reconstruction", of_mini("--budget", "uniform:16", "--extractor", "none"), "--overwrite"),
         ("reconstruction", of_mini("--budget", "router"), "--router-ckpt"),
         ("reconstruction", ["--protocol", "mini-recon"], "--vq-ckpt missing"),
-        ("reconstruction", of_mini("--ours", tmp_path), "leave --vq-ckpt out"),
+        ("reconstruction", of_mini("--ours", tmp_path), "leave out --vq-ckpt"),
         ("reconstruction", of_mini("--router-config", "R.yaml"), "--router-ckpt"),
         ("reconstruction", of_mini("--extractor-weights", "i3d.pt"), "leave --extractor-weights"),
         ("reconstruction", [], "missing: --protocol"),
