@@ -184,7 +184,7 @@ def test_nothing_is_written_unless_all_is_filled_and_nothing_is_left(
 
 class _Hostile:
     def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, ("touch /tmp/never",)
+        return os.system, ("touch never-run",)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
