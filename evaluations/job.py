@@ -31,7 +31,7 @@ from evaluations.scoring import Scorer, load_scorer, trained_as
 from evaluations.shards import RealCache, Record, Scored, ShardFolder
 from evaluations.summary import per_clip_table, pick_shown, result_lines, summarise
 from evaluations.system import Draft, Made, Source, System, in_batches
-from tokenizer.common.device import float32_mode, pick_device
+from tokenizer.common.device import batches_at_once, float32_mode, pick_device
 from tokenizer.common.distributed import several_processes
 from tokenizer.common.errors import UserError
 from tokenizer.data.safe_decode import map_ahead
@@ -83,7 +83,7 @@ class Evaluation:
 
             def score(places: Iterator[int]) -> Iterator[Scored]:
                 batches = in_batches(self._drafts(system, places, known), self.scorer.batch_size, total)
-                threads = scoring_threads(self.device)
+                threads = batches_at_once(self.device)
                 for scored in _beside(lambda batch: self._score(system, batch, known), batches, threads):
                     yield scored
                     bar.update()
@@ -218,11 +218,6 @@ def _record(draft: Draft, made: dict[int, Made]) -> Record:
     if found is None or found.ours_THWC is None:
         return {**record, "skipped": draft.skipped or (found and found.skipped) or "nothing was made"}
     return record | found.figures | ({"num_padded": real.num_padded} if real and real.num_padded else {})
-
-
-def scoring_threads(device: torch.device) -> int:
-    """Two on a GPU: the host's part of one batch then runs while the GPU computes another."""
-    return 1 if device.type == "cpu" else 2
 
 
 def _beside(

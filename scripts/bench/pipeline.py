@@ -47,6 +47,7 @@ from tokenizer.common.config import to_dict
 from tokenizer.data.video_io import write_video
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import build_tokenizer
+from tokenizer.router import reconstruct_videos
 
 JOB = Path(__file__).parents[2] / "tokenizer/router/reconstruction_qual_with_router.py"
 STEP_S, CLIP_S = 0.004, 0.010
@@ -121,7 +122,8 @@ def on_the_stand_in() -> Iterator[tuple[StandIn, list[Generator]]]:
             (VideoTokenizer, "decode", on_device(VideoTokenizer.decode)),
             (scoring, "score_clips", scores),
             (scoring, "load_extractor", lambda *_: extractor),
-            (job, "scoring_threads", lambda _: 2),  # as on a GPU
+            (job, "batches_at_once", lambda _: 2),  # as on a GPU
+            (reconstruct_videos, "batches_at_once", lambda _: 2),
         ):
             patches.enter_context(patch.object(target, name, new))
         yield device, generators

@@ -95,6 +95,11 @@ def slow_precision(device: torch.device, precision: str, size: int = 256) -> str
     )
 
 
+def batches_at_once(device: torch.device) -> int:
+    """Threads that compute batches. Two on a GPU: the host's part of one runs while the GPU computes another."""
+    return 1 if device.type == "cpu" else 2
+
+
 def derive_seed(seed: int, *keys: int | str) -> int:
     """A 63-bit seed that depends on every part, the same on every machine."""
     digest = hashlib.sha256(repr((seed, *keys)).encode()).digest()

@@ -25,7 +25,8 @@ from tokenizer.data.video_io import DecodedClip, VideoError, display_name, file_
 
 Clips = Generator["SourceClip", None, None]
 
-_CLIPS_AHEAD = 2  # decoded and waiting, for each reader
+_BYTES_AHEAD = 1 << 27  # of decoded clips that wait, for all readers together
+_CLIPS_AHEAD = 2  # and at least so many for each
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,14 @@ def stream_clips(
     A source's `Rest`, if there is one, follows its last clip.
 
     `is_done(name, fingerprint)`: whether the caller has this clip already; a file with one clip is then not decoded.
-    num_readers: decoding processes that work ahead of the caller; 0 decodes on demand.
+    num_readers: decoding processes that work ahead of the caller, each on a source of its own; 0 decodes on demand.
     """
     streams = (_clips_of(source, rule, is_done) for source in sources)
-    yield from _read_ahead(streams, num_readers) if num_readers else itertools.chain.from_iterable(streams)
+    if not num_readers:
+        yield from itertools.chain.from_iterable(streams)
+        return
+    clip_bytes = rule.num_frames * 3 * rule.size**2 if rule.size else _BYTES_AHEAD
+    yield from _read_ahead(streams, num_readers, max(_CLIPS_AHEAD, _BYTES_AHEAD // (num_readers * clip_bytes)))
 
 
 @dataclass
@@ -212,7 +217,7 @@ class _UpToItsEnd:
         self.end = yield from self._clips
 
 
-def _read_ahead(streams: Iterator[Iterator[Any]], num_readers: int) -> Iterator[Any]:
+def _read_ahead(streams: Iterator[Iterator[Any]], num_readers: int, clips_ahead: int) -> Iterator[Any]:
     """One stream after the other, each in order, while a thread for each of the next ones draws from it already.
 
     The threads only wait: the decoding is done by the processes of `safe_decode`.
@@ -220,7 +225,7 @@ def _read_ahead(streams: Iterator[Iterator[Any]], num_readers: int) -> Iterator[
     stop = threading.Event()
 
     def start(stream: Iterator[Any]) -> Queue:
-        lane: Queue = Queue(maxsize=_CLIPS_AHEAD)
+        lane: Queue = Queue(maxsize=clips_ahead)
         threading.Thread(target=_fill, args=(stream, lane, stop), daemon=True).start()
         return lane
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokenizer.budget import Budget, find_price, parse_budget
-from tokenizer.common.device import float32_mode, pick_device
+from tokenizer.common.device import batches_at_once, float32_mode, pick_device
 from tokenizer.common.errors import UserError
 from tokenizer.data.clip_stream import ClipRule, ClipWalk, SourceClip, find_sources
 from tokenizer.data.safe_decode import map_ahead
@@ -164,7 +164,7 @@ def finished_clips(
 ) -> Iterator[str]:
     """The name of each clip, in order, once its results are in the folder; finished ones are not done again.
 
-    The models run here while threads write the files of earlier clips.
+    Threads compute batches and write the files of earlier clips, while this one waits for the next.
     """
     longest = reconstruct.tokenizer.config.levels[-1]
 
@@ -187,13 +187,18 @@ def reconstructed(
 ) -> Generator[tuple[SourceClip, Reconstruction | None], None, None]:
     """Each clip with its reconstruction, in order; None for a clip that is in the folder already."""
     clips = walk("reconstructing", folder.is_done) if priced.clips is None else again(priced.clips, folder)
-    with contextlib.closing(clips):
-        while batch := list(itertools.islice(clips, batch_size)):
-            new = [clip for clip in batch if clip.decoded]
-            decoded = [clip.decoded for clip in new if clip.decoded]
-            made = dict(zip((clip.name for clip in new), reconstruct(decoded, priced.scores(new)), strict=True))
-            for clip in batch:
-                yield clip, made.get(clip.name)
+
+    def make(batch: list[SourceClip]) -> list[tuple[SourceClip, Reconstruction | None]]:
+        new = [clip for clip in batch if clip.decoded]
+        decoded = [clip.decoded for clip in new if clip.decoded]
+        made = dict(zip((clip.name for clip in new), reconstruct(decoded, priced.scores(new)), strict=True))
+        return [(clip, made.get(clip.name)) for clip in batch]
+
+    batches = iter(lambda: list(itertools.islice(clips, batch_size)), [])
+    results = map_ahead(make, batches, batches_at_once(reconstruct.tokenizer.device))
+    with contextlib.closing(clips), contextlib.closing(results):
+        for pairs in results:
+            yield from pairs
 
 
 def again(clips: list[SourceClip], folder: ResultsFolder) -> Generator[SourceClip, None, None]:
