@@ -24,6 +24,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,10 @@ from tokenizer.assignment import AssignmentSpace
 from tokenizer.budget import Budget, choose_rows, parse_budget, warn_of_missed
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import to_dict
-from tokenizer.common.device import autocast, pick_device, pick_dtype
+from tokenizer.common.device import autocast, batches_at_once, pick_device, pick_dtype
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.work_units import WorkUnits, claim_folder
-from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_datasets
+from tokenizer.common.work_units import WorkUnits, claim_folder, map_ahead
+from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_datasets, to_video
 from tokenizer.data.video_io import VideoError
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
@@ -67,8 +68,9 @@ class ExtractConfig:
     clips_per_shard: int = 1024
     batch_size: int = 8
     device: str = "auto"
-    precision: str = "none"  # of the tokenizer: none (fp32), bf16 or fp16; router and nearest code stay in fp32
+    precision: str = "none"  # of the tokenizer: none (fp32), bf16 or fp16; the share of equal codes is printed
     num_threads: int | None = None
+    num_workers: int = 4  # batches that are read at once, ahead of the device
 
     def __post_init__(self) -> None:
         pick_dtype(self.precision)
@@ -106,6 +108,14 @@ class _Draw:
             return None
 
 
+_Read = list[tuple[_Draw, ClipSample]]
+
+
+def _read_batch(batch: list[_Draw]) -> _Read:
+    """Those that can be read. In a thread, ahead of the device."""
+    return [(draw, sample) for draw in batch if (sample := draw.read()) is not None]
+
+
 class Extraction:
     """One archive in the making."""
 
@@ -120,12 +130,14 @@ class Extraction:
         self.router = self._load_router(device)
         self.draws = list(self._list_draws())
         self.facts = self._facts()
+        self._unchecked = config.precision != "none"  # the first batch of a process shows what it changes
         self.units = WorkUnits(self.folder / "shards", -(-len(self.draws) // config.clips_per_shard))
 
     def run(self) -> bool:
         """Work until no shard is free. True if the archive is complete; False if others still work on shards."""
         claim_folder(self.folder, self._made_from())
-        return self.units.work(self._extract_shard, self.finish, f"tokenizing {len(self.draws)} clips")
+        title, num_readers = f"tokenizing {len(self.draws)} clips", self.config.num_workers
+        return self.units.work(self._batches, _read_batch, self._extract_shard, self.finish, title, num_readers)
 
     def finish(self) -> None:
         """All shards are there: declare them to be the archive."""
@@ -140,32 +152,38 @@ class Extraction:
         sources = len({name for name, _ in lost})
         print(f"{archive.summary()}; {len(lost)} clips of {sources} sources skipped", flush=True)
 
-    def _extract_shard(self, unit: int) -> None:
+    def _batches(self, unit: int) -> Iterator[list[_Draw]]:
+        """The clips of a shard."""
         size, batch = self.config.clips_per_shard, self.config.batch_size
         mine = self.draws[unit * size : (unit + 1) * size]
-        batches = (mine[start : start + batch] for start in range(0, len(mine), batch))
-        clips = [clip for some in batches for clip in self._tokenize(some)]
-        save_shard(self.units.path(unit), clips, self.facts)
+        return (mine[start : start + batch] for start in range(0, len(mine), batch))
 
-    def _tokenize(self, batch: list[_Draw]) -> Iterator[ArchivedClip]:
-        """Clips that cannot be read are left out here and named when the archive is finished."""
-        read = [(draw, sample) for draw in batch if (sample := draw.read()) is not None]
-        if not read:
-            return
-        video_BCTHW = torch.stack([sample.video_CTHW for _, sample in read]).to(self.tokenizer.device)
-        c, facts = self.config, self.facts
+    def _extract_shard(self, unit: int, batches: Iterator[_Read]) -> None:
+        made = map_ahead(self._tokenize, filter(None, batches), batches_at_once(self.tokenizer.device))
+        with closing(made):
+            save_shard(self.units.path(unit), [clip for clips in made for clip in clips], self.facts)
+
+    def _tokenize(self, read: _Read) -> list[ArchivedClip]:
+        """A batch; clips that could not be read are missing here and named when the archive is finished."""
+        video_BCTHW = to_video(torch.stack([sample.frames_CTHW for _, sample in read]), self.tokenizer.device)
+        c, names = self.config, self.facts.class_names
         with autocast(self.tokenizer.device, c.precision):
             length_BN = choose_lengths(video_BCTHW, self.tokenizer.space, self.budget, self.router, c.condition_lengths)
-            tokens = self.tokenizer.encode(video_BCTHW, length_BN)
+            code_L = self.tokenizer.encode(video_BCTHW, length_BN).code_L
             condition_BL = torch.empty(len(read), 0, dtype=torch.long)
             if c.condition_lengths:
                 condition_BL = encode_condition(self.tokenizer, video_BCTHW, c.condition_frames, c.condition_lengths)
-        code_parts = tokens.code_L.split(length_BN.sum(dim=1).tolist())
-        for (draw, sample), code_L, lengths, condition_L in zip(
-            read, code_parts, length_BN.tolist(), condition_BL, strict=True
+        if self._unchecked:
+            self._unchecked = False
+            same = (self.tokenizer.encode(video_BCTHW, length_BN).code_L == code_L).float().mean()
+            print(f"{c.precision} against fp32, first {len(read)} clips: {same:.2%} of the codes are equal", flush=True)
+        clips = []
+        for (draw, sample), own_L, lengths, condition_L in zip(
+            read, code_L.split(length_BN.sum(dim=1).tolist()), length_BN.tolist(), condition_BL, strict=True
         ):
-            label = facts.class_names.index(draw.label) if facts.class_names and draw.label else None
-            yield ArchivedClip(ClipCodes(code_L, tuple(lengths), label, condition_L), sample.name, draw.view)
+            label = names.index(draw.label) if names and draw.label else None
+            clips.append(ArchivedClip(ClipCodes(own_L, tuple(lengths), label, condition_L), sample.name, draw.view))
+        return clips
 
     # --- the work to do, checked before it begins ------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ from evaluations.system import Draft, Made, Source, System, in_batches
 from tokenizer.common.device import batches_at_once, float32_mode, pick_device
 from tokenizer.common.distributed import several_processes
 from tokenizer.common.errors import UserError
-from tokenizer.data.safe_decode import map_ahead
+from tokenizer.common.work_units import map_ahead
 from tokenizer.data.video_io import VideoError
 from tokenizer.model import VideoTokenizer
 from tokenizer.router.summary import versions

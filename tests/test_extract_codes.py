@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_killed_and_resumed_work_gives_the_bytes_of_a_serial_run(
         done.extend(batch)
         if len(done) > 4:
             raise KeyboardInterrupt
-        yield from tokenize(batch)
+        return tokenize(batch)
 
     monkeypatch.setattr(killed, "_tokenize", stop_in_the_second_shard)
     with pytest.raises(KeyboardInterrupt):
@@ -153,7 +154,7 @@ def test_mistakes_are_named_before_any_work(weights: dict[str, str], tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def test_a_lower_precision_is_kept_in_the_facts(weights: dict[str, str], tmp_path: Path) -> None:
+def test_a_lower_precision_is_kept_in_the_facts(weights: dict[str, str], tmp_path: Path, capsys) -> None:
     """The lengths are the same, because the router stays in fp32."""
     archives, dtypes = [], []
     for precision in ("none", "bf16"):
@@ -161,6 +162,8 @@ def test_a_lower_precision_is_kept_in_the_facts(weights: dict[str, str], tmp_pat
         making.tokenizer.patch_embed.register_forward_hook(lambda *inputs_output: dtypes.append(inputs_output[2].dtype))
         assert making.run()
         archives.append(TokenArchive(tmp_path / precision))
+    said = [line for line in capsys.readouterr().out.splitlines() if "against fp32" in line]
+    assert len(said) == 1 and re.match(r"bf16 against fp32, first 2 clips: \d+\.\d\d% of the codes are equal", said[0])
     assert list(dict.fromkeys(dtypes)) == [torch.float32, torch.bfloat16]
     exact, half = archives
     assert (exact.facts.precision, half.facts.precision) == ("none", "bf16")

@@ -49,9 +49,9 @@ from tqdm import tqdm
 from tokenizer.budget import Budget, choose_rows, keeps_quality, parse_budget
 from tokenizer.common.device import pick_device
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.work_units import lock
+from tokenizer.common.work_units import lock, map_ahead
 from tokenizer.data.clip_stream import VideoSource, find_sources
-from tokenizer.data.safe_decode import decode_video, map_ahead
+from tokenizer.data.safe_decode import decode_video
 from tokenizer.data.video_io import DecodedClip, VideoError, exact_rate, file_slug, probe, to_model_range
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer

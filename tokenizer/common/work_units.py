@@ -8,13 +8,16 @@ same bytes however the work was shared.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -23,6 +26,31 @@ from tokenizer.common.config import differences
 from tokenizer.common.device import float32_mode
 from tokenizer.common.errors import UserError
 from tokenizer.common.schema import read_json
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def map_ahead(work: Callable[[A], B], items: Iterable[A], num_threads: int) -> Generator[B, None, None]:
+    """`work(item)` of every item, in order; `num_threads` run at once and twice as many wait at most. 0: on demand.
+
+    For work that waits for another process or for a codec. An exception ends the stream.
+    """
+    if not num_threads:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(num_threads) as pool:
+        waiting: deque[Future[B]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) >= 2 * num_threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 class WorkUnits:
@@ -69,15 +97,34 @@ class WorkUnits:
             merge()
         return True
 
-    def work(self, do: Callable[[int], None], merge: Callable[[], None], title: str | None) -> bool:
-        """Call `do(unit)` for every unit that is free; it must put the result at `path(unit)` in one step.
+    def work(
+        self,
+        members: Callable[[int], Iterable[A]],
+        read: Callable[[A], B],
+        do: Callable[[int, Iterator[B]], None],
+        merge: Callable[[], None],
+        title: str,
+        num_readers: int,
+    ) -> bool:
+        """Call `do(unit, what was read)` for every free unit; it must put the result at `path(unit)` in one step.
 
-        Whoever finds all units done calls `merge()`, one at a time, and gets True; False while others are still at
-        work on some. title: of the bar of units; None for a caller that shows its own.
+        `num_readers` threads call `read` on the members of this unit, and of the next ones, ahead of `do`, which gets
+        what they return in order. Whoever finds all units done calls `merge()`, one at a time, and gets True; False
+        while others are still at work on some. title: of the bar of units.
         """
-        for unit, held in self.claim(title):
-            with held:
-                do(unit)
+        with ExitStack() as all_held:
+
+            def wanted() -> Iterator[tuple[int, ExitStack, A]]:
+                for unit, held in self.claim(title):
+                    all_held.callback(held.close)
+                    for member in members(unit):
+                        yield unit, held, member
+
+            found = map_ahead(lambda item: (item[0], item[1], read(item[2])), wanted(), num_readers)
+            with closing(found):
+                for (unit, held), group in itertools.groupby(found, key=lambda item: item[:2]):
+                    do(unit, (each for _, _, each in group))
+                    held.close()
         return self.merge(merge)
 
 

@@ -96,7 +96,14 @@ class ClipSample:
     @property
     def video_CTHW(self) -> torch.Tensor:
         """float32 [C, T, H, W] in [0, 1]."""
-        return self.frames_CTHW.to(torch.float32).div_(255)
+        return to_video(self.frames_CTHW, "cpu")
+
+
+def to_video(frames: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """uint8 of any shape -> float32 in [0, 1] on `device`; bytes travel there, a quarter of the numbers."""
+    frames = frames.to(device, non_blocking=True)
+    # 255 as a tensor: CUDA would multiply by a rounded 1/255, and values would differ from those of the CPU
+    return frames.to(torch.float32).div_(torch.tensor(255.0, device=frames.device))
 
 
 class Column(Sequence[T], Generic[T]):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tokenizer.common import distributed
 from tokenizer.common.distributed import Places, balance_load
 from tokenizer.common.errors import UserError
-from tokenizer.data.clips import ClipDataset, ClipSample
+from tokenizer.data.clips import ClipDataset, ClipSample, to_video
 from tokenizer.data.video_io import rng_for
 
 _BATCHES_AHEAD = 2  # of each worker: the default of DataLoader
@@ -50,10 +50,8 @@ class ClipBatch:
         return self.video("cpu")
 
     def video(self, device: torch.device | str) -> torch.Tensor:
-        """float32 in [0, 1] on `device`; bytes travel there, a quarter of the numbers."""
-        frames_BCTHW = self.frames_BCTHW.to(device, non_blocking=True)
-        # 255 as a tensor: CUDA would multiply by a rounded 1/255, and values would differ from those of the CPU
-        return frames_BCTHW.to(torch.float32).div_(torch.tensor(255.0, device=frames_BCTHW.device))
+        """float32 in [0, 1] on `device`."""
+        return to_video(self.frames_BCTHW, device)
 
     def split(self, num_parts: int) -> list[ClipBatch]:
         """Parts of equally many clips, in order."""

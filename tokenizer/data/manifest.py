@@ -70,8 +70,9 @@ from tqdm import tqdm
 
 from tokenizer.common.checkpoint import atomic_write, file_sha256
 from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.work_units import map_ahead
 from tokenizer.data.datasets import find_kinetics, find_ucf101, find_webvid
-from tokenizer.data.safe_decode import decode_clips, map_ahead
+from tokenizer.data.safe_decode import decode_clips
 from tokenizer.data.video_io import VideoError, display_name, list_videos
 from tokenizer.data.video_table import ManifestRow, no_formula, path_for, read_rows, write_rows
 

@@ -46,8 +46,9 @@ from tqdm import tqdm
 
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.work_units import map_ahead
 from tokenizer.data.cutting import StreamEnd, Timing
-from tokenizer.data.safe_decode import decode_clips, fingerprint_of, map_ahead, timing_of
+from tokenizer.data.safe_decode import decode_clips, fingerprint_of, timing_of
 from tokenizer.data.video_io import DecodedClip, VideoError, display_name, exact_rate, file_slug, resize
 from tokenizer.data.video_table import ManifestRow, read_rows, write_rows
 

@@ -3,7 +3,7 @@
 A native decoder can crash or hang beyond the reach of Python's exceptions and time-outs; here that is a VideoError. The
 time limit is for one picture, not for a clip: a slow file is no hang. The process is long-lived and reused from file to
 file; it is an ordinary subprocess, so it works in scripts without a `__main__` guard and inside the workers of a
-DataLoader. `map_ahead` keeps several of them busy.
+DataLoader. `work_units.map_ahead` keeps several of them busy.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -30,29 +28,6 @@ from tokenizer.data.cutting import ClipEvents, ClipFacts, Event, Place, Shown, S
 from tokenizer.data.files import Span, VideoError
 from tokenizer.data.readers import Image
 from tokenizer.data.video_io import DecodedClip, assemble
-
-A = TypeVar("A")
-B = TypeVar("B")
-
-
-def map_ahead(work: Callable[[A], B], items: Iterable[A], num_threads: int) -> Generator[B, None, None]:
-    """`work(item)` of every item, in order; `num_threads` run at once and twice as many wait at most.
-
-    For work that waits for another process or for a codec. An exception ends the stream.
-    """
-    with ThreadPoolExecutor(num_threads) as pool:
-        waiting: deque[Future[B]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) >= 2 * num_threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
 
 TIME_LIMIT_S = 60.0  # without a sign of progress
 _START_LIMIT_S = 120.0  # a busy machine

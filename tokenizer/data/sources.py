@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ class Renderer(NamedTuple):
     splits: Sequence[str] = SPLITS
 
 
+_RENDERING = threading.Lock()  # threads read ahead, and an engine has one camera
 RENDERED_KINDS = ("synthetic", "classed", "duotone", "doom", "steady_doom")
 
 
@@ -197,7 +199,8 @@ class RenderedScenes:
         renderer, seed = renderer_of(self.kind), self.numbers[number]
         if rng is not None:
             seed += len(renderer.turns) * int(rng.integers(1, 2**31))
-        return Drawn(*renderer.render(seed, self.split, wanted.side, wanted.num_frames))
+        with _RENDERING:
+            return Drawn(*renderer.render(seed, self.split, wanted.side, wanted.num_frames))
 
 
 @dataclass(frozen=True)

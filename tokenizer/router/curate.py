@@ -31,6 +31,7 @@ if __name__ == "__main__":
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from tokenizer.common.device import autocast, generator_for, pick_device, pick_d
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.image_quality import psnr_of_mse
 from tokenizer.common.work_units import WorkUnits, claim_folder
-from tokenizer.data.clips import NO_FILE, ClipDataset, DataConfig, build_dataset
+from tokenizer.data.clips import NO_FILE, ClipDataset, ClipSample, DataConfig, build_dataset, to_video
 from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
@@ -143,6 +144,7 @@ class CurateConfig:
     device: str = "auto"
     precision: str = "none"  # of the proxy: none (fp32), bf16 or fp16; the share of equal choices is printed
     num_threads: int | None = None
+    num_workers: int = 4  # clips that are read at once, ahead of the device
 
     def __post_init__(self) -> None:
         pick_dtype(self.precision)
@@ -179,7 +181,8 @@ class Curation:
 
     def run(self) -> bool:
         """Work until no unit is free. True where the table is complete; False where others still work on units."""
-        return self.units.work(self._score_unit, self.merge, f"curating {len(self.dataset)} clips")
+        title = f"curating {len(self.dataset)} clips"
+        return self.units.work(self._members, self._read, self._score_unit, self.merge, title, self.config.num_workers)
 
     def merge(self) -> None:
         """Put the finished units together, in order."""
@@ -201,20 +204,26 @@ class Curation:
     def space(self) -> AssignmentSpace:
         return self.tokenizer.space
 
-    def _score_unit(self, unit: int) -> None:
-        self._scored(unit).save(self.units.path(unit))
-
-    def _scored(self, unit: int) -> QualityTable:
-        """Score one unit. Clips that cannot be read are left out here and counted when the table is merged."""
+    def _members(self, unit: int) -> range:
         size = self.config.clips_per_unit
-        wanted = range(unit * size, min((unit + 1) * size, len(self.dataset)))
-        found = list(self.dataset.readable(wanted))
-        clips, names = [clip for _, clip in found], [clip.name for _, clip in found]
-        files = [self.dataset.fingerprint(i) for i, _ in found]
-        if not clips:
+        return range(unit * size, min((unit + 1) * size, len(self.dataset)))
+
+    def _read(self, index: int) -> tuple[ClipSample, str] | None:
+        """A clip and the fingerprint of its file; None if it cannot be read. In a thread, ahead of the device."""
+        for _, clip in self.dataset.readable([index]):
+            return clip, self.dataset.fingerprint(index)
+        return None
+
+    def _score_unit(self, unit: int, read: Iterator[tuple[ClipSample, str] | None]) -> None:
+        self._scored(unit, [found for found in read if found]).save(self.units.path(unit))
+
+    def _scored(self, unit: int, read: list[tuple[ClipSample, str]]) -> QualityTable:
+        """Score one unit. Clips that cannot be read are left out here and counted when the table is merged."""
+        names, files = [clip.name for clip, _ in read], [file for _, file in read]
+        if not read:
             nothing = torch.empty(0, self.space.num_rows)
             return self._table((nothing, nothing, nothing), names, files)
-        video_BCTHW = torch.stack([clip.video_CTHW for clip in clips]).to(self.tokenizer.device)
+        video_BCTHW = to_video(torch.stack([clip.frames_CTHW for clip, _ in read]), self.tokenizer.device)
         with autocast(self.tokenizer.device, self.config.precision):
             table = self._table(self._score(video_BCTHW, unit), names, files)
         if self.config.precision != "none" and self._unchecked:

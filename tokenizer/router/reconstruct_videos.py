@@ -22,8 +22,8 @@ from tqdm import tqdm
 from tokenizer.budget import Budget, find_price, parse_budget
 from tokenizer.common.device import batches_at_once, float32_mode, pick_device
 from tokenizer.common.errors import UserError
+from tokenizer.common.work_units import map_ahead
 from tokenizer.data.clip_stream import ClipRule, ClipWalk, SourceClip, find_sources
-from tokenizer.data.safe_decode import map_ahead
 from tokenizer.data.video_io import display_name, to_model_range
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
