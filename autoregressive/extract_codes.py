@@ -38,7 +38,7 @@ from autoregressive.token_archive import ArchivedClip, ArchiveFacts, TokenArchiv
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.budget import Budget, choose_rows, parse_budget, warn_of_missed
 from tokenizer.common.checkpoint import atomic_write
-from tokenizer.common.config import to_dict
+from tokenizer.common.config import defaults_of, to_dict
 from tokenizer.common.device import autocast, batches_at_once, pick_device, pick_dtype
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.work_units import WorkUnits, claim_folder, map_ahead
@@ -135,7 +135,7 @@ class Extraction:
 
     def run(self) -> bool:
         """Work until no shard is free. True if the archive is complete; False if others still work on shards."""
-        claim_folder(self.folder, self._made_from())
+        claim_folder(self.folder, self._made_from(), defaults=defaults_of(ArchiveFacts))
         title, num_readers = f"tokenizing {len(self.draws)} clips", self.config.num_workers
         return self.units.work(self._batches, _read_batch, self._extract_shard, self.finish, title, num_readers)
 
@@ -267,7 +267,7 @@ class Extraction:
         return {
             **to_dict(self.facts),
             **{key: getattr(self.config, key) for key in keys},
-            "data": to_dict(self.config.data),
+            "data": self.config.data,
             "clips_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
         }
 

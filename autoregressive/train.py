@@ -36,9 +36,8 @@ from autoregressive.presets import check_vocabulary, init_weights_from, load_gpt
 from autoregressive.sample_grid import sample_grid
 from autoregressive.sampler import Request, SamplingConfig
 from autoregressive.sequence import PackedSequences, SequenceLayout, length_rule, pack_sequences
-from autoregressive.token_archive import TokenArchive
+from autoregressive.token_archive import ArchiveFacts, TokenArchive
 from tokenizer.common import distributed
-from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.model import VideoTokenizer, parameters_by_part
 from tokenizer.presets import load_tokenizer
@@ -52,6 +51,13 @@ _CLASS_DROPOUT = 0.1
 
 def _default_optim() -> OptimConfig:
     return OptimConfig(lr=1e-4, min_lr=0.0, weight_decay=0.05, schedule="wsd")
+
+
+@dataclass
+class TokenFacts(ArchiveFacts):
+    """Of the archive that a GPT learns from, stored with its weights."""
+
+    archive_sha256: str = ""
 
 
 @dataclass
@@ -143,21 +149,21 @@ class GPTTraining:
     def fit(self) -> None:
         """Train to the end of `run.steps`, from the newest checkpoint in `run.dir` if there is one."""
         c = self.config
-        config = {**to_dict(c), "tokens": self.token_facts()}
+        noted: dict[str, Any] = {"tokens": self.token_facts()}
         if c.batch_ids:  # a step has so many ids on each process: how many there are decides what it sees
-            config["processes"] = distributed.num_ranks()
+            noted["processes"] = distributed.num_ranks()
         if self.source_sha256:
-            config["init_from_sha256"] = self.source_sha256
-        fit(c.run, config, self.state, self.batches, self.train_step, self.validate)
+            noted["init_from_sha256"] = self.source_sha256
+        fit(c.run, c, self.state, self.batches, self.train_step, self.validate, noted=noted)
 
     def rehearse(self) -> None:
         """`--dry-run`: a few steps, nothing written."""
         config, parts = self.config, parameters_by_part(self.model)
         rehearse(config.run, self.state, self.batches, self.train_step, parts)
 
-    def token_facts(self) -> dict[str, Any]:
+    def token_facts(self) -> TokenFacts:
         """Facts of the tokens for the weights file: their tokenizer, the names of the classes."""
-        return {**to_dict(self.archive.facts), "archive_sha256": self.archive.sha256}
+        return TokenFacts(**vars(self.archive.facts), archive_sha256=self.archive.sha256)
 
     def _init_from(self, path: str) -> str:
         """Take up the weights of another GPT -> its sha256. A run that resumes replaces them by its own."""

@@ -75,14 +75,18 @@ def test_a_tilted_display_matrix_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("aspect", [Fraction(64, 45), Fraction(2, 3)])
+@pytest.mark.parametrize("aspect", [Fraction(64, 45), Fraction(12, 11), Fraction(10, 11), Fraction(2, 3)])
 def test_a_circle_stays_a_circle(tmp_path: Path, aspect: Fraction, backend: str) -> None:
-    y, x = np.mgrid[0:240, 0:320]
-    inside_HW = ((x - 159.5) * float(aspect)) ** 2 + (y - 119.5) ** 2 < 80**2
-    frames_THWC = np.repeat(np.where(inside_HW, 255, 0).astype(np.uint8)[None, ..., None], 3, axis=3)
+    y, x = (np.mgrid[0:960, 0:1280] + 0.5) / 4
+    inside = ((x - 160) * float(aspect)) ** 2 + (y - 120) ** 2 < 79**2
+    inside_HW = inside.reshape(240, 4, 320, 4).mean(axis=(1, 3))  # an edge as smooth as a camera's
+    frames_THWC = np.repeat((255 * inside_HW).astype(np.uint8)[None, ..., None], 3, axis=3)
     path = write(tmp_path / "wide.mkv", frames_THWC, sample_aspect_ratio=aspect)
-    seen_HW = next(iter_clips(path, 1, 96, backend=backend)).frames_THWC[0, ..., 0] > 127  # [H, W]
-    assert seen_HW.any(0).sum() == pytest.approx(seen_HW.any(1).sum(), abs=1)
+    for size in (96, 128):
+        seen_HW = next(iter_clips(path, 1, size, backend=backend)).frames_THWC[0, ..., 0] / 255.0
+        across, down = seen_HW[size // 2].sum(), seen_HW[:, size // 2].sum()  # diameters, to a part of a pixel
+        assert across == pytest.approx(down, rel=0.006) and seen_HW[:, 0].max() < 0.1 > seen_HW[0].max()
+        assert (seen_HW * np.arange(size)).sum() / seen_HW.sum() == pytest.approx((size - 1) / 2, abs=0.1)
     whole = next(iter_clips(path, 1, None, backend=backend)).frames_THWC
     info = probe(path, backend)
     assert whole.shape[1:3] == (info.height, info.width) == video_io.resize(frames_THWC, *whole.shape[1:3]).shape[1:3]

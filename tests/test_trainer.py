@@ -7,9 +7,11 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -272,6 +274,49 @@ def test_other_config_is_refused_and_steps_may_grow(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"another config .*optim\.lr: 0\.05 / 0\.01"):
         train(tmp_path, steps=2, lr=0.01)
     assert train(tmp_path, steps=4, num_threads=1, log_every=2).step == 4
+
+
+@dataclass
+class _Width:
+    width: int = 4
+    norm: str = field(default="layer", metadata={"renamed_from": "normalisation"})
+
+
+@dataclass
+class _Config:
+    model: _Width = field(default_factory=_Width)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    seed: int = 0
+
+
+def test_a_run_of_before_a_setting_resumes_and_a_changed_one_is_refused(tmp_path: Path) -> None:
+    """Keys that the stored config lacks count as their defaults, at the top, in a section, in what a run notes."""
+    noted = {"tokens": _Width()}
+    (tmp_path / "config.yaml").write_text("model: {width: 4}\noptim: {lr: 0.0001}\ntokens: {norm: layer}\n")
+    claim(tmp_path, _Config(), noted, write=False)
+    for key, changed in (
+        ("seed: 0 / 1", _Config(seed=1)),
+        ("model.norm: 'layer' / 'rms'", _Config(_Width(norm="rms"))),
+        ("optim.clip_norm: 1.0 / 2.0", _Config(optim=OptimConfig(clip_norm=2.0))),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"(there / here): {key}; choose")):
+            claim(tmp_path, changed, noted)
+    with pytest.raises(UserError, match=r"tokens\.width: 4 / 5; choose run\.dir=OTHER$"):
+        claim(tmp_path, _Config(), {"tokens": _Width(5)}, allow_changes=True)
+    claim(tmp_path, _Config(), noted)
+    assert "seed: 0" in (tmp_path / "config.yaml").read_text()  # from here on the key is there
+    (tmp_path / "config.yaml").write_text("model: {normalisation: layer}\n")
+    with pytest.raises(UserError, match=r"config\.yaml: key 'normalisation' is called 'norm' today"):
+        claim(tmp_path, _Config(), noted)
+
+
+def test_work_of_before_a_setting_goes_on_and_a_changed_one_is_refused(tmp_path: Path) -> None:
+    claim_folder(tmp_path, {"data": {"width": 4}})
+    claim_folder(tmp_path, {"data": _Width(), "views": 1}, defaults={"views": 1})
+    with pytest.raises(UserError, match=r"made from another views \(there / now: views: 1 / 2\)"):
+        claim_folder(tmp_path, {"data": _Width(), "views": 2}, defaults={"views": 1})
+    with pytest.raises(UserError, match=r"data\.norm: 'layer' / 'rms'"):
+        claim_folder(tmp_path, {"data": _Width(norm="rms")})
 
 
 def test_more_steps_on_a_resume_never_jump_the_learning_rate_silently(tmp_path: Path) -> None:

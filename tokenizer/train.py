@@ -32,7 +32,6 @@ from tokenizer.assignment import AssignmentSpace, pack
 from tokenizer.blocks.bottlenecks import code_usage
 from tokenizer.common import distributed
 from tokenizer.common.checkpoint import init_from
-from tokenizer.common.config import to_dict
 from tokenizer.common.device import generator_for
 from tokenizer.common.distributed import Places
 from tokenizer.common.errors import UserError, run_cli
@@ -337,8 +336,8 @@ class TokenizerTraining:
     def fit(self) -> None:
         """Train up to `run.steps`, resuming from `run.dir`."""
         config = self.config
-        stored = to_dict(config) | ({"init_from_sha256": self.source_sha256} if self.source_sha256 else {})
-        fit(config.run, stored, self.state, self.batches, self.train_step, self.validate)
+        noted = {"init_from_sha256": self.source_sha256} if self.source_sha256 else {}
+        fit(config.run, config, self.state, self.batches, self.train_step, self.validate, noted=noted)
 
     def rehearse(self) -> None:
         """`--dry-run`: a few steps, nothing written."""

@@ -49,6 +49,7 @@ from evaluations.quality_cost.sweep import REAL, Figures, Measure, Measured, Swe
 from evaluations.quality_cost.video_codecs import Codec, find_codecs, pick_codecs
 from evaluations.report import CURVE_KIND, write_report
 from evaluations.scoring import Scorer, load_scorer, trained_as
+from tokenizer.common.config import to_dict
 from tokenizer.common.device import float32_mode, pick_device
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.video_io import display_name
@@ -206,7 +207,7 @@ def run_facts(
     return {
         "kind": CURVE_KIND,
         "num_clips": len(clips),
-        **clips.facts,
+        **to_dict(clips.facts),
         "notes": clips.notes,
         "metrics": list(measure.metrics),
         "frechet": [extractor.distance_name] if extractor else [],

@@ -15,7 +15,6 @@ from torch import Tensor
 from evaluations.clip_list import list_clips
 from evaluations.protocols import Protocol, find_protocol
 from evaluations.quality_cost.flags import FREE
-from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError
 from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
 from tokenizer.data.video_io import VideoError, to_model_range
@@ -96,7 +95,7 @@ def clips_of_flags(args: argparse.Namespace, config: TokenizerConfig, stored: Qu
     dataset = dataset if args.max_clips is None else dataset.first(args.max_clips)
     read = _or_stop(list(dataset.names), lambda index: dataset.get_this(index).video_CTHW)
     contents = [_content(dataset, i) for i in range(len(dataset))]
-    return CurveClips(list(dataset.names), contents, read, {"data": to_dict(dataset.cfg)})
+    return CurveClips(list(dataset.names), contents, read, {"data": dataset.cfg})
 
 
 def _content(dataset: ClipDataset, index: int) -> str:

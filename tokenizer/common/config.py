@@ -62,8 +62,41 @@ def from_dict(schema: type[T], data: Mapping[str, Any], origin: str) -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config dataclass -> nested plain dicts and lists, ready for JSON or YAML."""
-    return dataclasses.asdict(config)
+    """A config dataclass, or a mapping that holds some -> nested plain dicts and lists, ready for JSON or YAML."""
+    if not isinstance(config, Mapping):
+        return dataclasses.asdict(config)
+    nested = {key: isinstance(value, Mapping) or dataclasses.is_dataclass(value) for key, value in config.items()}
+    return {key: to_dict(value) if nested[key] else value for key, value in config.items()}
+
+
+def defaults_of(schema: type) -> dict[str, Any]:
+    """The fields of a config dataclass that have a default, as plain data."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(schema):
+        if field.default_factory is not dataclasses.MISSING:
+            made = field.default_factory()
+            found[field.name] = dataclasses.asdict(made) if dataclasses.is_dataclass(made) else made  # type: ignore[arg-type]
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+    return found
+
+
+def with_defaults(stored: Any, today: Any, origin: str) -> Any:
+    """`stored`, written by an older version, as today's code reads it: a key that it lacks counts as its default.
+
+    today: a config dataclass, or a mapping that holds some. ConfigError for a key that has another name today.
+    """
+    if not isinstance(stored, Mapping):
+        return stored
+    now = today if isinstance(today, Mapping) else vars(today) if dataclasses.is_dataclass(today) else {}
+    read = {key: with_defaults(value, now.get(key), origin) for key, value in stored.items()}
+    if now is today or not now:
+        return read
+    for field in dataclasses.fields(today):
+        old = field.metadata.get("renamed_from")
+        if old in stored:
+            raise ConfigError(f"{origin}: key {old!r} is called {field.name!r} today: rename it in that file")
+    return defaults_of(type(today)) | read
 
 
 def save_config(config: Any, path: str | Path) -> None:

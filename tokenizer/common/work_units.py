@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from tokenizer.common.checkpoint import atomic_write
-from tokenizer.common.config import differences
+from tokenizer.common.config import differences, to_dict, with_defaults
 from tokenizer.common.device import float32_mode
 from tokenizer.common.errors import UserError
 from tokenizer.common.schema import read_json
@@ -128,19 +128,25 @@ class WorkUnits:
         return self.merge(merge)
 
 
-def claim_folder(folder: Path, facts: Mapping[str, Any], way_out: str = "choose another dir=") -> None:
+def claim_folder(
+    folder: Path,
+    facts: Mapping[str, Any],
+    way_out: str = "choose another dir=",
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
     """Write down what the units of `folder` are made from.
 
-    UserError, ending with `way_out`, where they were begun from something else.
+    UserError, ending with `way_out`, where they were begun from something else. A key of a config in `facts` that an
+    older folder lacks counts as its default, and so do the `defaults` of facts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {**json.loads(json.dumps(facts)), "float32": float32_mode()}  # tuples come back as lists
+    configs, facts = facts, {**json.loads(json.dumps(to_dict(facts))), "float32": float32_mode()}  # tuples -> lists
     path = folder / "made_from.json"
     with lock(folder / ".made_from.lock"):  # workers start together
         if not path.exists():
             atomic_write(path, json.dumps(facts, indent=1).encode())
-    before = read_json(path, {}, way_out)
-    before.setdefault("float32", facts["float32"])  # folders of before this was noted
+    noted = {"float32": facts["float32"], **(defaults or {})}  # for folders of before these were noted
+    before = noted | with_defaults(read_json(path, {}, way_out), configs, str(path))
     if changed := sorted(key for key in facts if before.get(key) != facts[key]):
         details = differences(*({key: side.get(key) for key in changed} for side in (before, facts)))
         raise UserError(

@@ -62,12 +62,29 @@ def resize_center_crop(frames_THWC: np.ndarray, size: int, shown: tuple[int, int
 
     shown: height and width on display if the stored pixels are not square.
     """
-    height, width = shown or frames_THWC.shape[1:3]
+    height, width = frames_THWC.shape[1:3]
+    if shown is not None and shown != (height, width):
+        return _displayed_square(frames_THWC, size, shown)
     short = min(height, width)
     frames_THWC = resize(frames_THWC, size * height // short, size * width // short)
     top = round((frames_THWC.shape[1] - size) / 2)
     left = round((frames_THWC.shape[2] - size) / 2)
     return np.ascontiguousarray(frames_THWC[:, top : top + size, left : left + size])
+
+
+def _displayed_square(frames_THWC: np.ndarray, size: int, shown: tuple[int, int]) -> np.ndarray:
+    """The same from the square on display, cut out first: scaled to a whole width, a picture would be stretched.
+
+    On each axis the square is rounded to whole stored pixels around the middle, which moves by nothing.
+    """
+    margins = (
+        -((on_display - stored * (on_display - min(shown))) // (2 * on_display))  # halves rounded down
+        for stored, on_display in zip(frames_THWC.shape[1:3], shown, strict=True)
+    )
+    top, left = (min(m, (side - 1) // 2) for m, side in zip(margins, frames_THWC.shape[1:3], strict=True))
+    height, width = frames_THWC.shape[1:3]
+    square_THWC = np.ascontiguousarray(frames_THWC[:, top : height - top, left : width - left])
+    return resize(square_THWC, size, size)
 
 
 def random_resized_crop(

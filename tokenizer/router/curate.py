@@ -173,7 +173,7 @@ class Curation:
         self.scorer = Scorer(self.tokenizer, load_perceptual(config.perceptual_net).to(device), config.frames_per_block)
         self.units = WorkUnits(self.folder / "units", -(-len(self.dataset) // config.clips_per_unit))
         # units of another tokenizer, clip list or metric must not end up in one table
-        claim_folder(self.folder, {**self._meta(), "clips_per_unit": config.clips_per_unit})
+        claim_folder(self.folder, {**self._meta(), "data": config.data, "clips_per_unit": config.clips_per_unit})
 
     @property
     def table_path(self) -> Path:

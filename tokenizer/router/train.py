@@ -27,6 +27,7 @@ if __name__ == "__main__":
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,6 @@ from torch import Tensor
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common import distributed
 from tokenizer.common.checkpoint import file_sha256, init_from
-from tokenizer.common.config import to_dict
 from tokenizer.common.device import generator_for
 from tokenizer.common.distributed import Places
 from tokenizer.common.errors import UserError, run_cli
@@ -300,10 +300,10 @@ class RouterTraining:
         config = self.config
         for clips in (self.clips, self.val_clips):
             clips.keep_in(Path(config.clip_cache or f"{config.run.dir}/clips"))
-        stored = to_dict(config) | ({"init_from_sha256": self.source_sha256} if self.source_sha256 else {})
+        noted: dict[str, Any] = {"init_from_sha256": self.source_sha256} if self.source_sha256 else {}
         if config.labels == "quality":
-            stored["table_stats"] = asdict(self.table_stats)  # so that predictions can be read as distances
-        fit(config.run, stored, self.state, self.batches, self.train_step, self.validate)
+            noted["table_stats"] = asdict(self.table_stats)  # so that predictions can be read as distances
+        fit(config.run, config, self.state, self.batches, self.train_step, self.validate, noted=noted)
 
     def rehearse(self) -> None:
         """`--dry-run`: a few steps, nothing written."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tokenizer.common import distributed
 from tokenizer.common.checkpoint import CheckpointStore, atomic_write, file_sha256, save_model
-from tokenizer.common.config import differences, dump_yaml, read_yaml
+from tokenizer.common.config import differences, dump_yaml, read_yaml, to_dict, with_defaults
 from tokenizer.common.device import pick_device, set_deterministic, slow_precision
 from tokenizer.common.errors import UserError
 from tokenizer.common.work_units import no_locks
@@ -111,16 +111,24 @@ def only_run_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def claim(folder: Path, config: Mapping[str, Any], allow_changes: bool = False, write: bool = True) -> None:
+def claim(
+    folder: Path,
+    config: Any,
+    noted: Mapping[str, Any] | None = None,
+    allow_changes: bool = False,
+    write: bool = True,
+) -> None:
     """Write `config.yaml`, or only check it. UserError for a folder that was made with another config.
 
-    With `allow_changes` the differences are printed, the old config is kept as `config.<n>.yaml`, and only another
-    model or other tokens are refused.
+    Keys that the file lacks, because they came later, count as their defaults. With `allow_changes` the differences are
+    printed, the old config is kept as `config.<n>.yaml`, and only another model or other tokens are refused.
     """
-    text = dump_yaml(config)
+    noted = noted or {}
+    text = dump_yaml(to_dict(config) | to_dict(noted))
     path = folder / "config.yaml"
     if path.exists():
-        found = differences(read_yaml(path), yaml.safe_load(text))
+        there = with_defaults(with_defaults(read_yaml(path), config, str(path)), noted, str(path))
+        found = differences(there, yaml.safe_load(text))
         changed = [line for line in found if line.partition(":")[0] not in FREE_TO_CHANGE]
         fatal = [line for line in changed if line.partition(":")[0].partition(".")[0] in NEVER_TO_CHANGE]
         if changed and (fatal or not allow_changes):
@@ -214,19 +222,20 @@ def resumes(run: RunConfig) -> bool:
 
 def fit(
     run: RunConfig,
-    config: Mapping[str, Any],
+    config: Any,
     state: TrainState,
     batches: Callable[[int], Iterator[Any]],
     step_fn: StepFn,
     validate: Callable[[int], Mapping[str, float]] | None = None,
     finish: Callable[[], None] | None = None,
+    noted: Mapping[str, Any] | None = None,
 ) -> None:
     """Train `state` in `run.dir` up to `run.steps`, resuming by itself, and write `final/`.
 
-    `config` is the whole config as plain data; it is stored with the run and inside the weights. `batches(s)` yields
-    the batches from step s on. `step_fn(batch)` makes one whole step of `state` (`train_step`, or the tokenizer's own
-    with its discriminator) and returns what to log; it draws from `generator_for(seed, name, step)` or from torch's
-    global generator, which is seeded at every step.
+    `config`, a dataclass, and `noted`, what else decides the weights, are stored with the run and inside the weights;
+    a run goes on with equal ones only. `batches(s)` yields the batches from step s on. `step_fn(batch)` makes one whole
+    step of `state` (`train_step`, or the tokenizer's own with its discriminator) and returns what to log; it draws from
+    `generator_for(seed, name, step)` or from torch's global generator, which is seeded at every step.
     `validate(step)` runs on every process, which share its clips and return the same figures; `finish()` on rank 0.
     Both run with the averaged weights, in eval mode, without gradients.
 
@@ -240,22 +249,23 @@ def fit(
     start_run(run)
     with only_run_in(folder) if distributed.is_main() else nullcontext():
         if distributed.is_main():
-            claim(folder, config, run.allow_changes, write=False)
+            claim(folder, config, noted, run.allow_changes, write=False)
             if warning := slow_precision(state.device, run.precision):
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
+        stored = to_dict(config) | to_dict(noted or {})
         store = CheckpointStore(folder / "checkpoints", run.keep_last, run.keep_every)
         if state.load(store) and distributed.is_main():
             print(f"resuming {folder} after step {state.step}", file=sys.stderr, flush=True)
         if distributed.is_main():
             state.rewarm = follow_schedule(folder, run, state)
-            claim(folder, config, run.allow_changes)
+            claim(folder, config, noted, run.allow_changes)
         state.rewarm = distributed.from_main(state.rewarm)
-        reporter = Reporter(run, config, state.step, state.device)
+        reporter = Reporter(run, stored, state.step, state.device)
         with closing(reporter):
             if state.step < run.steps or _validation_due(run, state, validate, reporter):
-                _train(run, config, state, batches, step_fn, validate, reporter, BackgroundWriter(store))
+                _train(run, stored, state, batches, step_fn, validate, reporter, BackgroundWriter(store))
         if distributed.is_main():
-            _write_final(folder / "final", state, config)
+            _write_final(folder / "final", state, stored)
             print(f"{state.step} steps done: {folder / 'final' / 'model.safetensors'}", flush=True)
             if finish is not None:
                 with _averaged_weights(state):
