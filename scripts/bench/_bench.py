@@ -36,15 +36,21 @@ class Part:
         return self.ratio / self.goal if self.at_least else self.goal / max(self.ratio, 1e-12)
 
 
-def run_parts(name: str, description: str, parts: Mapping[str, Callable[[bool], Part]]) -> None:
+def run_parts(
+    name: str,
+    about: str | argparse.ArgumentParser,
+    parts: Mapping[str, Callable[[bool], Part]],
+    into: argparse.Namespace | None = None,
+) -> None:
     """The command line of a bench: run the parts (`quick` is passed on), print one JSON line each and one for all.
 
     The last line carries ratio and goal of the part with the least margin; exit 1 if any part misses its goal.
+    about: a description, or a parser with flags of the bench's own, which are set in `into`.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=about) if isinstance(about, str) else about
     parser.add_argument("--quick", action="store_true", help="smaller sizes, under a minute")
     parser.add_argument("--only", default=",".join(parts), help=f"some of {','.join(parts)} (default: all)")
-    args = parser.parse_args()
+    args = parser.parse_args(namespace=into)
     wanted = args.only.split(",")
     if unknown := sorted(set(wanted) - set(parts)):
         parser.error(f"--only {','.join(unknown)}: choose from {', '.join(parts)}")
