@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from tokenizer.common.distributed import Places
 from tokenizer.common.errors import UserError
 from tokenizer.frozen.encoders import FeatureShape, FrozenConfig
-from tokenizer.losses.alignment import Alignment, AlignmentConfig, AlignmentHead, alignment_loss
-from tokenizer.losses.discriminators import (
+from tokenizer.losses.gan import (
+    DiscriminatorConfig,
+    Gan,
     Head,
     LocalBatchNorm,
     PatchDiscriminatorConfig,
     SemanticDiscriminator,
     SemanticDiscriminatorConfig,
+    frozen,
+    generator_loss,
 )
-from tokenizer.losses.gan import DiscriminatorConfig, Gan, frozen, generator_loss
+from tokenizer.losses.objective import Alignment, AlignmentConfig, AlignmentHead, alignment_loss
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import PRESETS
 

@@ -12,8 +12,16 @@ from torch.nn.attention.varlen import varlen_attn
 
 from tokenizer.assignment import Packing, pack, pack_uniform
 from tokenizer.blocks.attention import attend_by_clip, attend_varlen, block_causal_attention
-from tokenizer.blocks.patches import level_cells, most_queries, packed_queries, patchify, pooling_pyramid, unpatchify
-from tokenizer.blocks.positions import sincos_3d, waves_3d
+from tokenizer.blocks.patches import (
+    level_cells,
+    most_queries,
+    packed_queries,
+    patchify,
+    pooling_pyramid,
+    sincos_3d,
+    unpatchify,
+    waves_3d,
+)
 
 UNEQUAL = pack(torch.tensor([[3, 1, 2], [1, 4, 1], [2, 2, 2]]))
 EQUAL = pack(torch.tensor([[3, 1, 2]] * 3))

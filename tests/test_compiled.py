@@ -14,10 +14,9 @@ from torch._dynamo.utils import counters
 from autoregressive.model import GPT
 from autoregressive.presets import PRESETS as GPTS
 from autoregressive.sampler import Request, Sampler, SamplingConfig
-from tokenizer.common.device import compile_layers
+from tokenizer.common.device import FlopCount, compile_layers
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.presets import build_tokenizer
-from tokenizer.training.profiling import FlopCount
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,16 @@ import torch
 from torch import Tensor
 
 from tokenizer.common.errors import UserError
-from tokenizer.losses.discriminators import PatchDiscriminator, PatchDiscriminatorConfig
-from tokenizer.losses.gan import CUTOUT, SHIFT, LeCam, augment_clips, discriminator_loss, generator_loss
+from tokenizer.losses.gan import (
+    CUTOUT,
+    SHIFT,
+    LeCam,
+    PatchDiscriminator,
+    PatchDiscriminatorConfig,
+    augment_clips,
+    discriminator_loss,
+    generator_loss,
+)
 
 TINY = PatchDiscriminatorConfig(layers=1, width=16, heads=2)
 

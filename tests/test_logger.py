@@ -12,14 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tokenizer.common.device import generator_for
+from tokenizer.common.device import FlopCount, generator_for
 from tokenizer.common.errors import UserError
 from tokenizer.train import TokenizerTrainConfig
 from tokenizer.training import logger
 from tokenizer.training.cli import missing, parse_training_arguments
 from tokenizer.training.logger import DiscriminatorHealth, discriminator_warning
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.profiling import FlopCount
 from tokenizer.training.trainer import RunConfig, TrainState, fit, train_step
 from tokenizer.viz import plots
 

@@ -16,9 +16,8 @@ from torch import nn
 
 from tokenizer.common.config import load_config, load_section
 from tokenizer.frozen.encoders import FrozenConfig, FrozenVideoMAE, FrozenVJEPA2
-from tokenizer.losses.alignment import Alignment
 from tokenizer.losses.gan import Gan
-from tokenizer.losses.objective import LossConfig
+from tokenizer.losses.objective import Alignment, LossConfig
 from tokenizer.model import TokenizerConfig, VideoTokenizer
 from tokenizer.router.curate import CurateConfig
 from tokenizer.router.model import Router, RouterConfig, VJEPA2StemConfig
@@ -63,7 +62,7 @@ def unpublished(config: FrozenConfig) -> FrozenConfig:
 def each_encoder_once() -> pytest.MonkeyPatch:
     """They are frozen and on the meta device: all tests of this file may share one of each size."""
     patch = pytest.MonkeyPatch()
-    for module, kind in (("gan", FrozenVideoMAE), ("alignment", FrozenVJEPA2)):
+    for module, kind in (("gan", FrozenVideoMAE), ("objective", FrozenVJEPA2)):
         build = lru_cache(lambda size, precision, kind=kind: kind(FrozenConfig("", size, precision)))
         patch.setattr(
             f"tokenizer.losses.{module}.{kind.__name__}",

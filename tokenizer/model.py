@@ -30,8 +30,15 @@ from tokenizer.blocks.bottlenecks import (
     Quantized,
     VectorQuantizer,
 )
-from tokenizer.blocks.patches import most_queries, packed_cells, packed_queries, patchify, pooling_pyramid, unpatchify
-from tokenizer.blocks.positions import sincos_3d
+from tokenizer.blocks.patches import (
+    most_queries,
+    packed_cells,
+    packed_queries,
+    patchify,
+    pooling_pyramid,
+    sincos_3d,
+    unpatchify,
+)
 from tokenizer.blocks.structured_init import patch_filters, start_decoder, start_encoder
 from tokenizer.blocks.transformer import QFormer
 from tokenizer.budget import parse_budget

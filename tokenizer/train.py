@@ -39,9 +39,8 @@ from tokenizer.common.image_quality import psnr
 from tokenizer.data.clips import DataConfig, build_dataset, check_used
 from tokenizer.data.loader import ClipBatch, batches
 from tokenizer.frozen.encoders import marked
-from tokenizer.losses.alignment import Alignment, AlignmentConfig
 from tokenizer.losses.gan import DiscriminatorConfig, Gan, frozen, generator_loss
-from tokenizer.losses.objective import LossConfig, tokenizer_loss
+from tokenizer.losses.objective import Alignment, AlignmentConfig, LossConfig, tokenizer_loss
 from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
 from tokenizer.model import TokenizerConfig, VideoTokenizer, parameters_by_part
 from tokenizer.training.cli import parse_training_arguments, rehearse

@@ -37,12 +37,11 @@ from autoregressive.presets import PRESETS
 from autoregressive.sampler import Request, Sampler, SamplerCounts, SamplingConfig
 from autoregressive.sequence import length_rule
 from autoregressive.train import gpt_loss
-from tokenizer.common.device import generator_for, pick_device
+from tokenizer.common.device import FlopCount, gemm_roof, generator_for, peak_memory, pick_device
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.losses.objective import LossConfig, tokenizer_loss
 from tokenizer.presets import build_tokenizer
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.profiling import FlopCount, gemm_roof, peak_memory
 from tokenizer.training.trainer import RunConfig, TrainState, start_run, train_step
 
 PARTS = ("gpt", "tokenizer", "sampler")

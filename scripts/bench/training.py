@@ -30,6 +30,7 @@ from tokenizer.assignment import pack
 from tokenizer.blocks import bottlenecks as quantizer_module
 from tokenizer.blocks.bottlenecks import ENTROPY_TEMPERATURE, VectorQuantizer
 from tokenizer.common.checkpoint import CheckpointStore
+from tokenizer.common.device import FlopCount
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.losses.objective import LossConfig, tokenizer_loss
 from tokenizer.losses.perceptual import load_perceptual
@@ -38,7 +39,6 @@ from tokenizer.presets import build_tokenizer
 from tokenizer.router.curate import Scorer, Scores
 from tokenizer.router.reward import QualityTable, reward, stats_of
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.profiling import FlopCount
 from tokenizer.training.trainer import BackgroundWriter, RunConfig, TrainState, train_step
 
 REPEATS = 3

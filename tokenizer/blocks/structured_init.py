@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tokenizer.blocks.positions import cosine_filters, waves_3d
+from tokenizer.blocks.patches import cosine_filters, waves_3d
 from tokenizer.blocks.transformer import QFormer, QFormerLayer
 
 NEARNESS = 16.0  # weight of a wave in the product of query and key: how sharply near places find each other

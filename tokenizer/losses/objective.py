@@ -1,21 +1,29 @@
 """The tokenizer's loss without its GAN term (arXiv 2603.12267, section 3):
 
-l1 + perceptual + codebook + commitment + entropy      from the clip and its reconstruction
-+ align                                                from frozen V-JEPA 2 features, see alignment.py
+    l1 + perceptual + codebook + commitment + entropy      from the clip and its reconstruction
+    + align                                                features of the decoder against those of a frozen V-JEPA 2
+
+Alignment: decoder layer l -> MLP -> linear, and the numbers of a cell spread over the finer places that it answers for.
+The head learns beside the tokenizer and is thrown away with the run: it is no part of the shipped weights.
+
+Letters: B clips, M cells of the decoder (blocks x rows x columns), D width of the decoder, S places of V-JEPA 2 (time
+slots x rows x columns), E width of a V-JEPA 2 feature.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
 from tokenizer.common.errors import UserError
+from tokenizer.frozen.encoders import FeatureShape, FrozenConfig, FrozenVJEPA2
 from tokenizer.losses.perceptual import PerceptualDistance
-from tokenizer.model import TokenizerOutput
+from tokenizer.model import TokenizerConfig, TokenizerOutput
 
 
 @dataclass
@@ -71,3 +79,70 @@ def _drawn_frames(num_frames: int, wanted: int, generator: torch.Generator) -> T
         return torch.arange(num_frames)
     start = torch.randint(num_frames, (1,), generator=generator)
     return ((start + torch.arange(wanted) * num_frames // wanted) % num_frames).sort().values
+
+
+@dataclass
+class AlignmentConfig:
+    """Read where loss.align is above 0."""
+
+    layer: int = 3  # the decoder layer after which features are taken, counted from 1
+    hidden: int = 2048  # width of the MLP
+    encoder: FrozenConfig = field(default_factory=FrozenConfig)  # V-JEPA 2
+
+    def __post_init__(self) -> None:
+        if min(self.layer, self.hidden) < 1:
+            raise UserError(f"alignment.layer = {self.layer} and alignment.hidden = {self.hidden} must be at least 1")
+
+
+class AlignmentHead(nn.Module):
+    """Features of the decoder -> a guess of the features of V-JEPA 2, feature_BSE."""
+
+    def __init__(self, config: AlignmentConfig, tokenizer: TokenizerConfig, target: FeatureShape) -> None:
+        """Raises UserError where a decoder cell is no whole number of V-JEPA 2 places."""
+        super().__init__()
+        blocks, grid = self.blocks, self.grid = tokenizer.num_blocks, tokenizer.grid
+        if config.layer > tokenizer.decoder.layers:
+            raise UserError(f"alignment.layer = {config.layer}, but the decoder has {tokenizer.decoder.layers} layers")
+        if target.slots % blocks or target.grid % grid:
+            raise UserError(
+                f"V-JEPA 2 gives {target.slots} x {target.grid} x {target.grid} features, which are no whole number "
+                f"for each of the decoder's {blocks} x {grid} x {grid} cells: set loss.align=0 or use another encoder"
+            )
+        self.slots, self.places = target.slots // blocks, target.grid // grid
+        self.mlp = nn.Sequential(
+            nn.Linear(tokenizer.decoder.width, config.hidden),
+            nn.GELU(),
+            nn.Linear(config.hidden, config.hidden),
+            nn.GELU(),
+        )
+        self.to_places = nn.Linear(config.hidden, self.slots * self.places**2 * target.width)
+
+    def forward(self, feature_BMD: Tensor) -> Tensor:
+        return rearrange(
+            self.to_places(self.mlp(feature_BMD)),
+            "B (t h w) (s p q E) -> B (t s h p w q) E",
+            t=self.blocks,
+            h=self.grid,
+            s=self.slots,
+            p=self.places,
+            q=self.places,
+        )
+
+
+def alignment_loss(guess_BSE: Tensor, target_BSE: Tensor) -> Tensor:
+    """Minus the mean cosine over all places, a scalar in [-1, 1]; only the direction of a feature counts."""
+    return -F.cosine_similarity(guess_BSE.float(), target_BSE.float(), dim=-1).mean()
+
+
+class Alignment:
+    """The frozen encoder and the head that learns to meet it."""
+
+    def __init__(self, config: AlignmentConfig, tokenizer: TokenizerConfig, device: torch.device) -> None:
+        """Raises UserError where weights are absent or shapes do not meet."""
+        self.layer = config.layer
+        self.encoder = FrozenVJEPA2(config.encoder).to(device)
+        self.head = AlignmentHead(config, tokenizer, self.encoder.shape_of(tokenizer.num_frames)).to(device)
+
+    def term(self, feature_BMD: Tensor, video_BCTHW: Tensor) -> Tensor:
+        """What the tokenizer and the head minimise together."""
+        return alignment_loss(self.head(feature_BMD), self.encoder.features(video_BCTHW))

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.assignment import AssignmentSpace
-from tokenizer.blocks.patches import patchify
-from tokenizer.blocks.positions import cosine_filters
+from tokenizer.blocks.patches import cosine_filters, patchify
 from tokenizer.blocks.transformer import ViTLayer
 from tokenizer.common.errors import UserError
 from tokenizer.common.hub import HubModel

@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 from tokenizer.common import distributed
 from tokenizer.common.cli import training_parser, work_parser
 from tokenizer.common.config import load_config
-from tokenizer.common.device import pick_dtype, slow_precision
+from tokenizer.common.device import FlopCount, gemm_roof, peak_memory, pick_dtype, slow_precision
 from tokenizer.common.errors import UserError
 from tokenizer.common.work_units import check_locks
-from tokenizer.training.profiling import FlopCount, gemm_roof, peak_memory
 from tokenizer.training.train_step import StepFn, Values
 from tokenizer.training.trainer import RunConfig, TrainState, num_clips
 

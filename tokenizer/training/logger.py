@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from tokenizer.common import distributed
 from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.device import peak_memory
 from tokenizer.common.errors import UserError
-from tokenizer.training.profiling import peak_memory
 from tokenizer.training.train_state import RunConfig
 
 
