@@ -19,9 +19,8 @@ from torch import Tensor
 
 from autoregressive.sequence import PackedSequences, SequenceLayout, pack_sequences
 from autoregressive.token_archive import TokenArchive
-from tokenizer.common.device import generator_for
+from tokenizer.common.device import epoch_order, generator_for
 from tokenizer.common.errors import UserError
-from tokenizer.data.loader import epoch_order
 
 _OPEN_BINS = 8  # filled at the same time; more of them waste less room and change the order more
 

@@ -33,8 +33,6 @@ from torch import Tensor
 from autoregressive.batches import BatchRule, TokenBatch, token_batches
 from autoregressive.model import GPT, GPTConfig
 from autoregressive.presets import check_vocabulary, init_weights_from, load_gpt
-from autoregressive.sample_grid import sample_grid
-from autoregressive.sampler import Request, SamplingConfig
 from autoregressive.sequence import PackedSequences, SequenceLayout, length_rule, pack_sequences
 from autoregressive.token_archive import ArchiveFacts, TokenArchive
 from tokenizer.common import distributed
@@ -178,6 +176,9 @@ class GPTTraining:
         num = min(self.config.samples, len(self.val_archive))
         if num == 0 or not distributed.is_main():
             return
+        from autoregressive.sample_grid import sample_grid
+        from autoregressive.sampler import Request, SamplingConfig
+
         clips = [self.val_archive.clip(i * len(self.val_archive) // num) for i in range(num)]
         rule = length_rule(self.layout)
         requests = [Request((i,), clip.label, clip.condition_L, rule) for i, clip in enumerate(clips)]

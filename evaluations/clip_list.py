@@ -24,13 +24,14 @@ from tqdm import tqdm
 from evaluations.protocols import Protocol
 from evaluations.shards import check_form, read_json
 from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.device import rng_for
 from tokenizer.common.errors import UserError
 from tokenizer.common.work_units import lock, map_ahead
-from tokenizer.data.bundled_clips import SPLITS, bundled_videos
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.datasets import find_kinetics, find_ucf101
+from tokenizer.data.files import SPLITS, bundled_videos
 from tokenizer.data.safe_decode import decode_clip_at, decode_clips, fingerprint_of
-from tokenizer.data.video_io import DecodedClip, VideoError, display_name, list_videos, rng_for, to_uint8
+from tokenizer.data.video_io import DecodedClip, VideoError, display_name, list_videos, to_uint8
 from tokenizer.data.video_table import read_rows
 
 T = TypeVar("T")

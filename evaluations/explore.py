@@ -47,7 +47,7 @@ from typing import Any
 
 from evaluations.clip_explorer import Explorer, curve_html, films_html, view_html
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.data.bundled_clips import bundled_videos
+from tokenizer.data.files import bundled_videos
 
 _SHOWN_SIDE = 256  # CSS pixels of a film
 

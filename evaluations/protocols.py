@@ -31,7 +31,7 @@ from typing import Any
 
 from evaluations.metrics.frechet import COVARIANCES, NAMES
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.data.scenes import SCENES
+from tokenizer.data.sources import SCENES
 
 TASKS = ("reconstruction", "class_to_video", "frame_prediction")
 DATASETS = ("ucf101", "k600", "webvid", "folder", "mini")

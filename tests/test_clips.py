@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from tokenizer.common.device import epoch_order
 from tokenizer.common.errors import UserError
 from tokenizer.data import video_io
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.export import export_clips
-from tokenizer.data.loader import batches, epoch_order
+from tokenizer.data.loader import batches
 
 SMALL = {"num_frames": 4, "size": 16}
 

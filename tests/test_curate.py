@@ -16,9 +16,9 @@ from tokenizer.assignment import pack
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError
-from tokenizer.data.bundled_clips import bundled_videos
 from tokenizer.data.clips import DataConfig, build_dataset
-from tokenizer.data.scenes import SCENES
+from tokenizer.data.files import bundled_videos
+from tokenizer.data.sources import SCENES
 from tokenizer.losses.perceptual import load_perceptual
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import build_tokenizer

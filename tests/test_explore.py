@@ -13,7 +13,7 @@ import torch
 from evaluations.clip_explorer import Explorer, films_html, token_picture, view_html
 from evaluations.explore import POLICY, serve
 from tokenizer.common.errors import UserError
-from tokenizer.data.bundled_clips import bundled_videos
+from tokenizer.data.files import bundled_videos
 
 MINI = "ckpts/mini"
 PATH = str(bundled_videos("heldout")[0].path)

@@ -14,8 +14,8 @@ from autoregressive.token_archive import TokenArchive
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError
-from tokenizer.data.bundled_clips import bundled_videos
 from tokenizer.data.clips import DataConfig, build_dataset
+from tokenizer.data.files import bundled_videos
 from tokenizer.presets import build_tokenizer, load_tokenizer
 from tokenizer.router.model import Router, RouterConfig
 from tokenizer.router.predict import load_router

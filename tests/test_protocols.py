@@ -13,7 +13,8 @@ import evaluations
 from evaluations.protocols import PROTOCOLS, card_of, card_text, find_protocol
 from tokenizer.common.errors import UserError
 from tokenizer.data.classed_scenes import render_classed_scene, render_duotone_scene
-from tokenizer.data.scenes import SCENES, render_scene
+from tokenizer.data.scenes import render_scene
+from tokenizer.data.sources import SCENES
 
 # A changed line here means that published numbers of that name no longer compare: give the new rule a new name.
 HASHES = {

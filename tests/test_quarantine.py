@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tokenizer.common.config import load_config
-from tokenizer.data.loader import ClipBatch, epoch_order
+from tokenizer.common.device import epoch_order
+from tokenizer.data.loader import ClipBatch
 from tokenizer.data.video_io import write_video
 from tokenizer.train import TokenizerTrainConfig, TokenizerTraining
 from tokenizer.training.train_step import Values

@@ -10,7 +10,7 @@ import pytest
 
 from tokenizer.common.errors import UserError
 from tokenizer.data import safe_decode, video_io
-from tokenizer.data.bundled_clips import bundled_videos
+from tokenizer.data.files import bundled_videos
 from tokenizer.data.safe_decode import decode_clip_at, decode_clips
 from tokenizer.data.video_io import VideoError
 

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from tokenizer.data.bundled_clips import FOLDER, bundled_videos
+from tokenizer.data.files import BUNDLED, bundled_videos
 from tokenizer.data.scenes import FAST_SPEED, KINDS, draw_scene, render, render_scene
 
 SEEDS = range(120)
@@ -33,7 +33,7 @@ def test_a_seed_is_a_scene_and_splits_share_nothing() -> None:
     assert not np.array_equal(one[0], render_scene(10, "heldout", 32)[0])
     sources = [{video.label for video in bundled_videos(split)} for split in ("train", "heldout")]
     assert sources == [{"bbbtrailer", "box", "bunny"}, {"bottle", "tree"}]
-    assert sum(len(bundled_videos(split)) for split in ("train", "heldout")) == len(list(FOLDER.glob("*.mp4"))) == 126
+    assert sum(len(bundled_videos(split)) for split in ("train", "heldout")) == len(list(BUNDLED.glob("*.mp4"))) == 126
 
 
 def test_all_kinds_begin_with_one_picture_and_all_pictures_have_one_contrast() -> None:

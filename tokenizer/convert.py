@@ -43,7 +43,7 @@ from tokenizer.common.config import from_dict, read_yaml, to_dict
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.foreign import Rule, match, read_foreign, read_map, report
 from tokenizer.common.image_quality import psnr
-from tokenizer.data.bundled_clips import bundled_videos
+from tokenizer.data.files import bundled_videos
 from tokenizer.data.video_io import iter_clips, to_model_range
 from tokenizer.model import TokenizerConfig, TransformerConfig, VideoTokenizer
 from tokenizer.router.model import Router, RouterConfig

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from einops import rearrange, repeat
@@ -41,11 +41,12 @@ from tokenizer.blocks.patches import (
 )
 from tokenizer.blocks.structured_init import patch_filters, start_decoder, start_encoder
 from tokenizer.blocks.transformer import QFormer
-from tokenizer.budget import parse_budget
 from tokenizer.common.errors import UserError
 from tokenizer.common.hub import HubModel
-from tokenizer.streaming import BlockTokens, blocks_of, play_blocks, stream_blocks
 from tokenizer.tokens import VideoTokens
+
+if TYPE_CHECKING:  # imported by the methods that need it: no training does
+    from tokenizer.streaming import BlockTokens
 
 
 def _check_positive(config: object) -> None:
@@ -345,6 +346,7 @@ class VideoTokenizer(HubModel, nn.Module):
 
         Lengths as in `encode`. With a router a block waits for the end of its clip, else for its own.
         """
+        from tokenizer.streaming import stream_blocks
 
         def choose(video_BCTHW: Tensor | None) -> list[int] | None:
             if video_BCTHW is None and router is not None:
@@ -359,6 +361,8 @@ class VideoTokenizer(HubModel, nn.Module):
 
         Takes the output of `stream`, or whole clips. Equals `decode` up to rounding and raises the same UserError.
         """
+        from tokenizer.streaming import blocks_of, play_blocks
+
         blocks = blocks_of(tokens, self.config.num_blocks) if isinstance(tokens, VideoTokens) else tokens
         return play_blocks(self, blocks)
 
@@ -399,6 +403,8 @@ class VideoTokenizer(HubModel, nn.Module):
             return router.assign(video_BCTHW, budget or "router")
         if budget is None:
             raise UserError('encode: give length_BN, or router=..., or a budget such as "uniform:256"')
+        from tokenizer.budget import parse_budget
+
         row = parse_budget(budget, self.space).fixed_row
         if row is None:
             raise UserError(f"budget {budget!r} needs a router: encode(video, router=load_router(...), budget=...)")

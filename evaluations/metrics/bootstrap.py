@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student_t
 
+from tokenizer.common.device import rng_for
 from tokenizer.common.errors import UserError
-from tokenizer.data.video_io import rng_for
 
 DRAWS = 1000
 GROUPS = 20

@@ -29,9 +29,9 @@ import torch
 from _bench import Part, run_parts, thread_seconds
 
 from tokenizer.common.config import load_config
-from tokenizer.data.bundled_clips import bundled_videos
+from tokenizer.common.device import epoch_order
 from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
-from tokenizer.data.loader import epoch_order
+from tokenizer.data.files import bundled_videos
 from tokenizer.data.prepare import PrepareRule, prepare, prepare_video
 from tokenizer.data.video_io import iter_clips, read_clip_at, resize, write_video
 from tokenizer.data.video_table import ManifestRow, write_rows

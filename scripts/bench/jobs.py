@@ -28,7 +28,7 @@ import torch
 from _bench import Part, in_fresh_process, max_rss_bytes, peak_bytes, run_parts
 
 from evaluations.protocols import PROTOCOLS
-from tokenizer.data.bundled_clips import bundled_videos
+from tokenizer.data.files import bundled_videos
 from tokenizer.presets import build_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenizer.common.errors import run_cli
-from tokenizer.data.bundled_clips import bundled_videos
+from tokenizer.data.files import bundled_videos
 from tokenizer.data.video_io import iter_clips, to_model_range, to_uint8
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer

@@ -13,7 +13,7 @@ from sampling_files import CLASS_NAMES, CLASSES, FRAMES, common, save_random_gpt
 from autoregressive import sample_c2v, sample_frame_prediction
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
-from tokenizer.data.bundled_clips import FOLDER as BUNDLED
+from tokenizer.data.files import BUNDLED
 from tokenizer.data.video_io import write_video
 from tokenizer.presets import build_tokenizer
 

@@ -15,8 +15,8 @@ from autoregressive import sample_c2v, sample_folder, sample_frame_prediction
 from autoregressive.condition import class_order, names_of, parse_classes
 from autoregressive.sampler import Sampler
 from tokenizer.common.errors import UserError
-from tokenizer.data.bundled_clips import FOLDER as BUNDLED
 from tokenizer.data.datasets import ASCII_ORDER
+from tokenizer.data.files import BUNDLED
 from tokenizer.data.video_io import to_uint8
 from tokenizer.presets import load_tokenizer
 from tokenizer.tokens import VideoTokens

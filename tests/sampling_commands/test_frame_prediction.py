@@ -14,7 +14,7 @@ from autoregressive.sample_folder import Card, sample_page
 from autoregressive.sample_grid import sample_grid
 from autoregressive.sampler import Request, SamplingConfig
 from tokenizer.common.errors import UserError
-from tokenizer.data.bundled_clips import FOLDER as BUNDLED
+from tokenizer.data.files import BUNDLED
 from tokenizer.data.video_io import write_video
 from tokenizer.presets import load_tokenizer
 from tokenizer.tokens import VideoTokens

@@ -13,6 +13,7 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -117,6 +118,16 @@ def generator_for(seed: int, *keys: int | str) -> torch.Generator:
     Steps draw from such generators, so a resume is exact without stored generator states.
     """
     return torch.Generator().manual_seed(derive_seed(seed, *keys))
+
+
+def rng_for(seed: int, *keys: int | str) -> np.random.Generator:
+    """A numpy generator that depends on the arguments and on nothing else, the same in every process and machine."""
+    return np.random.default_rng(derive_seed(seed, *keys))
+
+
+def epoch_order(num_clips: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one epoch, int64 [num_clips]: each index once, shuffled by (seed, epoch)."""
+    return rng_for(seed, "order", epoch).permutation(num_clips)
 
 
 def set_deterministic(seed: int) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tokenizer.data.video_io import rng_for
+from tokenizer.common.device import rng_for
 
 MOTIONS = ("still", "slide slow", "slide fast", "pulse slow", "pulse fast")
 CLASS_NAMES = tuple(f"{shape} {motion}" for shape in ("disc", "bar") for motion in MOTIONS)

@@ -26,6 +26,7 @@ from typing import Generic, NamedTuple, TypeVar, overload
 import numpy as np
 import torch
 
+from tokenizer.common.device import rng_for
 from tokenizer.common.errors import UserError
 from tokenizer.data.files import Span
 from tokenizer.data.safe_decode import fingerprint_of
@@ -39,7 +40,7 @@ from tokenizer.data.sources import (
     name_hashes,
     side_to_read,
 )
-from tokenizer.data.video_io import VideoError, horizontal_flip, random_resized_crop, rng_for
+from tokenizer.data.video_io import VideoError, horizontal_flip, random_resized_crop
 
 RENDERED = tuple(f"{kind}/" for kind in RENDERED_KINDS)  # how the names of rendered scenes begin
 NO_FILE = ""  # the fingerprint of a clip that comes from no file of the user's

@@ -30,8 +30,9 @@ from typing import Any
 
 import numpy as np
 
+from tokenizer.common.device import rng_for
 from tokenizer.common.errors import UserError
-from tokenizer.data.video_io import resize_center_crop, rng_for
+from tokenizer.data.video_io import resize_center_crop
 
 MOTIONS = ("still", "walk", "turn", "strafe", "both", "mixed")
 STEADY_MOTIONS = MOTIONS[:-1]

@@ -1,4 +1,6 @@
-"""Video files on disk: which of a folder are videos, what to call them, and how to tell that one has changed.
+"""Video files on disk: which of a folder are videos, what to call them, how to tell that one has changed.
+
+Among them are the 126 real clips that come with the package.
 
 This module, `readers.py` and `cutting.py` import no torch, so the decoding process starts in a fraction of a second.
 """
@@ -6,13 +8,16 @@ This module, `readers.py` and `cutting.py` import no torch, so the decoding proc
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
+import json
 import logging
 import os
 import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -27,6 +32,8 @@ _RESOURCE_FORK = "._"  # macOS writes `._clip.mp4` beside `clip.mp4`: attributes
 _END_BYTES = 1 << 20
 _LIST_SUFFIXES = (".csv", ".tsv")
 _SNIFFED_BYTES = 4096
+BUNDLED = Path(__file__).parent / "bundled"
+SPLITS = ("train", "heldout")  # of the bundled clips
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +165,21 @@ def _videos_below(root: Path, passed_over: Counter[str]) -> Iterator[Path]:
                 yield Path(folder, name)
             else:
                 passed_over[display_name(suffix) or "without a suffix"] += 1
+
+
+@dataclass(frozen=True)
+class BundledVideo:
+    """One shipped clip (16x128x128, mp4): its file, its scene as label, and its split (splits share no source file)."""
+
+    path: Path
+    label: str
+
+
+@functools.cache
+def bundled_videos(split: str) -> tuple[BundledVideo, ...]:
+    """The shipped clips of "train" or "heldout", sorted by file name."""
+    entries = json.loads((BUNDLED / "manifest.json").read_text(encoding="utf-8"))
+    return tuple(BundledVideo(BUNDLED / e["file"], e["label"]) for e in entries if e["split"] == split)
 
 
 def is_list(file: Path) -> bool:

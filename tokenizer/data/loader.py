@@ -13,15 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tokenizer.common import distributed
+from tokenizer.common.device import epoch_order
 from tokenizer.common.distributed import Places, balance_load
 from tokenizer.common.errors import UserError
 from tokenizer.data.clips import ClipDataset, ClipSample, to_video
-from tokenizer.data.video_io import rng_for
 
 _BATCHES_AHEAD = 2  # of each worker: the default of DataLoader
 
@@ -133,11 +132,6 @@ def check_shared_memory(batch_bytes: int, num_workers: int, folder: str = "/dev/
             f"{folder} has {free / 2**20:.0f} MiB free, and {num_workers} data workers may fill {needed / 2**20:.0f} "
             "MiB: enlarge it (docker run --shm-size=8g), or set run.num_workers=0 or a smaller run.batch_size"
         )
-
-
-def epoch_order(num_clips: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch, int64 [num_clips]: each index once, shuffled by (seed, epoch)."""
-    return rng_for(seed, "order", epoch).permutation(num_clips)
 
 
 class _StepSampler:

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.clip_store import StoredClip, compress, write_compressed, write_raw
 from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
-from tokenizer.data.scenes import SCENES
+from tokenizer.data.sources import SCENES
 from tokenizer.data.video_io import to_uint8
 
 

@@ -31,14 +31,23 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from tokenizer.data.bundled_clips import KEPT_SIDE, bundled_videos, kept_frames
+from tokenizer.common.device import rng_for
 from tokenizer.data.classed_scenes import bounce
-from tokenizer.data.video_io import resize, rng_for
+from tokenizer.data.files import bundled_videos
+from tokenizer.data.video_io import iter_clips, resize
 
+KEPT_SIDE = 128  # of `kept_frames`
 NUM_LEAVES = 160
 NUM_PICTURES = 1024  # that are told apart, and kept (48 KB each): painting one costs more than all else in a scene
 RADIUS = (0.04, 0.35)  # in sides of the picture
 _GRAIN = 5.0  # grey levels of deviation of a leaf's own texture, at most
+
+
+@functools.lru_cache(maxsize=256)
+def kept_frames(split: str, clip: int) -> np.ndarray:
+    """The first and the middle frame of a bundled clip, uint8 [2, 128, 128, 3]; 100 KB each, decoded once a process."""
+    frames_THWC = next(iter_clips(bundled_videos(split)[clip].path, size=KEPT_SIDE)).frames_THWC
+    return frames_THWC[:: len(frames_THWC) // 2].copy()
 
 
 @functools.lru_cache(maxsize=NUM_PICTURES)
@@ -79,7 +88,6 @@ def _drop_leaf(image_HWC: np.ndarray, radius: float, palette_P3: np.ndarray, rng
     under_HWC += cover_HW1 * (colour_3 + shade_HW[..., None] - under_HWC)
 
 
-SCENES = 5  # raise it if a seed renders another scene, classed ones included: tables of the old scenes are then refused
 KINDS = ("still", "slow", "shapes", "mixed", "fast", "cuts")
 NUM_BLOCKS = 4
 SLOW_SPEED = (0.002, 0.008)  # sides of the picture per frame: 0.1 .. 0.5 pixels of 64

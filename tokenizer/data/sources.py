@@ -19,9 +19,8 @@ import numpy as np
 
 from tokenizer.common.checkpoint import file_sha256
 from tokenizer.common.errors import UserError
-from tokenizer.data.bundled_clips import SPLITS, BundledVideo, bundled_videos
 from tokenizer.data.clip_store import is_store, open_store
-from tokenizer.data.files import Span, display_name, list_videos
+from tokenizer.data.files import SPLITS, BundledVideo, Span, bundled_videos, display_name, list_videos
 from tokenizer.data.safe_decode import decode_clip_at
 from tokenizer.data.video_io import DecodedClip, iter_clips, read_clip_at, resize_center_crop
 from tokenizer.data.video_table import (
@@ -46,6 +45,8 @@ class Renderer(NamedTuple):
 
 
 _RENDERING = threading.Lock()  # threads read ahead, and an engine has one camera
+# version of the renderers; raise it if a seed renders another scene, classed ones included: old tables are then refused
+SCENES = 5
 RENDERED_KINDS = ("synthetic", "classed", "duotone", "doom", "steady_doom")
 
 

@@ -24,7 +24,6 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 from torch.nn import functional as F
 
-from tokenizer.common.device import derive_seed
 from tokenizer.common.errors import UserError
 from tokenizer.data.cutting import ClipEvents, Event, Place, Shown, StreamEnd, clip_at_events, clip_events, video_events
 from tokenizer.data.files import VIDEO_SUFFIXES, Span, VideoError, display_name, file_slug, list_videos
@@ -38,11 +37,6 @@ __all__ = [
 
 _LARGEST_TERM = 1_000_000  # of a frame rate as a fraction
 _CLOCK = Fraction(1, 90_000)  # a multiple of all usual frame rates
-
-
-def rng_for(seed: int, *keys: int | str) -> np.random.Generator:
-    """A numpy generator that depends on the arguments and on nothing else, the same in every process and machine."""
-    return np.random.default_rng(derive_seed(seed, *keys))
 
 
 def resize(frames_THWC: np.ndarray, height: int, width: int) -> np.ndarray:

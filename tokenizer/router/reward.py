@@ -29,7 +29,7 @@ from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
 from tokenizer.common.schema import check_fields, parse_json
 from tokenizer.data.clips import RENDERED
-from tokenizer.data.scenes import SCENES
+from tokenizer.data.sources import SCENES
 
 TOTAL_WEIGHT = 2.0  # w_q + w_l
 _FIELDS = {"names": list[str], "levels": list[int], "num_blocks": int}
