@@ -9,7 +9,6 @@ from evaluations.quality_cost.strategies import (
     default_budgets,
     reward_points,
     threshold_points,
-    threshold_rows,
     uniform_points,
 )
 from tokenizer.assignment import AssignmentSpace
@@ -25,11 +24,9 @@ def test_uniform_gives_every_block_the_level() -> None:
 
 
 def test_threshold_takes_the_shortest_that_is_good_enough_else_the_longest() -> None:
-    assert threshold_rows(TABLE, 0.35).tolist() == [2, 0, 3], (
-        "at equal tokens the better one; the longest where none is"
-    )
-    assert threshold_rows(TABLE, 0.0).tolist() == [3, 3, 3]
-    assert threshold_rows(TABLE, 1.0).tolist() == [0, 0, 0]
+    good, none, every = (point.row_S.tolist() for point in threshold_points(TABLE, (0.35, 1e-9, 1.0)))
+    assert good == [2, 0, 3], "at equal tokens the better one; the longest where none is"
+    assert (none, every) == ([3, 3, 3], [0, 0, 0])
     tokens = [SPACE.tokens_A[p.row_S].sum().item() for p in threshold_points(TABLE)]
     assert tokens == sorted(tokens, reverse=True), "a laxer threshold never takes more tokens"
 

@@ -4,10 +4,10 @@
     python -m evaluations.quality_cost --vq-ckpt T --router-ckpt R --table TABLE --out DIR
     python -m evaluations.quality_cost --protocol ucf101-recon-train --vq-ckpt T --router-ckpt R --out DIR
 
-With --protocol the clips and the metrics are those of a named protocol, and its card is written beside the result.
-Writes DIR/points.csv (one row for each setting), DIR/clips.csv (one for each clip in each setting), DIR/metrics.json
-(with the savings at equal quality and their intervals), the charts as SVG and report.html. Any number of processes may
-run the same command at once; rerun it to resume.
+With --protocol the clips and the metrics are those of a named protocol. Writes into DIR points.csv (one row for each
+setting), clips.csv (one for each clip in each setting), metrics.json (with the savings at equal quality and their
+intervals), the charts as SVG, report.html and, under a protocol, its card. Any number of processes may run the same
+command at once; rerun it to resume.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ if __name__ == "__main__":
     answer_help(parse_arguments)  # before torch is imported
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +32,8 @@ from evaluations.job import check_tokenizer, code_version
 from evaluations.metrics.clip_scores import lower_is_better
 from evaluations.metrics.extractors import load_extractor
 from evaluations.protocols import Protocol, card_of, card_text
+from evaluations.quality_cost.charts import charts
 from evaluations.quality_cost.clips import CurveClips, clips_of_flags, clips_of_protocol, settle_protocol
-from evaluations.quality_cost.job import StrategyInputs, fresh_table, rows_of_table, write_results
 from evaluations.quality_cost.points import (
     CurvePoint,
     Quality,
@@ -44,11 +46,14 @@ from evaluations.quality_cost.points import (
     summaries,
     wanted_keys,
 )
-from evaluations.quality_cost.strategies import Point
+from evaluations.quality_cost.strategies import Point, StrategyInputs, fresh_table, rows_of_table
 from evaluations.quality_cost.sweep import REAL, Figures, Measure, Measured, Sweep, claim
 from evaluations.quality_cost.video_codecs import Codec, find_codecs, pick_codecs
 from evaluations.report import CURVE_KIND, write_report
 from evaluations.scoring import Scorer, load_scorer, trained_as
+from evaluations.summary import csv_table
+from tokenizer.assignment import AssignmentSpace
+from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import to_dict
 from tokenizer.common.device import float32_mode, pick_device
 from tokenizer.common.errors import UserError, run_cli
@@ -223,6 +228,43 @@ def run_facts(
         "bootstrap": {"draws": args.draws, "seed": args.seed},
         "versions": versions(),
     }  # fmt: skip
+
+
+def _clip_rows(
+    points: Sequence[CurvePoint], rows: Sequence[Sequence[Figures]], names: Sequence[str], space: AssignmentSpace
+) -> Iterator[dict[str, Any]]:
+    """The rows of clips.csv: every clip at every point."""
+    for point, mine in zip(points, rows, strict=True):
+        for name, key, figures in zip(names, point.keys, mine, strict=True):
+            setting = {"strategy": point.strategy, "setting": point.setting, "assignment": _assignment(key, space)}
+            yield {"clip": name} | setting | figures
+
+
+def write_results(
+    folder: Path,
+    points: Sequence[CurvePoint],
+    rows: Sequence[Sequence[Figures]],
+    names: Sequence[str],
+    space: AssignmentSpace,
+    metrics: Mapping[str, Any],
+) -> None:
+    """points.csv, clips.csv, metrics.json, the charts, and the protocol card. Equal measurements give equal bytes."""
+    if card := metrics["card"]:
+        atomic_write(folder / "card.json", json.dumps(card, indent=1).encode())
+        atomic_write(folder / "card.txt", (card_text(card) + "\n").encode())
+    summaries = metrics["points"]
+    columns = list(dict.fromkeys(key for each in summaries for key in each))
+    atomic_write(folder / "points.csv", csv_table(columns, summaries))
+    columns = ["clip", "strategy", "setting", "assignment", "tokens", "bytes", *metrics["metrics"], "crf", "reached"]
+    atomic_write(folder / "clips.csv", csv_table(columns, _clip_rows(points, rows, names, space)))
+    for file, chart in charts(metrics, alone=True).items():
+        atomic_write(folder / file, chart.encode())
+    atomic_write(folder / "metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _assignment(key: str, space: AssignmentSpace) -> str:
+    kind, _, row = key.partition(":")
+    return " ".join(map(str, space.table_AN[int(row)].tolist())) if kind == "row" else ""
 
 
 if __name__ == "__main__":
