@@ -8,7 +8,6 @@ Letters: L packed ids.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from torch import Tensor
 from autoregressive.sequence import PackedSequences, SequenceLayout, pack_sequences
 from autoregressive.token_archive import TokenArchive
 from tokenizer.common.device import epoch_order, generator_for
+from tokenizer.common.distributed import balanced_partition
 from tokenizer.common.errors import UserError
 
 _OPEN_BINS = 8  # filled at the same time; more of them waste less room and change the order more
@@ -52,7 +52,7 @@ class TokenBatch:
             return [TokenBatch(self.layout, part, self.width) for part in parts]
         if num_parts > len(self.sequences):
             raise UserError(f"run.accumulate={num_parts} parts, but a process has {len(self.sequences)} clips a step")
-        shares = share_out([cost(len(id_Q), self.width) for id_Q in self.sequences], num_parts)
+        shares = balanced_partition([cost(len(id_Q), self.width) for id_Q in self.sequences], num_parts)
         return [TokenBatch(self.layout, [self.sequences[i] for i in share], self.width) for share in shares]
 
 
@@ -93,17 +93,6 @@ def cost(num_ids: int, width: int) -> float:
     return num_ids * (12.0 * width + num_ids)
 
 
-def share_out(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
-    """Indices of `costs` for each rank, so that the sums are nearly equal. Greedy: the most expensive first."""
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    least = [(0.0, rank) for rank in range(num_ranks)]
-    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        total, rank = heapq.heappop(least)
-        shares[rank].append(index)
-        heapq.heappush(least, (total + costs[index], rank))
-    return shares
-
-
 def fill_bins(clips: Iterable[int], size_of: Callable[[int], int], room: int) -> Iterator[list[int]]:
     """Clips in order -> bins of at most `room`: each clip goes into the first open bin that has room for it.
 
@@ -140,7 +129,7 @@ def _plan(
         row = _endless_row(len(num_inputs), rule.seed, start_step * rule.clips)
         while True:
             clips = list(itertools.islice(row, rule.clips))
-            yield clips, share_out([cost(num_inputs[clip], width) for clip in clips], num_shares)
+            yield clips, balanced_partition([cost(num_inputs[clip], width) for clip in clips], num_shares)
     if max(num_inputs) > rule.most_ids:
         raise UserError(f"batch_ids={rule.most_ids} is less than the {max(num_inputs)} ids of the longest clip")
     # what a bin holds depends on all before it: they are counted again, about a second for a million clips

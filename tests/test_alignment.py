@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tokenizer.common.distributed import Places
+from tokenizer.common.distributed import BatchShard
 from tokenizer.common.errors import UserError
 from tokenizer.frozen.encoders import FeatureShape, FrozenConfig
 from tokenizer.losses.gan import (
@@ -195,12 +195,14 @@ def gan_of(net: str, **settings: object) -> Gan:
     return Gan(DiscriminatorConfig(net, **{"every": 1} | NETS[net] | settings), 16, 32, 0, CPU)
 
 
-def terms(gan: Gan, real: Tensor, fake: Tensor, step: int, places: Places | None = None) -> tuple[Tensor, Tensor, dict]:
+def terms(
+    gan: Gan, real: Tensor, fake: Tensor, step: int, shard: BatchShard | None = None
+) -> tuple[Tensor, Tensor, dict]:
     """The generator's term, and the discriminator's loss with its figures."""
     with frozen(gan.module):
-        term = generator_loss(gan.config.loss, gan.judge(fake, "generator", step, places))
-    real_BK, fake_BK = gan.judge(real, "real", step, places), gan.judge(fake.detach(), "fake", step, places)
-    return term, *gan.loss(real_BK, fake_BK, step, places)
+        term = generator_loss(gan.config.loss, gan.judge(fake, "generator", step, shard))
+    real_BK, fake_BK = gan.judge(real, "real", step, shard), gan.judge(fake.detach(), "fake", step, shard)
+    return term, *gan.loss(real_BK, fake_BK, step, shard)
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
@@ -259,15 +261,15 @@ def test_draws_for_a_clip_are_the_same_on_two_processes_as_on_one(net: str) -> N
     """Labels and augmentation belong to the place in the global batch: two halves have the mean of the whole."""
     one, fake = clips(4), clips(4, seed=1)
 
-    def losses(places: Places) -> list[float]:
+    def losses(shard: BatchShard) -> list[float]:
         gan = gan_of(net, lecam=0.0)
         for module in gan.module.modules():
             if isinstance(module, LocalBatchNorm):
                 module.forward = lambda x_BES: x_BES  # type: ignore[method-assign]  # it looks at a whole group
-        return [each.item() for each in terms(gan, one[places.own], fake[places.own], 0, places)[:2]]
+        return [each.item() for each in terms(gan, one[shard.rows], fake[shard.rows], 0, shard)[:2]]
 
-    halves = [losses(Places(own, 4)) for own in ([0, 3], [1, 2])]
-    wanted = losses(Places([0, 1, 2, 3], 4))
+    halves = [losses(BatchShard(own, 4)) for own in ([0, 3], [1, 2])]
+    wanted = losses(BatchShard([0, 1, 2, 3], 4))
     assert [(a + b) / 2 for a, b in zip(*halves, strict=True)] == pytest.approx(wanted, rel=1e-5)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from resuming import assert_same_weights, fit_and_die
 from torch import Tensor
 
-from autoregressive.batches import BatchRule, TokenBatch, fill_bins, share_out, token_batches
+from autoregressive.batches import BatchRule, TokenBatch, fill_bins, token_batches
 from autoregressive.model import GPT, GPTConfig
 from autoregressive.presets import PRESETS, load_gpt
 from autoregressive.sequence import ClipCodes
@@ -23,6 +23,7 @@ from autoregressive.token_archive import ArchivedClip, ArchiveFacts, TokenArchiv
 from autoregressive.train import GPTTrainConfig, GPTTraining, cross_entropy, read, right_lengths
 from tokenizer.common.checkpoint import read_model, save_model
 from tokenizer.common.config import from_dict, to_dict
+from tokenizer.common.distributed import balanced_partition
 from tokenizer.common.errors import UserError
 from tokenizer.presets import PRESETS as TOKENIZERS
 from tokenizer.presets import build_tokenizer, load_tokenizer
@@ -127,7 +128,7 @@ def test_ranks_share_the_clips_of_one_process(archives: dict[str, str]) -> None:
 @given(costs=st.lists(st.floats(0, 1e6), max_size=30), num_ranks=st.integers(1, 8))
 @settings(max_examples=50, deadline=None)
 def test_shares_are_fair(costs: list[float], num_ranks: int) -> None:
-    shares = share_out(costs, num_ranks)
+    shares = balanced_partition(costs, num_ranks)
     assert sorted(itertools.chain(*shares)) == list(range(len(costs)))
     sums = [sum(costs[i] for i in share) for share in shares]
     assert max(sums) - min(sums) <= max(costs, default=0) + 1e-3

@@ -70,7 +70,7 @@ def test_damaged_videos_are_put_aside_by_name(tmp_path: Path, videos: Path) -> N
 
 def test_what_several_processes_meet_is_noted_once(tmp_path: Path) -> None:
     def met(**unreadable: str) -> ClipBatch:
-        return ClipBatch(torch.zeros(0), [], [], [], unreadable, places=None)  # type: ignore[arg-type]
+        return ClipBatch(torch.zeros(0), [], [], [], unreadable, shard=None)  # type: ignore[arg-type]
 
     note_unreadable(tmp_path, met())
     assert not list(tmp_path.iterdir())

@@ -33,7 +33,7 @@ from tokenizer.blocks.bottlenecks import code_usage
 from tokenizer.common import distributed
 from tokenizer.common.checkpoint import init_from
 from tokenizer.common.device import generator_for
-from tokenizer.common.distributed import Places
+from tokenizer.common.distributed import BatchShard
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.image_quality import psnr
 from tokenizer.data.clips import DataConfig, build_dataset, check_used
@@ -54,10 +54,10 @@ from tokenizer.viz.frames import save_comparison
 class Policy(Protocol):
     """Clips -> their lengths, int64 [B, N] on the CPU. Draws only from the generator.
 
-    places: positions of the clips in the global batch; None if they are the whole batch.
+    shard: the rows of the clips in the global batch; None if they are the whole batch.
     """
 
-    def __call__(self, video_BCTHW: Tensor, generator: torch.Generator, places: Places | None = None) -> Tensor: ...
+    def __call__(self, video_BCTHW: Tensor, generator: torch.Generator, shard: BatchShard | None = None) -> Tensor: ...
 
 
 _OF_ROUTER = ("router_ckpt", "router_config", "router_sha256")
@@ -94,7 +94,7 @@ def build_policy(config: PolicyConfig, tokenizer: TokenizerConfig, device: torch
     if config.kind == "fixed":
         length_N = torch.tensor(config.lengths)
         space.rows_of(length_N)
-        return lambda video_BCTHW, generator, places=None: length_N.expand(len(video_BCTHW), -1)
+        return lambda video_BCTHW, generator, shard=None: length_N.expand(len(video_BCTHW), -1)
     from tokenizer.router.predict import check_router_fits, load_router  # stage 4 alone needs the router's code
 
     router = load_router(config.router_ckpt, device, config.router_config or None)
@@ -104,16 +104,16 @@ def build_policy(config: PolicyConfig, tokenizer: TokenizerConfig, device: torch
             f"policy.router_sha256={config.router_sha256} is not that of {config.router_ckpt}, {router.sha256}"
         )
     config.router_sha256 = router.sha256
-    return lambda video_BCTHW, generator, places=None: router.assign(video_BCTHW, together=device.type == "cuda")
+    return lambda video_BCTHW, generator, shard=None: router.assign(video_BCTHW, together=device.type == "cuda")
 
 
 def _random(
-    space: AssignmentSpace, video_BCTHW: Tensor, generator: torch.Generator, places: Places | None = None
+    space: AssignmentSpace, video_BCTHW: Tensor, generator: torch.Generator, shard: BatchShard | None = None
 ) -> Tensor:
     """Drawn for the whole global batch, so that a clip's lengths do not depend on the number of processes."""
-    if places is None:
+    if shard is None:
         return space.lengths_of(space.draw_rows(len(video_BCTHW), generator))
-    return space.lengths_of(places.pick(space.draw_rows(places.total, generator)))
+    return space.lengths_of(shard.pick(space.draw_rows(shard.total, generator)))
 
 
 _PICTURED = 6  # clips in the picture of a validation
@@ -225,7 +225,7 @@ class TokenizerTraining:
                 fake_BCTHW, loss, terms = self.reconstruct(part, step)
                 if gan is not None and gan.started(step):
                     with frozen(gan.module):
-                        logits_BK = gan.judge(fake_BCTHW, "generator", step, part.places)
+                        logits_BK = gan.judge(fake_BCTHW, "generator", step, part.shard)
                     gan_loss = generator_loss(gan.config.loss, logits_BK)
                     loss = loss + self.config.loss.gan * gan_loss
                     terms = {**terms, "gan": gan_loss.detach()}
@@ -237,9 +237,9 @@ class TokenizerTraining:
             discriminator = Update(self.state.discriminator, run, step)
             for number, (part, fake_BCTHW) in enumerate(zip(parts, fakes, strict=True)):
                 with discriminator.forward(number, len(parts)):
-                    real_BK = gan.judge(part.video(self.device), "real", step, part.places)
-                    fake_BK = gan.judge(fake_BCTHW, "fake", step, part.places)
-                    loss, terms = gan.loss(real_BK, fake_BK, step, part.places)
+                    real_BK = gan.judge(part.video(self.device), "real", step, part.shard)
+                    fake_BK = gan.judge(fake_BCTHW, "fake", step, part.shard)
+                    loss, terms = gan.loss(real_BK, fake_BK, step, part.shard)
                 discriminator.backward(loss, terms)
             updates.append(discriminator)
 
@@ -249,7 +249,7 @@ class TokenizerTraining:
         """Clips -> their reconstructions [B, C, T, H, W], the loss without its GAN term, and the figures to log."""
         generator = generator_for(self.config.run.seed, "loss", step)
         video_BCTHW = batch.video(self.device)
-        length_BN = self.policy(video_BCTHW, generator, batch.places)
+        length_BN = self.policy(video_BCTHW, generator, batch.shard)
         output = self.model(video_BCTHW, length_BN, self.alignment.layer if self.alignment else 0, generator)
         align = None
         if self.alignment is not None and output.feature_BMD is not None:
@@ -298,7 +298,7 @@ class TokenizerTraining:
             num = 1 if step == 0 else min(-(-(needed - found) * step // found), _START_BATCHES - step)
             for batch in batches(self.data, run.batch_size, run.seed, step, run.num_workers, steps=num):
                 video_BCTHW = batch.video(self.device)
-                length_BN = self.policy(video_BCTHW, generator, batch.places)
+                length_BN = self.policy(video_BCTHW, generator, batch.shard)
                 latents.append(distributed.rows_of_all(self.model.encode_latents(video_BCTHW, pack(length_BN))))
             found, step = sum(map(len, latents)), step + num
         self.model.quantizer.start(torch.cat(latents), generator)
@@ -312,11 +312,11 @@ class TokenizerTraining:
         chosen, measured = self._validation_clips(), defaultdict[str, list[Tensor]](list)
         own = distributed.own_part(len(chosen))
         for start in range(own.start, own.stop, at_once):
-            places = list(range(start, min(start + at_once, own.stop)))
-            real = torch.stack([self.val_data.get(chosen[place]).video_CTHW for place in places]).to(self.device)
-            shape, generator = (len(places), config.model.num_blocks), generator_for(config.run.seed, "validate")
+            shard = BatchShard(list(range(start, min(start + at_once, own.stop))), len(chosen))
+            real = torch.stack([self.val_data.get(chosen[row]).video_CTHW for row in shard.rows]).to(self.device)
+            shape, generator = (len(real), config.model.num_blocks), generator_for(config.run.seed, "validate")
             assignments = {f"at_{level}": torch.full(shape, level) for level in config.model.levels}
-            assignments["policy"] = self.policy(real, generator, Places(places, len(chosen)))
+            assignments["policy"] = self.policy(real, generator, shard)
             for name, length_BN in assignments.items():
                 ours = self.model(real, length_BN).video_BCTHW.clamp(0, 1)
                 measured[f"psnr_{name}"].append(psnr(ours, real))

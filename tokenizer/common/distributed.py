@@ -195,26 +195,41 @@ def _several() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-class Places(NamedTuple):
-    """Positions of a batch's clips in the global batch of the step.
+class BatchShard(NamedTuple):
+    """The rows of the step's global batch that a batch holds.
 
-    Random numbers are drawn for the whole global batch, then `places.pick(drawn_B)` takes those of these clips, so
-    they do not depend on the number of processes.
+    Random numbers are drawn for the whole global batch, then `shard.pick(drawn_B)` takes those of these clips, so they
+    do not depend on the number of processes.
     """
 
-    own: list[int]
+    rows: list[int]
     total: int
 
     def pick(self, drawn: Tensor) -> Tensor:
         """The rows of this batch out of those of the global batch [total, ..]."""
-        return drawn[self.own]
+        return drawn[self.rows]
+
+
+def balanced_partition(costs: Sequence[float], num_parts: int, most: int | None = None) -> list[list[int]]:
+    """Indices of `costs` in parts of nearly equal sums, each of at most `most` if given.
+
+    Greedy: the most expensive first, to the cheapest part that has room.
+    """
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    cost_of = [0.0] * num_parts
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        open_parts = (p for p in range(num_parts) if most is None or len(parts[p]) < most)
+        part = min(open_parts, key=cost_of.__getitem__)
+        parts[part].append(index)
+        cost_of[part] += costs[index]
+    return parts
 
 
 def balance_load(num_clips: int, num_parts: int, costs: Sequence[float] | None = None) -> list[list[int]]:
-    """Load balancing: positions 0 .. num_clips-1 split into `num_parts` of equal size.
+    """Load balancing: rows 0 .. num_clips-1 split into `num_parts` of equal size.
 
-    Without costs the parts are consecutive. With costs (e.g. tokens of each clip) greedy: most expensive clip first,
-    to the cheapest part that has room. UserError if the clips cannot be split equally.
+    Without costs the parts are consecutive, with costs (e.g. tokens of each clip) see `balanced_partition`. UserError
+    if the clips cannot be split equally.
     """
     if num_clips % num_parts:
         near = max(num_parts, round(num_clips / num_parts) * num_parts)
@@ -225,10 +240,4 @@ def balance_load(num_clips: int, num_parts: int, costs: Sequence[float] | None =
     room = num_clips // num_parts
     if costs is None or num_parts == 1:
         return [list(range(part * room, (part + 1) * room)) for part in range(num_parts)]
-    parts: list[list[int]] = [[] for _ in range(num_parts)]
-    cost_of = [0.0] * num_parts
-    for place in sorted(range(num_clips), key=lambda place: -costs[place]):
-        part = min((p for p in range(num_parts) if len(parts[p]) < room), key=lambda p: cost_of[p])
-        parts[part].append(place)
-        cost_of[part] += costs[place]
-    return [sorted(part) for part in parts]
+    return [sorted(part) for part in balanced_partition(costs, num_parts, room)]

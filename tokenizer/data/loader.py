@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tokenizer.common import distributed
 from tokenizer.common.device import epoch_order
-from tokenizer.common.distributed import Places, balance_load
+from tokenizer.common.distributed import BatchShard, balance_load
 from tokenizer.common.errors import UserError
 from tokenizer.data.clips import ClipDataset, ClipSample, to_video
 
@@ -37,7 +37,7 @@ class ClipBatch:
     labels: list[str | None]
     kinds: list[str | None]
     unreadable: dict[str, str]
-    places: Places
+    shard: BatchShard
 
     def pin_memory(self) -> ClipBatch:
         """The same in memory that a GPU can fetch by itself while the last step still runs; called by DataLoader."""
@@ -63,7 +63,7 @@ class ClipBatch:
                 self.labels[cut],
                 self.kinds[cut],
                 self.unreadable if cut.start == 0 else {},
-                Places(self.places.own[cut], self.places.total),
+                BatchShard(self.shard.rows[cut], self.shard.total),
             )
             for cut in cuts
         ]
@@ -182,7 +182,7 @@ def _collate(batch_size: int, placed: list[tuple[int, ClipSample]]) -> ClipBatch
         labels=[sample.label for sample in samples],
         kinds=[sample.kind for sample in samples],
         unreadable={name: reason for sample in samples for name, reason in sample.unreadable.items()},
-        places=Places([place for place, _ in placed], batch_size),
+        shard=BatchShard([place for place, _ in placed], batch_size),
     )
 
 

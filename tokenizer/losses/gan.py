@@ -26,7 +26,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from tokenizer.blocks.patches import patchify, sincos_3d
 from tokenizer.blocks.transformer import ViTLayer
 from tokenizer.common.device import generator_for
-from tokenizer.common.distributed import Places, mean_over_ranks
+from tokenizer.common.distributed import BatchShard, mean_over_ranks
 from tokenizer.common.errors import UserError
 from tokenizer.frozen.encoders import FrozenConfig, FrozenVideoMAE
 from tokenizer.training.optim import OptimConfig
@@ -182,22 +182,22 @@ def discriminator_loss(
     fake_BK: Tensor,
     label_noise: float,
     generator: torch.Generator,
-    places: Places | None = None,
+    shard: BatchShard | None = None,
 ) -> Tensor:
     """The discriminator's loss, a scalar: the mean of its losses on real clips and on reconstructions.
 
     non_saturating: binary cross-entropy against noisy labels, drawn for every place from [1 - label_noise, 1] for
     real clips and from [0, label_noise] for reconstructions.
     hinge: relu(1 - real) and relu(1 + fake), without labels; draws nothing.
-    places: positions of the clips in the global batch, if they are not all of it.
+    shard: the rows of the clips in the global batch, if they are not all of it.
     """
     real_BK, fake_BK = real_BK.float(), fake_BK.float()
     if kind == "hinge":
         return (F.relu(1 - real_BK).mean() + F.relu(1 + fake_BK).mean()) / 2
-    places = places or Places(list(range(len(real_BK))), len(real_BK))
-    shape = (2, places.total, real_BK.shape[1])  # drawn for all clips, so that processes draw what one would
+    shard = shard or BatchShard(list(range(len(real_BK))), len(real_BK))
+    shape = (2, shard.total, real_BK.shape[1])  # drawn for all clips, so that processes draw what one would
     real_noise_BK, fake_noise_BK = (
-        places.pick(noise).to(real_BK.device) for noise in torch.rand(shape, generator=generator) * label_noise
+        shard.pick(noise).to(real_BK.device) for noise in torch.rand(shape, generator=generator) * label_noise
     )
     real = F.binary_cross_entropy_with_logits(real_BK, 1 - real_noise_BK)
     return (real + F.binary_cross_entropy_with_logits(fake_BK, fake_noise_BK)) / 2
@@ -244,14 +244,14 @@ CUTOUT = 0.2  # of the side, the side of the hole
 _BRIGHTNESS = 0.25  # of the pixel range, the most that is added or taken
 
 
-def augment_clips(video_BCTHW: Tensor, generator: torch.Generator, places: Places | None = None) -> Tensor:
+def augment_clips(video_BCTHW: Tensor, generator: torch.Generator, shard: BatchShard | None = None) -> Tensor:
     """Pixels around [0, 1] -> the same clips altered, each by its own draw; gradients flow to the pixels.
 
     Pixels that a shift or a hole leaves empty are grey (0.5). Draws come from `generator`, on the CPU, seven for each
-    clip of the global batch. places: positions of these clips in it, if they are not all of it.
+    clip of the global batch. shard: the rows of these clips in it, if they are not all of it.
     """
-    places = places or Places(list(range(len(video_BCTHW))), len(video_BCTHW))
-    draw_B7 = places.pick(torch.rand(places.total, 7, generator=generator))
+    shard = shard or BatchShard(list(range(len(video_BCTHW))), len(video_BCTHW))
+    draw_B7 = shard.pick(torch.rand(shard.total, 7, generator=generator))
     x = video_BCTHW - 0.5  # grey is 0
     x = _cut_hole(_shift(_recolour(x, draw_B7[:, :3]), draw_B7[:, 3:5]), draw_B7[:, 5:])
     return x + 0.5
@@ -351,25 +351,25 @@ class Gan:
         """Whether the discriminator is updated at this step."""
         return self.started(step) and (step - self.config.start_step) % self.config.every == 0
 
-    def judge(self, video_BCTHW: Tensor, side: str, step: int, places: Places | None = None) -> Tensor:
+    def judge(self, video_BCTHW: Tensor, side: str, step: int, shard: BatchShard | None = None) -> Tensor:
         """Pixels around [0, 1] -> logits_BK, high for real clips. Augments first if config.augment.
 
-        side: "generator", "real" or "fake"; each draws on its own. places: positions of the clips in the global
+        side: "generator", "real" or "fake"; each draws on its own. shard: rows of the clips in the global
         batch, if they are not all of it; draws do not depend on the number of processes.
         """
         if self.config.augment:
-            video_BCTHW = augment_clips(video_BCTHW, generator_for(self.seed, "augment", side, step), places)
+            video_BCTHW = augment_clips(video_BCTHW, generator_for(self.seed, "augment", side, step), shard)
         return self.discriminator(video_BCTHW)
 
     def loss(
-        self, real_BK: Tensor, fake_BK: Tensor, step: int, places: Places | None = None
+        self, real_BK: Tensor, fake_BK: Tensor, step: int, shard: BatchShard | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss with LeCam, and what to log.
 
         accuracy: share of places judged rightly (0.5 = guessing); logit_gap: mean real minus mean fake.
         """
         config, labels = self.config, generator_for(self.seed, "labels", step)
-        total = discriminator_loss(config.loss, real_BK, fake_BK, config.label_noise, labels, places)
+        total = discriminator_loss(config.loss, real_BK, fake_BK, config.label_noise, labels, shard)
         terms = {"gan": total.detach()}
         if config.lecam > 0:
             self.lecam.update(real_BK, fake_BK)

@@ -10,7 +10,7 @@ Letters: B clips of a batch, S clips of a table, C T H W, A assignments (rows).
 
 Views of a clip under which the same assignment stays best, or nearly: what a router learns from a small table.
 
-Everything is drawn for the whole global batch and then picked (Places), so the views do not depend on the number of
+Everything is drawn for the whole global batch and then picked (BatchShard), so the views do not depend on the number of
 processes. Letters: B clips of a batch, C T H W, K patches that are seen.
 """
 
@@ -38,7 +38,7 @@ from tokenizer.assignment import AssignmentSpace
 from tokenizer.common import distributed
 from tokenizer.common.checkpoint import file_sha256, init_from
 from tokenizer.common.device import generator_for
-from tokenizer.common.distributed import Places
+from tokenizer.common.distributed import BatchShard
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.clip_store import FrameCache
 from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset, check_used
@@ -67,14 +67,14 @@ from tokenizer.training.trainer import RunConfig, TrainState, fit, portion, star
 
 
 def zoom_and_turn(
-    video_BCTHW: Tensor, crop_scale: float, flip: bool, turns: bool, generator: torch.Generator, places: Places
+    video_BCTHW: Tensor, crop_scale: float, flip: bool, turns: bool, generator: torch.Generator, shard: BatchShard
 ) -> Tensor:
     """Each clip zoomed into a random square and, if asked, seen in a mirror or turned; all its frames alike.
 
     crop_scale: the smallest side of the square as a part of the frame; 1.0 leaves the frame whole.
     flip: left to right with probability 1/2. turns: upside down and along the diagonal too; all eight views with flip.
     """
-    num_clips = places.total
+    num_clips = shard.total
     side_B = 1 - (1 - crop_scale) * torch.rand(num_clips, generator=generator)  # uniform in (crop_scale, 1]
     shift_B2 = (1 - side_B)[:, None] * (2 * torch.rand(num_clips, 2, generator=generator) - 1)
     mirrored_B2 = torch.zeros(num_clips, 2, dtype=torch.bool)  # along x and y
@@ -85,11 +85,11 @@ def zoom_and_turn(
         mirrored_B2[:, 1] = torch.rand(num_clips, generator=generator) < 0.5
         swapped_B = torch.rand(num_clips, generator=generator) < 0.5
     if crop_scale == 1:  # whole frames: exact, and without interpolation
-        return _mirror(video_BCTHW, places.pick(mirrored_B2), places.pick(swapped_B))
+        return _mirror(video_BCTHW, shard.pick(mirrored_B2), shard.pick(swapped_B))
     affine_B22 = torch.eye(2).repeat(num_clips, 1, 1)
     affine_B22[swapped_B] = affine_B22[swapped_B].flip(1)
     affine_B22 = affine_B22 * side_B[:, None, None] * torch.where(mirrored_B2, -1.0, 1.0)[..., None]
-    affine_B23 = places.pick(torch.cat([affine_B22, shift_B2[..., None]], dim=2)).to(video_BCTHW.device)
+    affine_B23 = shard.pick(torch.cat([affine_B22, shift_B2[..., None]], dim=2)).to(video_BCTHW.device)
     frames = video_BCTHW.flatten(1, 2)  # [B, C * T, H, W]
     grid = F.affine_grid(affine_B23, list(frames.shape), align_corners=False)  # [B, H, W, 2]
     return F.grid_sample(frames, grid, padding_mode="border", align_corners=False).view_as(video_BCTHW)
@@ -107,19 +107,19 @@ def _mirror(video_BCTHW: Tensor, mirrored_B2: Tensor, swapped_B: Tensor) -> Tens
     return video_BCTHW
 
 
-def recolour(video_BCTHW: Tensor, generator: torch.Generator, places: Places) -> Tensor:
+def recolour(video_BCTHW: Tensor, generator: torch.Generator, shard: BatchShard) -> Tensor:
     """Each clip with its three colours in a random order and, with probability 1/2, as a negative. Pixels in [0, 1]."""
     device = video_BCTHW.device
-    order_B3 = places.pick(torch.rand(places.total, 3, generator=generator).argsort(dim=1)).to(device)
-    negative_B = places.pick(torch.rand(places.total, generator=generator) < 0.5).to(device)
+    order_B3 = shard.pick(torch.rand(shard.total, 3, generator=generator).argsort(dim=1)).to(device)
+    negative_B = shard.pick(torch.rand(shard.total, generator=generator) < 0.5).to(device)
     video_BCTHW = video_BCTHW.take_along_dim(order_B3[..., None, None, None], dim=1)
     return torch.where(negative_B[:, None, None, None, None], 1 - video_BCTHW, video_BCTHW)
 
 
-def draw_patches(num_patches: int, share: float, generator: torch.Generator, places: Places) -> Tensor:
+def draw_patches(num_patches: int, share: float, generator: torch.Generator, shard: BatchShard) -> Tensor:
     """seen_BK: numbers of the patches that each clip shows, at least one, all different, in no order."""
     num_seen = max(1, round(share * num_patches))
-    return places.pick(torch.rand(places.total, num_patches, generator=generator).argsort(dim=1)[:, :num_seen])
+    return shard.pick(torch.rand(shard.total, num_patches, generator=generator).argsort(dim=1)[:, :num_seen])
 
 
 WITHIN_WEIGHT = 4.0  # of the differences between a clip's rows, see quality_loss
@@ -258,14 +258,14 @@ class RouterTraining:
         """Cross-entropy of the scores against the labels, soft or hard; of qualities the mean squared error."""
         config, data, device = self.config, self.config.data, self.state.device
         video_BCTHW = batch.video(device)
-        generator, places = generator_for(config.run.seed, "augment", step), batch.places
+        generator, shard = generator_for(config.run.seed, "augment", step), batch.shard
         if data.augment:
-            video_BCTHW = zoom_and_turn(video_BCTHW, data.crop_scale, data.flip, config.turns, generator, places)
+            video_BCTHW = zoom_and_turn(video_BCTHW, data.crop_scale, data.flip, config.turns, generator, shard)
         if config.colours:
-            video_BCTHW = recolour(video_BCTHW, generator, places)
+            video_BCTHW = recolour(video_BCTHW, generator, shard)
         seen_BK = None
         if config.seen_patches < 1:
-            seen_BK = draw_patches(config.model.num_places, config.seen_patches, generator, places).to(device)
+            seen_BK = draw_patches(config.model.num_places, config.seen_patches, generator, shard).to(device)
         clip_B = [self.row_of[name] for name in batch.names]
         logits_BA = self.state.model(self.stem(video_BCTHW), seen_BK).float()
         if config.labels == "quality":
