@@ -22,7 +22,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from evaluations.protocols import Protocol
-from evaluations.shards import check_form, read_json
+from evaluations.shards import read_json
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.device import rng_for
 from tokenizer.common.errors import UserError
@@ -265,8 +265,7 @@ def _frame_counts(protocol: Protocol, videos: Sequence[_Video], cache: Path | No
         if not file.is_file():
             atomic_write(file, json.dumps(_count_frames(protocol, videos, workers)).encode())
     counts = read_json(file)
-    check_form(file, counts, [int])
-    if len(counts) != len(videos):
+    if not isinstance(counts, list) or list(map(type, counts)) != [int] * len(videos):
         raise UserError(f"{file}: does not hold the numbers of frames of {len(videos)} videos; remove it")
     return counts
 

@@ -43,9 +43,10 @@ from evaluations.metrics.extractors import I3D_SHA256
 from evaluations.metrics.frechet import NAMES
 from evaluations.protocols import Protocol, card_text
 from evaluations.quality_cost.charts import charts
-from evaluations.shards import check_form, check_metrics, read_json
+from evaluations.shards import RUN_AGAIN, check_metrics, read_json
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.schema import check_fields
 from tokenizer.viz.page import between_markers, has_markers, markdown_table, render
 
 PAPER = Path(__file__).with_name("paper.json")
@@ -54,15 +55,15 @@ NONE = "-"
 MINIATURE = "miniature"
 
 
-_FIELDS = [field.name for field in dataclasses.fields(Protocol)]
+_PROTOCOL_CARD = {"clip_words": str, "protocol": {field.name: object for field in dataclasses.fields(Protocol)}}
 _CURVE = {
-    "card": (dict, type(None)),
+    "card": dict | None,
     "tokenizer": {"paper_size": bool},
     "num_clips": int,
     "few_clips": bool,
-    "points": [{"strategy": str, "setting": str, "bytes": (int, float)}],
+    "points": [{"strategy": str, "setting": str, "bytes": float}],
     "savings": [{"strategy": str, "metric": str, "cost": str, "interval": {"level": float}}],
-    **{name: [str] for name in ("metrics", "frechet", "notes", "missing_codecs")},
+    **dict.fromkeys(("metrics", "frechet", "notes", "missing_codecs"), list[str]),
 }
 
 
@@ -129,14 +130,14 @@ def find_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
         for path in paths:
             data = read_json(path)
             if isinstance(data, dict) and data.get("kind") == CURVE_KIND:
-                check_form(path, data, _CURVE)
+                check_fields(data, _CURVE, str(path), RUN_AGAIN)
             elif isinstance(data, dict) and isinstance(data.get("card"), dict):
                 check_metrics(path, data)
             else:
                 foreign.append(str(path))
                 continue
             if data["card"]:
-                check_form(path, data["card"], {"clip_words": str, "protocol": dict.fromkeys(_FIELDS, object)}, "card")
+                check_fields(data["card"], _PROTOCOL_CARD, str(path), RUN_AGAIN, "card.")
             runs.append(Run(path.absolute().parent, data))
     if not runs:
         raise UserError(f"{foreign[0]}: is not of an evaluation (no protocol card) and not of quality_cost_curve.sh")

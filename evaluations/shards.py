@@ -35,6 +35,7 @@ from torch import Tensor
 from evaluations.metrics.clip_scores import LOWER_IS_BETTER
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
+from tokenizer.common.schema import check_fields, parse_json
 from tokenizer.common.work_units import WorkUnits, claim_folder, lock
 
 SHARD = 32  # clips; a killed process loses those of the shards that it has open
@@ -229,9 +230,14 @@ class Result:
         return self.summary["card"]
 
 
-_NUMBER, _MAYBE = (int, float), (int, float, type(None))
-_CARD = {"protocol": {"name": str, "miniature": bool, "changed": [str]}, "protocol_hash": str}
-_METRIC = {"value": _NUMBER, "low": _MAYBE, "high": _MAYBE}
+RUN_AGAIN = "run the evaluation again"
+_METRICS = {
+    "card": {"protocol": {"name": str, "miniature": bool, "changed": list[str]}, "protocol_hash": str},
+    "num_clips": int,
+    "notes": list[str],
+    "metrics": dict,
+}
+_METRIC = {"value": float, "low": float | None, "high": float | None}
 
 
 def read_result(folder: str | Path) -> Result:
@@ -269,44 +275,15 @@ def _figure(table: Path, line: int, column: str, cell: str) -> float:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; UserError for a missing one, and for NaN and infinite numbers."""
+    """The content of a JSON file; UserError for a missing or damaged one."""
     if not path.is_file():
         raise UserError(f"{path.parent}: has no {path.name}; finish the evaluation first")
-
-    def refuse(word: str) -> Any:
-        raise ValueError(f"{word} is no number")
-
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: is damaged or no json ({str(error)[:80]}); run the evaluation again") from error
+    return parse_json(path.read_bytes(), str(path), RUN_AGAIN)
 
 
 def check_metrics(path: Path, data: Any) -> dict[str, Any]:
     """`data` if it has the form of an evaluation's metrics.json; else UserError names the first wrong field."""
-    form = {"card": _CARD, "num_clips": int, "notes": [str], "metrics": {}}
-    check_form(path, data, form)
+    check_fields(data, _METRICS, str(path), RUN_AGAIN)
     for name, metric in data["metrics"].items():
-        check_form(path, metric, _METRIC, f"metrics.{name}")
+        check_fields(metric, _METRIC, str(path), RUN_AGAIN, f"metrics.{name}.")
     return data
-
-
-def check_form(path: Path, data: Any, form: Any, where: str = "") -> None:
-    """UserError unless `data` has the keys and types of `form`: a type or types, [type], or a dict of forms."""
-    if isinstance(form, dict):
-        fits = isinstance(data, dict) and form.keys() <= data.keys()
-        missing = [] if not isinstance(data, dict) else [key for key in form if key not in data]
-        if not fits:
-            lacks = f"lacks {missing[0]}" if missing else f"is a {type(data).__name__}"
-            raise UserError(f"{path}: {where or 'the file'} {lacks}; it is not as an evaluation writes it")
-        for key, inner in form.items():
-            check_form(path, data[key], inner, f"{where}.{key}".lstrip("."))
-        return
-    if isinstance(form, list):
-        check_form(path, data, list, where)
-        for i, each in enumerate(data):
-            check_form(path, each, form[0], f"{where}[{i}]")
-        return
-    allowed = form if isinstance(form, tuple) else (form,)
-    if not isinstance(data, allowed) or (isinstance(data, bool) and not {bool, object} & set(allowed)):
-        raise UserError(f"{path}: {where} is {str(data)[:40]}, which an evaluation does not write")

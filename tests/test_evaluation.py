@@ -404,9 +404,9 @@ def test_damaged_results_are_one_line(of_folder: Run, tmp_path: Path, capsys: py
     metrics, table = (out / "metrics.json").read_text(), (out / "per_clip.csv").read_text()
     for name, text, words in (
         ("metrics.json", metrics.replace('"num_clips": 3', '"num_clips": NaN'), "NaN is no number"),
-        ("metrics.json", metrics.replace('"num_clips": 3', '"num_clips": true'), "num_clips is True"),
-        ("metrics.json", "[" * 100_000, "damaged or no json"),
-        ("metrics.json", '{"card": []}', "lacks num_clips"),
+        ("metrics.json", metrics.replace('"num_clips": 3', '"num_clips": true'), "num_clips = True is not int"),
+        ("metrics.json", "[" * 100_000, "cannot be read as JSON"),
+        ("metrics.json", '{"card": []}', "expected an object"),
         ("per_clip.csv", table.replace("100.0", "nan"), "psnr is 'nan'"),
         ("per_clip.csv", table.replace("b.mp4", "a.mp4"), "the name of another row"),
         ("per_clip.csv", table[: len(table) // 2], "scored clips"),

@@ -33,26 +33,40 @@ def read_json(path: Path, fields: Mapping[str, Any], way_out: str) -> dict[str, 
 
 
 def parse_json(text: str | bytes, origin: str, way_out: str) -> Any:
-    """The value of a JSON text. UserError, which ends with `way_out`, for no JSON and for too deep nesting."""
+    """The value of a JSON text. UserError, which ends with `way_out`, for no JSON, NaN, inf and too deep nesting."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin}: damaged: cannot be read as JSON ({type(error).__name__}); {way_out}") from error
+        raise UserError(f"{origin}: damaged: cannot be read as JSON ({str(error)[:80]}); {way_out}") from error
 
 
-def check_fields(data: Any, fields: Mapping[str, Any], origin: str, way_out: str) -> dict[str, Any]:
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
+
+
+def check_fields(data: Any, fields: Mapping[str, Any], origin: str, way_out: str, inside: str = "") -> dict[str, Any]:
     """`data` must be an object that has all `fields`: name -> its type, such as int, list[int] or str | None.
 
-    A bool is no number, an int passes for a float, and a float must be finite. Other fields are left alone.
+    In place of a type, a mapping is the fields of an object, and [mapping] those of each in a list. A bool is no
+    number, an int passes for a float, and a float must be finite. Other fields are left alone. inside: for messages,
+    such as "card.".
     """
     if not isinstance(data, dict):
-        raise UserError(f"{origin}: expected an object, found {_short(data)}; {way_out}")
+        place = inside.rstrip(".") and f"{inside.rstrip('.')}: "
+        raise UserError(f"{origin}: {place}expected an object, found {_short(data)}; {way_out}")
     for name, hint in fields.items():
         if name not in data:
-            raise UserError(f"{origin}: lacks {name!r}; {way_out}")
-        if not _fits(data[name], hint):
-            wanted = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-            raise UserError(f"{origin}: {name} = {_short(data[name])} is not {wanted}; {way_out}")
+            raise UserError(f"{origin}: lacks {inside + name!r}; {way_out}")
+        value, place = data[name], f"{inside}{name}"
+        if isinstance(hint, Mapping):
+            check_fields(value, hint, origin, way_out, f"{place}.")
+        elif isinstance(hint, list) and isinstance(value, list):
+            for i, each in enumerate(value):
+                check_fields(each, hint[0], origin, way_out, f"{place}[{i}].")
+        elif isinstance(hint, list) or not _fits(value, hint):
+            plain = isinstance(hint, type) and not typing.get_args(hint)
+            wanted = hint.__name__ if plain else "a list" if isinstance(hint, list) else str(hint)
+            raise UserError(f"{origin}: {place} = {_short(value)} is not {wanted}; {way_out}")
     return data
 
 
