@@ -44,7 +44,7 @@ from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.video_io import VideoError, to_model_range, to_uint8
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
-from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
+from tokenizer.router.predict import TrainedRouter, router_of_flags
 
 
 def main() -> None:
@@ -55,15 +55,8 @@ def main() -> None:
     require(args, "vq_ckpt")
     tokenizer = load_tokenizer(args.vq_ckpt, evaluation.device, args.tok_config)
     check_tokenizer(evaluation.protocol, tokenizer)
-    if args.router_config is not None and args.router_ckpt is None:
-        raise UserError("--router-config is only checked against weights; give --router-ckpt too")
     budget = parse_budget(args.budget, tokenizer.space)
-    budget.check_trade_off(args.trade_off)
-    router = None
-    if args.router_ckpt is not None:
-        router = load_router(args.router_ckpt, evaluation.device, args.router_config, args.trade_off)
-        check_router_fits(router, tokenizer.config)
-        router.check_budget(budget)
+    router = router_of_flags(args, tokenizer, budget, dash="-")
     evaluation.run(Reconstruction(tokenizer, router, budget, evaluation.clips))
 
 
@@ -74,8 +67,6 @@ class Reconstruction:
         self, tokenizer: VideoTokenizer, router: TrainedRouter | None, budget: Budget, clips: ClipList
     ) -> None:
         self.tokenizer, self.router, self.budget = tokenizer, router, budget
-        if self.budget.needs_router and router is None:
-            raise UserError(f"--budget {budget.text} needs a router: give --router-ckpt, or a budget such as uniform:K")
         self.price = None if self.budget.average_tokens is None else self._price_of_the_set(clips)
 
     def facts(self) -> dict[str, Any]:

@@ -222,6 +222,6 @@ def test_mistakes_are_one_line(folder: Path, tokens_path: Path, run: Callable[..
         run(detokenize, tokens_path, *out, "--side-by-side")
     with pytest.raises(UserError, match="needs all clips before the first"):
         run(tokenize, folder / "film.mp4", "--out", tmp_path, "--budget", "average:16")
-    with pytest.raises(UserError, match="asks a router: give --router_ckpt"):
+    with pytest.raises(UserError, match="needs a router: give --router_ckpt"):
         run(tokenize, folder / "film.mp4", "--out", tmp_path)
     assert not (tmp_path / "x.mp4").exists() and not list(tmp_path.glob(".writing*"))

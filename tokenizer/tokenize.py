@@ -46,7 +46,7 @@ import torch
 from av.video.codeccontext import VideoCodecContext
 from tqdm import tqdm
 
-from tokenizer.budget import Budget, choose_rows, keeps_quality, parse_budget
+from tokenizer.budget import choose_rows, keeps_quality, parse_budget
 from tokenizer.common.device import pick_device
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.work_units import lock, map_ahead
@@ -55,15 +55,14 @@ from tokenizer.data.safe_decode import decode_video
 from tokenizer.data.video_io import DecodedClip, VideoError, exact_rate, file_slug, probe, to_model_range
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
-from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
+from tokenizer.router.predict import router_of_flags
 from tokenizer.token_file import TokenFile, TokenWriter, VideoFacts
 
 
 def main() -> int:
     args = parse_arguments()
-    device = pick_device(args.device)
     sources = [source for video in args.videos for source in find_sources(video, lambda path: False)]
-    job = Job(load_tokenizer(args.vq_ckpt, device, args.tok_config), load_chosen_router(args, device), args)
+    job = Job(load_tokenizer(args.vq_ckpt, pick_device(args.device), args.tok_config), args)
     args.out.mkdir(parents=True, exist_ok=True)
     done, failed, elsewhere = 0, 0, 0
     for source in sources:
@@ -88,39 +87,19 @@ def main() -> int:
     return 2 if failed and not done and not elsewhere else 0
 
 
-def load_chosen_router(args: argparse.Namespace, device: torch.device) -> TrainedRouter | None:
-    """The router of the command line, or None without one."""
-    if args.router_ckpt is None and args.router_config is not None:
-        raise UserError("--router_config without --router_ckpt: give the weights too, or neither")
-    if args.router_ckpt is None:
-        return None
-    return load_router(args.router_ckpt, device, args.router_config, args.trade_off)
-
-
 @dataclass
 class Job:
     """The models and the budget; one video at a time."""
 
     model: VideoTokenizer
-    router: TrainedRouter | None
     args: argparse.Namespace
-    budget: Budget = field(init=False)
 
     def __post_init__(self) -> None:
         """Raises UserError if models and budget do not fit each other."""
-        if self.router is not None:
-            check_router_fits(self.router, self.model.config)
-        budget = self.budget = parse_budget(self.args.budget, self.model.space)
-        budget.check_trade_off(self.args.trade_off)
-        if budget.average_tokens is not None:
-            raise UserError(f"--budget {budget.text} needs all clips before the first; use tokens:N or price:P")
-        if budget.needs_router and self.router is None:
-            raise UserError(
-                f"--budget {budget.text} asks a router: give --router_ckpt, or a budget without one, "
-                f"such as uniform:{self.model.config.levels[-1]}"
-            )
-        if self.router is not None:
-            self.router.check_budget(budget)
+        self.budget = parse_budget(self.args.budget, self.model.space)
+        if self.budget.average_tokens is not None:
+            raise UserError(f"--budget {self.budget.text} needs all clips before the first; use tokens:N or price:P")
+        self.router = router_of_flags(self.args, self.model, self.budget)
 
     def facts(self, source: VideoSource, fps: float) -> VideoFacts:
         c = self.model.config

@@ -11,6 +11,7 @@ Letters: B clips, C T H W, N temporal blocks, A assignments (rows).
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tokenizer.budget import Budget, choose_rows, parse_budget, warn_of_missed
 from tokenizer.common.config import differences, from_dict, load_section, to_dict
 from tokenizer.common.device import autocast
 from tokenizer.common.errors import UserError
-from tokenizer.model import TokenizerConfig
+from tokenizer.model import TokenizerConfig, VideoTokenizer
 from tokenizer.router.model import Router, RouterConfig
 from tokenizer.router.reward import TOTAL_WEIGHT, TableStats, distance, reward_of_quality
 from tokenizer.router.stem import build_stem
@@ -198,3 +199,27 @@ def check_router_fits(router: TrainedRouter, tokenizer: TokenizerConfig) -> None
             f"{router.origin} reads clips of {ours.num_frames} frames of {ours.size} pixels, but the tokenizer's have "
             f"{theirs.num_frames} frames of {theirs.size} pixels; use a router trained for it"
         )
+
+
+def router_of_flags(
+    args: argparse.Namespace, tokenizer: VideoTokenizer, budget: Budget, dash: str = "_"
+) -> TrainedRouter | None:
+    """The router of --router_ckpt, --router_config and --trade-off, on the tokenizer's device; None if none is given.
+
+    Raises UserError if the budget needs one, and if it does not fit the tokenizer or cannot serve the budget. dash: how
+    the command spells its flags.
+    """
+    budget.check_trade_off(args.trade_off)
+    if args.router_ckpt is None:
+        if args.router_config is not None:
+            raise UserError(f"--router{dash}config without --router{dash}ckpt: give the weights too, or neither")
+        if budget.needs_router:
+            raise UserError(
+                f"--budget {budget.text} needs a router: give --router{dash}ckpt, or a budget without one, such as "
+                f"uniform:{tokenizer.config.levels[-1]}"
+            )
+        return None
+    router = load_router(args.router_ckpt, tokenizer.device, args.router_config, args.trade_off)
+    check_router_fits(router, tokenizer.config)
+    router.check_budget(budget)
+    return router
