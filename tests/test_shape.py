@@ -78,17 +78,3 @@ def test_a_return_is_an_entry_into_a_file_that_was_left(shape: ModuleType) -> No
     calls = [("a", "f"), ("b", "g"), ("b", "h"), ("a", "f"), ("c", "k"), ("a", "m"), ("b", "g"), ("b", "n")]
     # first calls: a.f b.g b.h c.k a.m b.n -> a b c a b
     assert shape.walk_figures(calls) == {"files": 3, "returns": 2, "functions": 6}
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("Raises UserError where a length is no level.", 1),
-        ("None where there is none, and where nothing was asked for.", 2),
-        ("Where none has, the fullest is taken.", 1),
-        ("Where the clips stand in the batch.", 0),
-        ("It goes on from where it was; places: where they lie.", 0),
-    ],
-)
-def test_where_for_if(shape: ModuleType, text: str, number: int) -> None:
-    assert shape.count_conditions(text) == number

@@ -12,23 +12,22 @@ module level, transitively; TYPE_CHECKING blocks are not followed, `__init__` fi
 functions" follows those too; imports by string are not seen. A single-importer file is imported by exactly one other
 file outside tests/; entry points (`if __name__ == "__main__"`) and `__init__` files are not listed.
 
-Walks are real runs, traced on the main thread: the main job on one bundled clip with the shipped weights (`main`, data
+Walks are real runs, traced in all threads: the main job on one bundled clip with the shipped weights (`main`, data
 decoded in the same process); one pass of the training loop with GAN and alignment, batch and step, random encoders; one
 clip sampled with the shipped GPT and decoded, models already loaded. A file is entered if one of its named functions is
-called; module bodies, lambdas and comprehensions do not count. For the returns, list each function once, at its first
-call, in the order of the run; replace it by its file and merge equal neighbours. An entry into a file that is already
-on the list is a return: returns = entries - files. It is how often a reader who follows the run goes back to a file
-that was closed. All figures of c8a7215 were computed with this script, and differ a little from those of other counts.
+called; bodies of modules and classes, lambdas and comprehensions do not count. For the returns, list each function
+once, at its first call, in the order of the run; replace it by its file and merge equal neighbours. An entry into a
+file that is already on the list is a return: returns = entries - files. It is how often a reader who follows the run
+goes back to a file that was closed. All figures of c8a7215 were computed with this script.
 
-Prose is README.md, scripts/README.md, configs/README.md (without code) and all docstrings and comments. Which "where"
-means "if" is guessed from the words before it, see `is_condition`: 12 of 100 guesses were wrong in a check by hand. The
-target for "where" counts them all.
+Prose is README.md, scripts/README.md, configs/README.md (without code) and all docstrings and comments.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import io
 import itertools
 import json
@@ -38,6 +37,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
 import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -147,11 +147,6 @@ def in_cycles(imports: dict[str, Imports]) -> list[str]:
 
 
 _DIRECTIVE = re.compile(r"#\s*(noqa|type:|fmt:|pragma|mypy:|!)")
-_PLACE = re.compile(  # the word before a "where" that names a place; a comma after the word makes it a condition
-    r"(?:\b(?:places?|point|file|folder|path|address|machine|row|side|page|is|are|was|know[ns]?|sa(?:ys?|id)|see|tells?"
-    r"|shows?|name[sd]?|decides?|finds?|from|to|of|on|at|in|with|by|and|how|begins?|stands?|then)|:)$",
-    re.IGNORECASE,
-)
 _NEGATION = re.compile(r"\b(?:no|not|never|none|nothing|nobody|nor|neither|cannot)\b|n't\b", re.IGNORECASE)
 _PHRASES = {
     '"where"': re.compile(r"\bwhere\b", re.IGNORECASE),
@@ -199,19 +194,6 @@ def read_prose(root: Path, sources: list[Source]) -> str:
     return "\n\n".join(re.sub(r"`[^`\n]*`", "x", text) for text in texts)
 
 
-def is_condition(before: str, after: str) -> bool:
-    """Whether the "where" between two halves of a sentence means "if"; at its head it does if a comma follows."""
-    before = re.sub(r", (?:and|or)$", ",", before.strip())
-    return not _PLACE.search(before) if before else "," in after
-
-
-def count_conditions(prose: str) -> int:
-    """How many "where" of the text mean "if"."""
-    sentences = re.split(r"(?<=[.!?])\s+|\n\s*\n", prose)
-    pieces = [re.split(r"\bwhere\b", sentence, flags=re.IGNORECASE) for sentence in sentences]
-    return sum(is_condition("where".join(p[:i]), p[i]) for p in pieces for i in range(1, len(p)))
-
-
 class Trace:
     """A profile function that records (file, function) of every call of project code.
 
@@ -226,7 +208,9 @@ class Trace:
         self._paths: dict[str, str | None] = {}
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> None:
-        if event not in ("call", "return") or (path := self._path(frame.f_code.co_filename)) is None:
+        if event not in ("call", "return") or not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+            return  # only functions are optimized: bodies of classes and modules run when something is imported
+        if (path := self._path(frame.f_code.co_filename)) is None:
             return
         name = frame.f_code.co_name
         if event == "call":
@@ -254,6 +238,7 @@ def walk_figures(calls: list[tuple[str, str]]) -> dict[str, int]:
 
 def traced(trace: Trace, run: Callable[[], object]) -> dict[str, int]:
     """Run under the profiler -> the figures of the window that calls the most functions."""
+    threading.setprofile(trace)
     sys.setprofile(trace)
     try:
         run()
@@ -262,6 +247,7 @@ def traced(trace: Trace, run: Callable[[], object]) -> dict[str, int]:
             raise
     finally:
         sys.setprofile(None)
+        threading.setprofile(None)
     if not trace.windows:
         raise RuntimeError(f"{trace.name} was never called, or did not return: has it another name now?")
     return max(map(walk_figures, trace.windows), key=lambda figures: figures["functions"])
@@ -356,7 +342,6 @@ def measure(root: Path, walks: bool = True) -> dict[str, Any]:
 
     prose = read_prose(root, sources)
     counts = {name: len(pattern.findall(prose)) for name, pattern in _PHRASES.items()}
-    counts['"where" for "if"'] = count_conditions(prose)
     found["words of prose"] = num_words = len(_WORD.findall(prose))
     found |= {f"  per 1000 words: {name}": round(1000 * n / max(1, num_words), 1) for name, n in counts.items()}
     readme = (root / "README.md").read_text(encoding="utf-8")
