@@ -37,7 +37,7 @@ from tokenizer.common.errors import UserError
 from tokenizer.common.work_units import map_ahead
 from tokenizer.data.video_io import VideoError
 from tokenizer.model import VideoTokenizer
-from tokenizer.router.summary import versions
+from tokenizer.router.results import versions
 from tokenizer.viz.frames import filmstrip
 
 _MOST_UNSCORED = 8  # batches that wait for the scoring thread

@@ -51,19 +51,7 @@ def summarise(
     """
     good = [record for record in records if "skipped" not in record]
     whole = [record for record in good if not record.get("num_padded")]
-    num_padded = len(good) - len(whole)
-    notes = [] if len(good) == len(records) else [f"{len(records) - len(good)} clips were skipped, see per_clip.csv"]
-    if num_padded:
-        notes.append(
-            f"{num_padded} of {len(good)} clips are padded: their videos are shorter, so the last frame is repeated "
-            "(num_padded in per_clip.csv); without_padded has the means without them"
-        )
-    if missed := sum(not record.get("keeps_quality", True) for record in good):
-        notes.append(
-            f"no assignment is predicted to keep quality:Q for {missed} clips: they got the best predicted one"
-        )
-    if others := _other_classes(good):
-        notes.append(f"{others} samples are of another class than the real clips: shares differ")
+    num_padded, notes = len(good) - len(whole), _notes(records, good, len(good) - len(whole))
     metrics = _means(good, protocol)
     if protocol.extractor != "none":
         name = extractor.distance_name if extractor else NAMES[protocol.extractor]
@@ -90,6 +78,23 @@ def summarise(
         "without_padded": _means(whole, protocol) if num_padded else None,
         "tokens_counted": "tokens: codes; tokens_with_length_tokens: one more for each temporal block",
     }
+
+
+def _notes(records: Sequence[Record], good: Sequence[Record], num_padded: int) -> list[str]:
+    """What a reader must know of the clips: skipped, padded, below the quality asked for, of another class."""
+    notes = [] if len(good) == len(records) else [f"{len(records) - len(good)} clips were skipped, see per_clip.csv"]
+    if num_padded:
+        notes.append(
+            f"{num_padded} of {len(good)} clips are padded: their videos are shorter, so the last frame is repeated "
+            "(num_padded in per_clip.csv); without_padded has the means without them"
+        )
+    if missed := sum(not record.get("keeps_quality", True) for record in good):
+        notes.append(
+            f"no assignment is predicted to keep quality:Q for {missed} clips: they got the best predicted one"
+        )
+    if others := _other_classes(good):
+        notes.append(f"{others} samples are of another class than the real clips: shares differ")
+    return notes
 
 
 def _other_classes(records: Sequence[Record]) -> int:

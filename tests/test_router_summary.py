@@ -12,7 +12,7 @@ import torch
 
 from tokenizer.common.errors import UserError
 from tokenizer.router.reconstruct import motion_figures, pick_perceptual
-from tokenizer.router.summary import codebook_use, rank_correlation
+from tokenizer.router.results import codebook_use, rank_correlation
 from tokenizer.tokens import VideoTokens
 
 

@@ -69,8 +69,7 @@ def main() -> int:
         try:
             target = args.out / f"{file_slug(source.path.stem)}-{_digest(source)}.safetensors"
             if target.exists():
-                job.check_same(target, source)
-                print(f"{source.file}: done before, {target}")
+                print(job.found(source, target))
                 done += 1
                 continue
             with lock(target.with_name(f".{target.name}.lock"), fcntl.LOCK_NB) as free:
@@ -118,14 +117,15 @@ class Job:
             trade_off=self.router.trade_off(self.budget) if self.router else None,
         )
 
-    def check_same(self, target: Path, source: VideoSource) -> None:
-        """Raises UserError if a finished file was made by other weights or settings."""
+    def found(self, source: VideoSource, target: Path) -> str:
+        """The line to print for a finished file. Raises UserError if it was made by other weights or settings."""
         there = TokenFile(target).facts
         if there != self.facts(source, there.fps):
             raise UserError(
                 f"{target} was made by other weights, budget or fps, or at another --trade-off; choose another --out "
                 "or remove it"
             )
+        return f"{source.file}: done before, {target}"
 
     @torch.inference_mode()
     def tokenize(self, source: VideoSource, target: Path) -> str:

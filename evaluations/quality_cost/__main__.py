@@ -62,8 +62,8 @@ from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
 from tokenizer.router.reconstruct import pick_perceptual
+from tokenizer.router.results import tokenizer_facts, versions
 from tokenizer.router.reward import QualityTable
-from tokenizer.router.summary import tokenizer_facts, versions
 
 
 def main() -> None:
@@ -207,8 +207,7 @@ def run_facts(
     args: argparse.Namespace, measure: Measure, clips: CurveClips, table: QualityTable | None
 ) -> dict[str, Any]:
     """What a reader of the figures must know."""
-    there, missing = find_codecs()
-    extractor = measure.scorer.extractor
+    (there, missing), extractor = find_codecs(), measure.scorer.extractor
     return {
         "kind": CURVE_KIND,
         "num_clips": len(clips),

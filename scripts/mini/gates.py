@@ -29,8 +29,8 @@ from tokenizer.data.video_io import to_uint8
 from tokenizer.losses.perceptual import load_perceptual
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.predict import load_router
+from tokenizer.router.results import rank_correlation
 from tokenizer.router.reward import QualityTable, RewardStats, reward
-from tokenizer.router.summary import rank_correlation
 
 _BATCH = 8
 

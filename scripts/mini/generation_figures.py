@@ -36,7 +36,7 @@ from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.predict import TrainedRouter, load_router
-from tokenizer.router.summary import rank_correlation
+from tokenizer.router.results import rank_correlation
 
 PER_CLASS = 20  # generated clips of each class
 GUIDANCE = 2.25  # with a class: the default of the command; valid sequences are counted without guidance

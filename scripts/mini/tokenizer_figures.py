@@ -26,8 +26,8 @@ from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.predict import TrainedRouter, load_router
+from tokenizer.router.results import rank_correlation
 from tokenizer.router.reward import QualityTable, RewardStats, best_uniform, reward, reward_percentile
-from tokenizer.router.summary import rank_correlation
 
 _BATCH = 8
 _REAL, _GRADED, _CLASSED = "bundled:heldout", "synthetic:heldout:226", "classed:heldout:100"

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from tokenizer.common.checkpoint import (
-    ModelFile,
     atomic_write,
     file_sha256,
     load_strict,
@@ -65,23 +64,15 @@ class HubModel:
         """
         path = local_copy(name, revision, local_files_only)
         file = read_model(path)
-        cls.check_kind(file, str(name))
-        config: Any = from_dict(cls.config_class, file.config["model"], f"{name} (config inside)")
-        model = without_init(lambda: cast("nn.Module", cls(config)))  # type: ignore[call-arg]
-        load_strict(model, file.tensors, str(name))
-        cast("HubModel", model).remember(file, path)
-        return cast("Self", model.eval().to(device))
-
-    @classmethod
-    def check_kind(cls, file: ModelFile, origin: str) -> None:
-        """Raises UserError if the file holds another kind of model."""
         if cls.config_key not in file.config.get("model", {}):
-            raise UserError(f"{origin}: these weights are {file.card.get('kind', 'something')!r}, not a {cls.kind}")
-
-    def remember(self, file: ModelFile, path: Path) -> None:
-        """Keep what a file has beside the weights, and where it is, for `save_pretrained`."""
-        self.sha256, self.file_config, self.card = file.sha256, file.config, file.card
-        self.file_path = path / "final" / "model.safetensors" if path.is_dir() else path
+            raise UserError(f"{name}: these weights are {file.card.get('kind', 'something')!r}, not a {cls.kind}")
+        config: Any = from_dict(cls.config_class, file.config["model"], f"{name} (config inside)")
+        module = without_init(lambda: cast("nn.Module", cls(config)))  # type: ignore[call-arg]
+        load_strict(module, file.tensors, str(name))
+        model = cast("Self", module.eval().to(device))
+        model.sha256, model.file_config, model.card = file.sha256, file.config, file.card
+        model.file_path = path / "final" / "model.safetensors" if path.is_dir() else path
+        return model
 
     def save_pretrained(self, folder: str | Path, *, figures: Mapping[str, Any] | str | Path | None = None) -> str:
         """Write model.safetensors, SHA256SUMS and README.md into `folder`; returns the sha256 of the weights.
@@ -124,9 +115,8 @@ class HubModel:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             with tempfile.TemporaryDirectory() as folder:
                 self.save_pretrained(folder, figures=figures)
-                return str(
-                    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision)
-                )
+                more = {"commit_message": message, "revision": revision}
+                return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **more))
         except UserError:
             raise
         except Exception as error:

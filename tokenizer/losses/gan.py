@@ -196,9 +196,8 @@ def discriminator_loss(
         return (F.relu(1 - real_BK).mean() + F.relu(1 + fake_BK).mean()) / 2
     shard = shard or BatchShard(list(range(len(real_BK))), len(real_BK))
     shape = (2, shard.total, real_BK.shape[1])  # drawn for all clips, so that processes draw what one would
-    real_noise_BK, fake_noise_BK = (
-        shard.pick(noise).to(real_BK.device) for noise in torch.rand(shape, generator=generator) * label_noise
-    )
+    noise_2BK = torch.rand(shape, generator=generator) * label_noise
+    real_noise_BK, fake_noise_BK = (shard.pick(noise_BK).to(real_BK.device) for noise_BK in noise_2BK)
     real = F.binary_cross_entropy_with_logits(real_BK, 1 - real_noise_BK)
     return (real + F.binary_cross_entropy_with_logits(fake_BK, fake_noise_BK)) / 2
 

@@ -29,9 +29,9 @@ from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router
 from tokenizer.router.reconstruct import Reconstruction, Reconstructor, pick_perceptual
-from tokenizer.router.results import ResultsFolder
-from tokenizer.router.summary import (
+from tokenizer.router.results import (
     UNIFORM_MEASURES,
+    ResultsFolder,
     assignment_use,
     codebook_use,
     floor_use,

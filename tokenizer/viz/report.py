@@ -56,6 +56,7 @@ def report_page(folder: Path, metrics: Mapping[str, Any], skipped: Sequence[Mapp
         made_with=made_with(metrics),
         notes=notes(metrics),
         figures=figures(metrics),
+        protocol=protocol(metrics),
         charts=charts(metrics, keys),
         levels=[(level, 100 * (length_SN == level).mean(axis=0)) for level in reversed(tok["levels"])],
         mean_lengths=length_SN.mean(axis=0),
@@ -65,7 +66,6 @@ def report_page(folder: Path, metrics: Mapping[str, Any], skipped: Sequence[Mapp
         captions=captions,
         films=film_sheet(pictures, tok["num_frames"], len(captions)),
         skipped=skipped,
-        protocol=protocol(metrics),
         played_fps=PLAYED_FPS,
         full_error=FULL_ERROR,
     )
@@ -140,62 +140,54 @@ def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def charts(metrics: Mapping[str, Any], keys: Mapping[str, str]) -> list[tuple[str, str, str]]:
     """(heading, SVG, line below) of each chart. `keys`: clip name -> anchor."""
     records, book, totals = metrics["clips"], metrics["codebook"], uniform_totals(metrics["tokenizer"])
+    ranked, others = commonest(records)
     drawn = evenly(records, MOST_DOTS)
     some = f" {len(drawn)} of {len(records)} clips are drawn." if len(drawn) < len(records) else ""
     links = [f"#{keys[r['name']]}" if r["name"] in keys else "" for r in drawn]
-
-    def dots(x: str, y: str) -> Series:
-        hints = [f"{place(r)}: {r['tokens']} tokens, PSNR {r['psnr']:.1f} dB, motion {r['motion']:.1f}" for r in drawn]
-        return Series("clips", [(r[x], r[y]) for r in drawn], hints, links)
-
+    hints = [f"{place(r)}: {r['tokens']} tokens, PSNR {r['psnr']:.1f} dB, motion {r['motion']:.1f}" for r in drawn]
     correlation = metrics["motion_tokens_rank_correlation"]
-    line = "No rank correlation: all clips have the same number of tokens or the same motion."
+    related = "No rank correlation: all clips have the same number of tokens or the same motion."
     if correlation is not None:
-        line = f"Rank correlation {signed(correlation)} over {len(records)} clips."
-    quality = scatter_chart(dots("tokens", "psnr"), "tokens per clip", "PSNR, dB", x_levels=totals)
-    motion = scatter_chart(dots("motion", "tokens"), "motion, grey levels", "tokens per clip", y_levels=totals)
-    ranks = np.linspace(0, book["size"], len(book["curve"]))
-    usage = area_chart(
-        list(zip(ranks, book["curve"], strict=True)),
-        "codes, commonest first",
-        "frequency relative to even use",
-        1.0,
-        "even use",
-    )
+        related = f"Rank correlation {signed(correlation)} over {len(records)} clips."
+    name, key, y_title, by = "Structural similarity", "ssim", "SSIM, 1 = equal", "LPIPS was not measured."
+    if metrics["mean"]["lpips"] is not None:
+        name, key, y_title, by = "Perceptual distance", "lpips", "LPIPS, 0 = equal", f"By {metrics['lpips_backbone']}."
     codes = (
         f"{100 * book['share_used']:.0f} % of the {book['size']} codes occur among {book['num_drawn']} tokens; "
         f"perplexity {book['perplexity']:.0f} codes."
     )
-    quality_line = f"Each dot is a clip and links to it.{some}"
-    if metrics["mean"]["lpips"] is None:
-        name, key, y_title, below = "Structural similarity", "ssim", "SSIM, 1 = equal", "LPIPS was not measured."
-    else:
-        name, key, y_title, below = (
-            "Perceptual distance",
-            "lpips",
-            "LPIPS, 0 = equal",
-            f"By {metrics['lpips_backbone']}.",
-        )
-    second = scatter_chart(dots("tokens", key), "tokens per clip", y_title, x_levels=totals)
+
+    def dots(x: str, y: str) -> Series:
+        return Series("clips", [(r[x], r[y]) for r in drawn], hints, links)
+
+    tokens, motion = "tokens per clip", "motion, grey levels"
+    quality = scatter_chart(dots("tokens", "psnr"), tokens, "PSNR, dB", x_levels=totals)
+    second = scatter_chart(dots("tokens", key), tokens, y_title, x_levels=totals)
+    moving = scatter_chart(dots("motion", "tokens"), motion, tokens, y_levels=totals)
+    bars = bar_chart(*zip(*ranked, strict=True), "", "tokens of blocks 1, 2, ..; number of clips")
+    curve = list(zip(np.linspace(0, book["size"], len(book["curve"])), book["curve"], strict=True))
+    usage = area_chart(curve, "codes, commonest first", "frequency relative to even use", 1.0, "even use")
     return [
-        ("Quality against tokens", to_svg(quality, "PSNR against tokens"), quality_line),
-        (f"{name} against tokens", to_svg(second, f"{name} against tokens"), below),
-        ("Tokens against motion", to_svg(motion, "tokens against motion"), line),
-        ("Commonest assignments", *assignment_chart(records)),
+        (
+            "Quality against tokens",
+            to_svg(quality, "PSNR against tokens"),
+            f"Each dot is a clip and links to it.{some}",
+        ),
+        (f"{name} against tokens", to_svg(second, f"{name} against tokens"), by),
+        ("Tokens against motion", to_svg(moving, "tokens against motion"), related),
+        ("Commonest assignments", to_svg(bars, "number of clips of each assignment"), others),
         ("Codebook", to_svg(usage, "frequency of the codes"), codes),
     ]
 
 
-def assignment_chart(records: Sequence[Record]) -> tuple[str, str]:
-    """The commonest assignments with their counts as SVG, and a line about the others."""
+def commonest(records: Sequence[Record]) -> tuple[list[tuple[str, int]], str]:
+    """The commonest assignments with their numbers of clips, and a line about the others."""
     counts = Counter(tuple(r["assignment"]) for r in records)
     ranked = sorted(counts.items(), key=lambda item: (-item[1], sum(item[0])))[:MOST_ASSIGNMENTS]
-    labels, values = ["  ".join(map(str, lengths)) for lengths, _ in ranked], [count for _, count in ranked]
     line = "All clips have the same assignment." if len(counts) == 1 else f"{len(counts)} distinct assignments."
-    if rest := len(records) - sum(values):
+    if rest := len(records) - sum(count for _, count in ranked):
         line += f" The {len(counts) - len(ranked)} not drawn have {rest} clips together."
-    chart = bar_chart(labels, values, "", "tokens of blocks 1, 2, ..; number of clips")
-    return to_svg(chart, "number of clips of each assignment"), line
+    return [("  ".join(map(str, lengths)), count) for lengths, count in ranked], line
 
 
 def uniform_totals(tokenizer: Mapping[str, Any]) -> list[int]:
@@ -378,8 +370,8 @@ def protocol(metrics: Mapping[str, Any]) -> dict[str, str]:
     """Everything that affects the figures, heading -> text."""
     tok, router, given = metrics["tokenizer"], metrics["router"], metrics["input"]
     rate = "each file's own frame rate" if given["fps"] is None else f"{given['fps']:g} frames a second"
-    which = "every clip" if given["all_clips"] else "the first clip"
-    which += f" (at most {given['max_clips']} in all)" if given["max_clips"] else ""
+    most = f" (at most {given['max_clips']} in all)" if given["max_clips"] else ""
+    which = ("every clip" if given["all_clips"] else "the first clip") + most
     ends = f"; {metrics['frames_left_out']} frames at the ends of files, too few for a clip, are left out"
     price = "" if metrics["price"] is None else f"; price {metrics['price']:.6g} {unit(metrics)} per token"
     trade_off = "" if metrics["trade_off"] is None else f"; trade-off w_q = {metrics['trade_off']:g}"
