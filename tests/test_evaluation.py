@@ -115,17 +115,8 @@ def test_reconstruction_with_the_shipped_weights(run: Run, tmp_path: Path, capsy
         "fcd_effnet_infinity not computed: it needs more clips than the 2560 features, not 5",
     ]
     metrics = result["metrics"]
-    names = {
-        "psnr",
-        "psnr_of_mean_mse",
-        "ssim",
-        "stlpips_alex",
-        "tokens",
-        "tokens_with_length_tokens",
-        "fcd_effnet",
-        "kcd_effnet",
-    }
-    assert set(metrics) == names, "5 clips are too few for fcd_effnet_infinity"
+    names = "psnr psnr_of_mean_mse ssim stlpips_alex tokens tokens_with_length_tokens fcd_effnet kcd_effnet"
+    assert set(metrics) == set(names.split()), "5 clips are too few for fcd_effnet_infinity"
     for name in ("psnr", "ssim", "stlpips_alex", "tokens", "fcd_effnet"):
         assert metrics[name]["low"] <= metrics[name]["value"] <= metrics[name]["high"]
     assert metrics["tokens_with_length_tokens"]["value"] == metrics["tokens"]["value"] + 4
@@ -133,23 +124,13 @@ def test_reconstruction_with_the_shipped_weights(run: Run, tmp_path: Path, capsy
     assert [row["index"] for row in rows] == list("01234") and len(rows[0]["lengths"].split()) == 4
     assert np.mean([float(row["psnr"]) for row in rows]) == pytest.approx(metrics["psnr"]["value"])
     assert {path.name.split("_")[0] for path in (out / "pictures").iterdir()} == {"best", "median", "worst"}
-    card = (out / "card.txt").read_text()
-    assert card in capsys.readouterr().out
-    for words in (
-        "mini-recon",
-        "fcd_effnet",
-        "stlpips_alex",
-        result["card"]["list"]["sha256"],
-        "router_sha256",
-        "torch",
-        "matmul ieee",
-        "batch size",
-    ):
+    assert (card := (out / "card.txt").read_text()) in capsys.readouterr().out
+    for words in ("mini-recon", "fcd_effnet", "stlpips_alex", "router_sha256", "torch", "matmul ieee", "batch size"):
         assert words in card
+    assert result["card"]["list"]["sha256"] in card
 
     for name, parts in SHARED.items():  # not a bit differs
-        shared = run_shared(run, parts, "reconstruction", tmp_path / name, *of_mini(), "--force")
-        assert shared["metrics"] == metrics
+        assert run_shared(run, parts, "reconstruction", tmp_path / name, *of_mini(), "--force")["metrics"] == metrics
         assert (tmp_path / name / "per_clip.csv").read_bytes() == (out / "per_clip.csv").read_bytes()
 
 
@@ -170,9 +151,8 @@ def test_generation_with_the_shipped_weights(
 
 
 def test_too_few_clips_and_a_changed_protocol_are_said(run: Run, tmp_path: Path) -> None:
-    result = run(
-        "reconstruction", tmp_path / "a", *of_mini("--budget", "uniform:8", "--count", "2", "--perceptual", "none")
-    )
+    flags = of_mini("--budget", "uniform:8", "--count", "2", "--perceptual", "none")
+    result = run("reconstruction", tmp_path / "a", *flags)
     assert "fcd_effnet" not in result["metrics"] and "stlpips_alex" not in result["metrics"]
     assert result["notes"][0] == "not the protocol mini-recon: count, perceptual changed"
     assert "fewer than 256" in result["notes"][1]
@@ -198,8 +178,7 @@ def test_a_second_system_on_the_same_clips(run: Run, tmp_path: Path, capsys: pyt
     capsys.readouterr()
     compare(few, other, exit_code=2)
     compare(few, tmp_path / "none", exit_code=2)
-    said = capsys.readouterr().err
-    assert "not the same protocol" in said and "finish the evaluation" in said
+    assert "not the same protocol" in (said := capsys.readouterr().err) and "finish the evaluation" in said
 
 
 def compare(*words: object, exit_code: int = 0) -> None:
@@ -227,8 +206,8 @@ def test_generation_is_scored_the_same_by_two_and_by_four_processes(
     assert len(list((tmp_path / "one/pictures").iterdir())) == 3
     assert len(list((tmp_path / "cache").glob("real-*.safetensors"))) == 1, "the real side is kept"
     for processes, parts in SHARED.items():
-        shared = run_shared(run, parts, module, tmp_path / processes, *of_gpt(models, name, task))
-        assert shared["metrics"] == result["metrics"]
+        flags = of_gpt(models, name, task)
+        assert run_shared(run, parts, module, tmp_path / processes, *flags)["metrics"] == result["metrics"]
     if name == "fp":
         assert rows_of(tmp_path / "one")[0]["lengths"].startswith("8 4 ")
 
@@ -236,8 +215,7 @@ def test_generation_is_scored_the_same_by_two_and_by_four_processes(
 def test_a_folder_of_lossless_clips_is_scored(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Originals against themselves: nothing may differ; an mp4 among them is refused."""
     dataset = build_dataset(DataConfig(sources=list(CLIPS), size=64, augment=False))
-    ours = tmp_path / "ours"
-    ours.mkdir()
+    (ours := tmp_path / "ours").mkdir()
     for i in (3, 0, 4, 1, 2):
         np.save(ours / f"{Path(dataset.names[i]).stem}.npy", to_uint8(dataset.get(i).video_CTHW))
     result = run("reconstruction", tmp_path / "a", "--protocol", "mini-recon", "--ours", ours, "--force")
@@ -321,9 +299,8 @@ def test_files_are_paired_by_name_or_in_natural_order(
 def test_longer_clips_are_refused_in_every_format(
     of_folder: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clips = lossless(tmp_path / "real", "a", "b", num=33)
-    for frames, name in zip(clips, "ab", strict=True):
-        (tmp_path / "arrays").mkdir(exist_ok=True)
+    (tmp_path / "arrays").mkdir()
+    for frames, name in zip(lossless(tmp_path / "real", "a", "b", num=33), "ab", strict=True):
         np.save(tmp_path / f"arrays/{name}.npy", frames)
     for ours, words in (("real", "more than 16 frames"), ("arrays", "33 frames")):
         of_folder(f"out_{ours}", "--data", tmp_path / "real", "--ours", tmp_path / ours, exit_code=2)
@@ -335,8 +312,8 @@ def test_other_content_under_the_same_names_and_sizes_is_other_content(
 ) -> None:
     """A set is at distance 0 from itself, also after its files were replaced by others of the same size."""
     flags = ["--data", tmp_path / "real", "--ours", tmp_path / "ours", "--extractor", "effnet", "--force"]
-    (tmp_path / "real").mkdir()
-    (tmp_path / "ours").mkdir()
+    for side in ("real", "ours"):
+        (tmp_path / side).mkdir()
     for version in range(2):
         rng = np.random.default_rng(version)
         for name in "abcd":
@@ -349,8 +326,7 @@ def test_other_content_under_the_same_names_and_sizes_is_other_content(
                     container.mux(stream.encode(frame))
                 container.mux(stream.encode())
             np.save(tmp_path / f"ours/{name}.npy", next(iter_clips(tmp_path / f"real/{name}.y4m", 16, 64)).frames_THWC)
-        sizes = {file.stat().st_size for file in (tmp_path / "real").iterdir()}
-        assert len(sizes) == 1
+        assert len({file.stat().st_size for file in (tmp_path / "real").iterdir()}) == 1
         result = of_folder(f"out{version}", *flags)
         assert result["metrics"]["fcd_effnet"]["value"] == pytest.approx(0, abs=1e-6)
     of_folder("out0", *flags, exit_code=2)
@@ -368,8 +344,7 @@ def test_padded_clips_are_counted_and_left_out_of_a_second_mean(
     assert result["metrics"]["psnr"]["value"] == pytest.approx(np.mean(psnr))
     assert result["without_padded"]["psnr"]["value"] == pytest.approx(np.mean(psnr[:2]))
     assert "1 padded" in capsys.readouterr().out
-    other = of_folder("other", "--data", tmp_path / "real", *of_mini("--budget", "uniform:64")[2:])
-    assert other["num_padded"] == 1
+    assert of_folder("other", "--data", tmp_path / "real", *of_mini("--budget", "uniform:64")[2:])["num_padded"] == 1
     compare(tmp_path / "out", tmp_path / "other", "--out", tmp_path / "compared")
     assert json.loads((tmp_path / "compared/comparison.json").read_text())["psnr"]["num_clips"] == 3
 
@@ -392,8 +367,7 @@ def test_damaged_results_are_one_line(of_folder: Run, tmp_path: Path, capsys: py
     lossless(tmp_path / "real", "a", "b", "c")
     flags = ["--data", tmp_path / "real", "--ours", tmp_path / "real"]
     of_folder("out", *flags)
-    out = tmp_path / "out"
-    shard = out / "shards/000000.safetensors"
+    out, shard = tmp_path / "out", tmp_path / "out/shards/000000.safetensors"
     whole = shard.read_bytes()
     assert b'\\"psnr\\": 100' in whole
     for damaged in (whole.replace(b'\\"psnr\\": 100', b'\\"psnr\\": 999'), whole[:40], b""):
@@ -434,25 +408,19 @@ def test_names_are_data(of_folder: Run, tmp_path: Path) -> None:
 def test_budgets_of_generated_clips_are_kept_and_printed(run: Run, models: Path, tmp_path: Path) -> None:
     flags = of_gpt(models, "c2v", "mini-c2v")
     result = run("class_to_video", tmp_path / "a", *flags, "--tokens-per-block", "2,4,2,8", "--perceptual", "none")
-    assert result["metrics"]["tokens"]["value"] == 16 and {row["lengths"] for row in rows_of(tmp_path / "a")} == {
-        "2 4 2 8"
-    }
+    assert result["metrics"]["tokens"]["value"] == 16
+    assert {row["lengths"] for row in rows_of(tmp_path / "a")} == {"2 4 2 8"}
     assert "tokens_per_block [2, 4, 2, 8]" in (tmp_path / "a/card.txt").read_text()
     run("class_to_video", tmp_path / "b", *flags, "--max-tokens", "10", "--perceptual", "none")
     assert max(int(row["tokens"]) for row in rows_of(tmp_path / "b")) <= 10
     assert "max_tokens 10" in (tmp_path / "b/card.txt").read_text()
 
 
-def test_unreadable_clips_are_skipped_and_said(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "in"
-    source.mkdir()
-    rng = np.random.default_rng(0)
-    for name in ("a", "c"):
-        write_video(source / f"{name}.mp4", rng.integers(0, 255, (16, 64, 64, 3), np.uint8), 25)
-    (source / "b.mp4").write_text("no video")
-    monkeypatch.setitem(protocols.PROTOCOLS, "folder-recon", replace(PROTOCOLS["folder-recon"], size=64))
-    flags = ["--protocol", "folder-recon", "--data", source, "--extractor", "none", "--perceptual", "stlpips_alex"]
-    result = run("reconstruction", tmp_path / "a", *flags, *of_mini("--budget", "uniform:8")[2:])
+def test_unreadable_clips_are_skipped_and_said(of_folder: Run, tmp_path: Path) -> None:
+    lossless(tmp_path / "in", "a", "c")
+    (tmp_path / "in/b.mp4").write_text("no video")
+    flags = ["--data", tmp_path / "in", "--perceptual", "stlpips_alex", *of_mini("--budget", "uniform:8")[2:]]
+    result = of_folder("a", *flags)
     assert (result["num_clips"], result["num_skipped"]) == (2, 1)
     assert [bool(row["skipped"]) for row in rows_of(tmp_path / "a")] == [False, True, False]
 
