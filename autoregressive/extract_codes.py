@@ -137,7 +137,7 @@ class Extraction:
         """Work until no shard is free. True if the archive is complete; False if others still work on shards."""
         claim_folder(self.folder, self._made_from(), defaults=defaults_of(ArchiveFacts))
         title, num_readers = f"tokenizing {len(self.draws)} clips", self.config.num_workers
-        return self.units.work(self._batches, _read_batch, self._extract_shard, self.finish, title, num_readers)
+        return self.units.work_ahead(self._batches, _read_batch, self._extract_shard, self.finish, title, num_readers)
 
     def finish(self) -> None:
         """All shards are there: declare them to be the archive."""

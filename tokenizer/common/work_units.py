@@ -97,7 +97,18 @@ class WorkUnits:
             merge()
         return True
 
-    def work(
+    def work(self, do: Callable[[int], None], merge: Callable[[], None], title: str | None) -> bool:
+        """Call `do(unit)` for every unit that is free; it must put the result at `path(unit)` in one step.
+
+        Whoever finds all units done calls `merge()`, one at a time, and gets True; False while others are still at
+        work on some. title: of the bar of units; None for a caller that shows its own.
+        """
+        for unit, held in self.claim(title):
+            with held:
+                do(unit)
+        return self.merge(merge)
+
+    def work_ahead(
         self,
         members: Callable[[int], Iterable[A]],
         read: Callable[[A], B],
@@ -106,11 +117,9 @@ class WorkUnits:
         title: str,
         num_readers: int,
     ) -> bool:
-        """Call `do(unit, what was read)` for every free unit; it must put the result at `path(unit)` in one step.
+        """Like `work`, but `do` also gets what `read` returns for the members of its unit, in order.
 
-        `num_readers` threads call `read` on the members of this unit, and of the next ones, ahead of `do`, which gets
-        what they return in order. Whoever finds all units done calls `merge()`, one at a time, and gets True; False
-        while others are still at work on some. title: of the bar of units.
+        `num_readers` threads call `read` ahead of `do`, on this unit and then on the next, which is held meanwhile.
         """
         with ExitStack() as all_held:
 

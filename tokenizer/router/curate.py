@@ -181,8 +181,8 @@ class Curation:
 
     def run(self) -> bool:
         """Work until no unit is free. True where the table is complete; False where others still work on units."""
-        title = f"curating {len(self.dataset)} clips"
-        return self.units.work(self._members, self._read, self._score_unit, self.merge, title, self.config.num_workers)
+        title, num_readers = f"curating {len(self.dataset)} clips", self.config.num_workers
+        return self.units.work_ahead(self._members, self._read, self._score_unit, self.merge, title, num_readers)
 
     def merge(self) -> None:
         """Put the finished units together, in order."""
