@@ -20,16 +20,16 @@ import torch
 from tqdm import tqdm
 
 from autoregressive.flags import parse_lengths
-from autoregressive.presets import check_tokenizer_fits, load_gpt, size_name
+from autoregressive.presets import TrainedGPT, check_tokenizer_fits, load_gpt, size_name
 from autoregressive.sample_folder import SampleFolder
 from autoregressive.sample_grid import tokens_of
 from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig
-from autoregressive.sequence import LengthRule, length_rule, longest_sequence
+from autoregressive.sequence import length_rule, longest_sequence
 from tokenizer.common.device import pick_device, pick_dtype
 from tokenizer.common.distributed import adopt_slurm
 from tokenizer.common.errors import UserError
 from tokenizer.data.video_io import display_name, to_uint8
-from tokenizer.model import parameters_by_part
+from tokenizer.model import VideoTokenizer, parameters_by_part
 from tokenizer.presets import load_tokenizer
 from tokenizer.viz.frames import ShownClip
 
@@ -65,24 +65,34 @@ class Process:
         return Process(rank, world)
 
 
-class SampleJob:
+class SamplingModels:
+    """GPT, tokenizer, and how ids are drawn, from the flags of a command that samples."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, guidance: tuple[float, ...]) -> None:
+        """Raises UserError if weights are missing or do not belong together, and for lengths that nothing enforces."""
+        self.tokenizer: VideoTokenizer = load_tokenizer(args.vq_ckpt, device, args.tok_config)
+        self.gpt: TrainedGPT = load_gpt(args.gpt_ckpt, device, args.gpt_model)
+        check_tokenizer_fits(self.gpt, self.tokenizer)
+        self.gpt.model.to(pick_dtype(args.precision))
+        self.layout = self.gpt.model.layout
+        if (args.tokens_per_block or args.max_tokens) is not None and not args.check_special_token_mask:
+            raise UserError("--tokens-per-block and --max-tokens need --check-special-token-mask, which enforces them")
+        forced = parse_lengths("--tokens-per-block", args.tokens_per_block or "")
+        self.rule = length_rule(self.layout, forced, args.max_tokens)
+        self.config = SamplingConfig(
+            args.per_proc_batch_size, args.seed, guidance, args.temperature, args.top_k, args.top_p,
+            args.check_special_token_mask, args.compile,
+        )  # fmt: skip
+
+
+class SampleJob(SamplingModels):
     """Models, settings and results folder of one command."""
 
     def __init__(self, args: argparse.Namespace, guidance: tuple[float, ...] = (1.0,)) -> None:
         self.process = Process.from_environment()
         if args.overwrite and self.process.world > 1:
             raise UserError("--overwrite with several processes: remove the folder yourself, then start them")
-        device = pick_device(args.device)
-        self.tokenizer = load_tokenizer(args.vq_ckpt, device, args.tok_config)
-        self.gpt = load_gpt(args.gpt_ckpt, device, args.gpt_model)
-        check_tokenizer_fits(self.gpt, self.tokenizer)
-        self.gpt.model.to(pick_dtype(args.precision))
-        self.layout = self.gpt.model.layout
-        self.rule = self._rule(args)
-        self.config = SamplingConfig(
-            args.per_proc_batch_size, args.seed, guidance, args.temperature, args.top_k, args.top_p,
-            args.check_special_token_mask, args.compile,
-        )  # fmt: skip
+        super().__init__(args, pick_device(args.device), guidance)
         self.folder = SampleFolder(args.sample_dir, self.layout.levels[-1])
         self._args = args
 
@@ -174,14 +184,6 @@ class SampleJob:
         """What a reader of samples.json must know."""
         names = {"gpt": display_name(self._args.gpt_ckpt), "tokenizer": display_name(self._args.vq_ckpt)}
         return {**names, "gpt_model": size_name(self.gpt.model.config), "settings": self.settings}
-
-    def _rule(self, args: argparse.Namespace) -> LengthRule:
-        if args.tokens_per_block is None and args.max_tokens is None:
-            return length_rule(self.layout)
-        if not args.check_special_token_mask:
-            raise UserError("--tokens-per-block and --max-tokens need --check-special-token-mask, which enforces them")
-        forced = parse_lengths("--tokens-per-block", args.tokens_per_block or "")
-        return length_rule(self.layout, forced, args.max_tokens)
 
     def _sampler(self, num_clips: int) -> Sampler:
         """Says what the keys and values take before anything is allocated."""

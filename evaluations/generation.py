@@ -5,51 +5,35 @@ Letters: C T H W, K tokens of a block, L codes of the given frames.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from autoregressive.flags import parse_lengths
-from autoregressive.presets import TrainedGPT, check_tokenizer_fits, load_gpt
 from autoregressive.sample_grid import tokens_of
-from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig
-from autoregressive.sequence import LengthRule, SequenceLayout, length_rule, longest_sequence
+from autoregressive.sample_job import SamplingModels
+from autoregressive.sampler import Request, Sample, Sampler
+from autoregressive.sequence import longest_sequence
 from evaluations.job import Evaluation, require, token_figures
 from evaluations.system import Draft, Made, Source
-from tokenizer.common.device import pick_dtype
 from tokenizer.common.errors import UserError
 from tokenizer.data.video_io import to_uint8
-from tokenizer.model import VideoTokenizer
-from tokenizer.presets import load_tokenizer
 
 MakeRequest = Callable[[Source], Request]
 
 
-class Generator:
+class Generator(SamplingModels):
     """A GPT with its tokenizer. `request_of` gives the request for a clip of the list."""
 
     def __init__(self, evaluation: Evaluation, guidance: tuple[float, ...] = (1.0,)) -> None:
         """Raises UserError if weights are missing or do not belong together."""
-        args = evaluation.args
-        require(args, "vq_ckpt", "gpt_ckpt")
-        self.tokenizer: VideoTokenizer = load_tokenizer(args.vq_ckpt, evaluation.device, args.tok_config)
-        self.gpt: TrainedGPT = load_gpt(args.gpt_ckpt, evaluation.device, args.gpt_model)
-        check_tokenizer_fits(self.gpt, self.tokenizer)
-        self.gpt.model.to(pick_dtype(args.precision))
-        self.precision = args.precision
-        self.config = sampling_config(args, guidance)
-        self.rule = length_rule_of(args, self.layout)
+        require(evaluation.args, "vq_ckpt", "gpt_ckpt")
+        super().__init__(evaluation.args, evaluation.device, guidance)
+        self.precision = evaluation.args.precision
         self.request_of: MakeRequest | None = None
         self.slots_in_use = 0.0  # share of the sampler's slots, over the steps of its fullest stream
         self._sampler: Sampler | None = None
-
-    @property
-    def layout(self) -> SequenceLayout:
-        """How the GPT's sequences are laid out."""
-        return self.gpt.model.layout
 
     def facts(self) -> dict[str, Any]:
         """Weights, and how ids are drawn; the number of slots too, because rounding may change with it."""
@@ -96,29 +80,6 @@ class Generator:
             Made(draft.source, to_uint8(video_CTHW), token_figures(sample.lengths))
             for draft, sample, video_CTHW in zip(drafts, samples, video_BCTHW, strict=True)
         ]
-
-
-def length_rule_of(args: argparse.Namespace, layout: SequenceLayout) -> LengthRule:
-    """From --tokens-per-block and --max-tokens. UserError if they are given without the mask that enforces them."""
-    if args.tokens_per_block is None and args.max_tokens is None:
-        return length_rule(layout)
-    if not args.check_special_token_mask:
-        raise UserError("--tokens-per-block and --max-tokens need --check-special-token-mask, which enforces them")
-    return length_rule(layout, parse_lengths("--tokens-per-block", args.tokens_per_block or ""), args.max_tokens)
-
-
-def sampling_config(args: argparse.Namespace, guidance: tuple[float, ...]) -> SamplingConfig:
-    """The flags of the command line."""
-    return SamplingConfig(
-        slots=args.per_proc_batch_size,
-        seed=args.seed,
-        guidance=guidance,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        check_grammar=args.check_special_token_mask,
-        compile=args.compile,
-    )
 
 
 def check_task(generator: Generator, frame_prediction: bool) -> None:
