@@ -94,14 +94,6 @@ def test_the_25_rows_of_frame_prediction() -> None:
         PAPER.rows_with_prefix((32,) * 5)
 
 
-def test_the_prefix_tree_has_780_nodes_instead_of_2500() -> None:
-    nodes = PAPER.prefix_nodes()
-    assert len(nodes) == len(set(nodes)) == 5 + 25 + 125 + 625 == 780
-    assert all(len(node) == 1 or nodes.index(node[:-1]) < nodes.index(node) for node in nodes[::37])  # parents first
-    leaves = [node for node in nodes if len(node) == 4]
-    assert leaves == [tuple(lengths) for lengths in PAPER.table_AN.tolist()]  # met in the order of the table
-
-
 def test_many_blocks_need_no_table() -> None:
     """Draws and lengths of 5^20 assignments are arithmetic; only what scores every row is refused."""
     space = AssignmentSpace(PAPER.levels, num_blocks=20)
@@ -111,7 +103,7 @@ def test_many_blocks_need_no_table() -> None:
     assert all((length_BN[:, [0, 19]] == level).any(dim=0).all() for level in PAPER.levels)
     assert space.lengths_of(torch.tensor(space.uniform_row(256))).tolist() == [256] * 20
     assert len(space.rows_with_prefix((32,) * 17)) == 125
-    tables = (lambda: space.table_AN, lambda: space.tokens_A, space.prefix_nodes, lambda: space.rows_with_prefix(()))
+    tables = (lambda: space.table_AN, lambda: space.tokens_A, lambda: space.rows_with_prefix(()))
     for whole in tables:
         with pytest.raises(UserError, match="95367431640625 assignments, too many to score each .*fixed:"):
             whole()
@@ -142,13 +134,13 @@ def test_a_budget_below_the_smallest_assignment_states_the_minimum() -> None:
 def test_packing_says_where_each_token_stands(lengths: list[list[int]]) -> None:
     packing = pack(torch.tensor(lengths))
     places = [
-        (b, t, i) for b, row in enumerate(lengths) for t, length in enumerate(row) for i in range(length)
+        (b, t) for b, row in enumerate(lengths) for t, length in enumerate(row) for _ in range(length)
     ]  # clip by clip, block by block
-    assert list(zip(packing.clip_L.tolist(), packing.block_L.tolist(), packing.index_L.tolist(), strict=True)) == places
+    assert list(zip(packing.clip_L.tolist(), packing.block_L.tolist(), strict=True)) == places
     assert packing.num_tokens == len(places) == sum(packing.clip_lengths)
     assert torch.equal(packing.length_BN, torch.tensor(lengths))
     for b, t in itertools.product(range(packing.num_clips), range(packing.num_blocks)):
-        assert places[packing.first_BN[b, t]] == (b, t, 0)
+        assert places.index((b, t)) == packing.first_BN[b, t]
         assert packing.block_ends[b][t] == sum(lengths[b][: t + 1])
     assert packing.is_regular == (len({tuple(row) for row in lengths}) == 1)
 

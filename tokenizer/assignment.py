@@ -145,17 +145,6 @@ class AssignmentSpace:
         # argmax returns the first maximum: the cheapest of equal scores
         return order_A[score_BA.cpu()[..., order_A].argmax(dim=-1)]
 
-    def prefix_nodes(self) -> list[tuple[int, ...]]:
-        """Every prefix of an assignment, depth first: the nodes of the tree that curation walks (780 for 5^4)."""
-        self.check_table(self.num_rows)
-
-        def below(prefix: tuple[int, ...]) -> list[tuple[int, ...]]:
-            if len(prefix) == self.num_blocks:
-                return []
-            return [n for level in self.levels for n in ((*prefix, level), *below((*prefix, level)))]
-
-        return below(())
-
     @cached_property
     def _place_value_N(self) -> Tensor:
         """int64 [N], m^(N-1) .. m, 1: the place value of each block in a row."""
@@ -229,12 +218,6 @@ class Packing:
         """int64 [B, N], index of the first token of each block in the packed batch."""
         length = self.length_BN.flatten()  # [B * N]
         return (length.cumsum(0) - length).view(self.num_clips, self.num_blocks)
-
-    @cached_property
-    def index_L(self) -> Tensor:
-        """int64 [L], the place of each token inside its own block, 0 .. length - 1."""
-        first_L = torch.repeat_interleave(self.first_BN.flatten(), self.length_BN.flatten())
-        return torch.arange(self.num_tokens) - first_L
 
     def unpack(self, packed_L: Tensor) -> list[list[Tensor]]:
         """Packed tokens [L, ...] -> the tokens [length, ...] of every block, clip by clip."""

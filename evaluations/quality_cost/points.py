@@ -143,14 +143,6 @@ def bd_rate(reference: Curve, test: Curve) -> float | None:
     return float(np.exp(means[1] - means[0]) - 1)
 
 
-def cost_at(curve: Curve, quality: float) -> float | None:
-    """What the curve pays for `quality`; None outside of the qualities it reaches."""
-    curve = frontier(curve)
-    if not curve.quality_P[0] <= quality <= curve.quality_P[-1]:
-        return None
-    return float(np.exp(_log_cost(curve, quality)))
-
-
 def _log_cost(curve: Curve, quality: float) -> float:
     if len(curve.cost_P) == 1:
         return float(np.log(curve.cost_P[0]))

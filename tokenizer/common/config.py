@@ -99,11 +99,6 @@ def with_defaults(stored: Any, today: Any, origin: str) -> Any:
     return defaults_of(type(today)) | read
 
 
-def save_config(config: Any, path: str | Path) -> None:
-    """Write `config` as YAML that `load_config` reads back to an equal object."""
-    Path(path).write_text(dump_yaml(to_dict(config)), encoding="utf-8")
-
-
 def dump_yaml(data: Mapping[str, Any]) -> str:
     """Plain data as YAML text that `read_yaml` takes: no anchor even if a list occurs twice."""
     return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False)

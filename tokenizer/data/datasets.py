@@ -37,21 +37,10 @@ VolleyballSpiking WalkingWithDog WallPushups WritingOnBoard YoYo
 """
 OFFICIAL_ORDER = tuple(_CLASSES.split())
 ASCII_ORDER = tuple(sorted(OFFICIAL_ORDER))
-ORDERS = {"ascii": ASCII_ORDER, "official": OFFICIAL_ORDER}
 SPLITS = ("train", "test", "all")
 
 _BY_LOWER = {name.lower(): name for name in OFFICIAL_ORDER}
 _FILE = re.compile(r"v_(?P<label>\w+)_g\d+_c\d+", re.IGNORECASE)
-
-
-def class_index(name_or_number: str, order: str = "ascii") -> int:
-    """The 0-based class number of a name (any case) or of a number written in digits. UserError for neither."""
-    classes = ORDERS[order]
-    if name_or_number.isdecimal() and int(name_or_number) < len(classes):
-        return int(name_or_number)
-    if name_or_number.lower() in _BY_LOWER:
-        return classes.index(_BY_LOWER[name_or_number.lower()])
-    raise UserError(f"class {name_or_number!r}: give a name of UCF-101 or a number from 0 to {len(classes) - 1}")
 
 
 def find_ucf101(
