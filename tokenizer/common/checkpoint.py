@@ -73,7 +73,7 @@ def file_sha256(path: str | Path) -> str:
 
 def atomic_write(path: str | Path, data: bytes) -> None:
     """Put `data` at `path`: written aside, synced, renamed. On an OSError the old file stays as it was."""
-    with _written_aside(Path(path)) as aside:
+    with written_aside(Path(path)) as aside:
         aside.write_bytes(data)
 
 
@@ -84,8 +84,8 @@ def save_model(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     inside = {"config": config, "card": dict(card or {}), _DIGEST_KEY: _ZEROS}
-    with _written_aside(path) as aside:
-        _write_tensors(aside, tensors, {_METADATA_KEY: json.dumps(inside, sort_keys=True)})
+    with written_aside(path) as aside:
+        write_tensors(aside, tensors, {_METADATA_KEY: json.dumps(inside, sort_keys=True)})
         _write_digest(aside)
 
 
@@ -227,7 +227,7 @@ class CheckpointStore:
         aside.mkdir(parents=True)
         try:
             for name, tensors in groups.items():
-                _write_tensors(aside / f"{name}.safetensors", tensors)
+                write_tensors(aside / f"{name}.safetensors", tensors)
             body = {"step": step, "state": dict(state), "config": dict(config)}
             (aside / "state.json").write_text(json.dumps(body, indent=1), encoding="utf-8")
             sums = {file.name: file_sha256(file) for file in sorted(aside.iterdir())}
@@ -351,7 +351,8 @@ def _refuse_pickle(path: Path) -> None:
         )
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """One .safetensors with the permissions of any new file. OSError on a full disk."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path.touch()
     mode = path.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
@@ -366,9 +367,12 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str
 
 
 @contextmanager
-def _written_aside(path: Path) -> Iterator[Path]:
-    """Yields where to write; at the end the file is synced and renamed to `path`, or removed on an exception."""
-    aside = _aside(path)
+def written_aside(path: Path, name: str = "") -> Iterator[Path]:
+    """Yields where to write; at the end the file is synced and renamed to `path`, or removed on an exception.
+
+    name: of the file until then, beside `path`; by default hidden and ending in .partial.
+    """
+    aside = path.with_name(name) if name else _aside(path)
     try:
         yield aside
         _sync(aside)

@@ -30,8 +30,8 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
+from tokenizer.common.checkpoint import write_tensors, written_aside
 from tokenizer.common.errors import UserError
 from tokenizer.common.schema import check_fields, parse_json
 from tokenizer.data.files import VideoError, open_regular
@@ -146,16 +146,9 @@ def _without_banner(data: bytes) -> bytes:
 
 def _write(path: Path, parts: dict[str, np.ndarray], clips: Sequence[StoredClip], facts: dict[str, Any]) -> None:
     known = {**facts, "clips": [[clip.name, clip.label, clip.kind] for clip in clips], "sha256": _digest(parts)}
-    aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
-    try:
-        tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
-        aside.touch()
-        mode = aside.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
-        save_file(tensors, aside, metadata={_KIND: json.dumps(known, sort_keys=True)})
-        aside.chmod(mode)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
+    with written_aside(path) as aside:
+        write_tensors(aside, tensors, {_KIND: json.dumps(known, sort_keys=True)})
 
 
 def _digest(parts: dict[str, np.ndarray]) -> str:

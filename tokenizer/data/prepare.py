@@ -44,7 +44,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.checkpoint import atomic_write, written_aside
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.work_units import map_ahead
 from tokenizer.data.cutting import StreamEnd, Timing
@@ -79,16 +79,8 @@ def prepare_video(source: Path, target: Path, rule: PrepareRule) -> list[str]:
     # Frame by frame: memory does not grow with the video, and none of its end is lost to a whole number of clips.
     frames = decode_clips(source, 1, None, rule.fps, all_clips=True, backend=rule.backend)
     timing = timing_of(source) if rule.fps is None else None
-    aside = target.with_name(f".writing-{uuid.uuid4().hex}.mp4")
-    try:
-        with contextlib.closing(frames):
-            notes = _encode(frames, aside, rule, None if timing is None or timing.is_constant() else timing)
-        os.replace(aside, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(aside)
-        raise
-    return notes
+    with contextlib.closing(frames), written_aside(target, f".writing-{uuid.uuid4().hex}.mp4") as aside:
+        return _encode(frames, aside, rule, None if timing is None or timing.is_constant() else timing)
 
 
 def prepare(manifest: Path, out: Path, rule: PrepareRule, num_threads: int) -> tuple[int, list[dict[str, str]]]:

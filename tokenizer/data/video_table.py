@@ -35,6 +35,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from tokenizer.common.checkpoint import written_aside
 from tokenizer.common.errors import UserError
 from tokenizer.common.work_units import lock
 from tokenizer.data.files import VIDEO_SUFFIXES, Span, display_name, fingerprint, open_regular, this_is_a_list
@@ -86,21 +87,15 @@ def read_table(file: str | Path, needed: str) -> Iterator[dict[str, str]]:
 
 def write_rows(manifest: str | Path, rows: Iterable[ManifestRow]) -> int:
     """Write a manifest, streaming; it appears complete or not at all. Returns the number of rows."""
-    manifest = Path(manifest)
-    aside = manifest.with_name(f".{manifest.name}.partial")
     num_rows = 0
-    try:
-        with open(aside, "w", encoding="utf-8", errors="surrogateescape", newline="") as out:
-            out.write(",".join(_FIELDS) + "\n")
-            for row in rows:
-                out.write(",".join(_quoted(getattr(row, field)) for field in _FIELDS) + "\n")
-                num_rows += 1
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(aside, manifest)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with (
+        written_aside(Path(manifest)) as aside,
+        open(aside, "w", encoding="utf-8", errors="surrogateescape", newline="") as out,
+    ):
+        out.write(",".join(_FIELDS) + "\n")
+        for row in rows:
+            out.write(",".join(_quoted(getattr(row, field)) for field in _FIELDS) + "\n")
+            num_rows += 1
     return num_rows
 
 
