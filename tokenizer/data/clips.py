@@ -229,13 +229,14 @@ class ClipDataset:
 
     def _read(self, index: int, epoch: int, unreadable: dict[str, str]) -> ClipSample:
         part, number = self._locate(index)
+        name, label = self._name(index), self._label(index)
         rng = rng_for(self._seed, "clip", epoch, index) if self.cfg.augment else None
         frames_THWC, kind, notes = part.source.draw(number, self._wanted, rng)
-        self._report(self._name(index), notes)
+        self._report(name, notes)
         if rng is not None:
             frames_THWC = _augment(frames_THWC, self.cfg, rng)
         frames_CTHW = torch.from_numpy(np.ascontiguousarray(frames_THWC.transpose(3, 0, 1, 2)))
-        return ClipSample(frames_CTHW, self._name(index), self._label(index), kind, unreadable)
+        return ClipSample(frames_CTHW, name, label, kind, unreadable)
 
     def _locate(self, index: int) -> tuple[Part, int]:
         """The part that holds a clip, and the clip's number in it."""
