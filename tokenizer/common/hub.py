@@ -115,7 +115,7 @@ class HubModel:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             with tempfile.TemporaryDirectory() as folder:
                 self.save_pretrained(folder, figures=figures)
-                more = {"commit_message": message, "revision": revision}
+                more: Any = {"commit_message": message, "revision": revision}
                 return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **more))
         except UserError:
             raise

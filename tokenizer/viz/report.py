@@ -164,7 +164,8 @@ def charts(metrics: Mapping[str, Any], keys: Mapping[str, str]) -> list[tuple[st
     quality = scatter_chart(dots("tokens", "psnr"), tokens, "PSNR, dB", x_levels=totals)
     second = scatter_chart(dots("tokens", key), tokens, y_title, x_levels=totals)
     moving = scatter_chart(dots("motion", "tokens"), motion, tokens, y_levels=totals)
-    bars = bar_chart(*zip(*ranked, strict=True), "", "tokens of blocks 1, 2, ..; number of clips")
+    names, counts = [name for name, _ in ranked], [count for _, count in ranked]
+    bars = bar_chart(names, counts, "", "tokens of blocks 1, 2, ..; number of clips")
     curve = list(zip(np.linspace(0, book["size"], len(book["curve"])), book["curve"], strict=True))
     usage = area_chart(curve, "codes, commonest first", "frequency relative to even use", 1.0, "even use")
     return [
