@@ -292,22 +292,15 @@ def choose_lengths(
     if not prefix:
         return router.assign(video_BCTHW, budget)
     row_R = space.rows_with_prefix(prefix)
-    if budget.max_distance is not None:
-        score_BA = router.rate(video_BCTHW, budget)  # [B, A], minus the predicted distances
-        lowest = min(float(score_BA.min()), -budget.max_distance) - 1  # of other prefixes: never chosen
-        inside_BA = torch.full_like(score_BA, lowest)
-        inside_BA[:, row_R] = score_BA[:, row_R]
-        row_B = choose_rows(budget, inside_BA, space)
-        warn_of_missed(budget, inside_BA, row_B)
-        return space.lengths_of(row_B)
-    score_BA = router.scores(video_BCTHW).double() - budget.price * space.tokens_A.double()
-    if budget.max_tokens is not None:
-        row_R = row_R[space.tokens_A[row_R] <= budget.max_tokens]
-        if len(row_R) == 0:
-            raise UserError(f"budget {budget.text!r}: no assignment that begins with {prefix} is that short")
-    inside_BA = torch.full_like(score_BA, -torch.inf)
+    if budget.max_tokens is not None and int(space.tokens_A[row_R].min()) > budget.max_tokens:
+        raise UserError(f"budget {budget.text!r}: no assignment that begins with {prefix} is that short")
+    score_BA = router.rate(video_BCTHW, budget)  # [B, A]
+    lowest = min(float(score_BA.min()), -(budget.max_distance or 0.0)) - abs(budget.price) * space.max_tokens - 1
+    inside_BA = torch.full_like(score_BA, lowest)  # of other prefixes: never chosen
     inside_BA[:, row_R] = score_BA[:, row_R]
-    return space.lengths_of(space.best_row(inside_BA))
+    row_B = choose_rows(budget, inside_BA, space)
+    warn_of_missed(budget, inside_BA, row_B)
+    return space.lengths_of(row_B)
 
 
 def main() -> None:

@@ -142,7 +142,8 @@ def charts(metrics: Mapping[str, Any], keys: Mapping[str, str]) -> list[tuple[st
     records, book, totals = metrics["clips"], metrics["codebook"], uniform_totals(metrics["tokenizer"])
     ranked, others = commonest(records)
     drawn = evenly(records, MOST_DOTS)
-    some = f" {len(drawn)} of {len(records)} clips are drawn." if len(drawn) < len(records) else ""
+    linked = "Each dot is a clip and links to it."
+    linked += f" {len(drawn)} of {len(records)} clips are drawn." if len(drawn) < len(records) else ""
     links = [f"#{keys[r['name']]}" if r["name"] in keys else "" for r in drawn]
     hints = [f"{place(r)}: {r['tokens']} tokens, PSNR {r['psnr']:.1f} dB, motion {r['motion']:.1f}" for r in drawn]
     correlation = metrics["motion_tokens_rank_correlation"]
@@ -169,11 +170,7 @@ def charts(metrics: Mapping[str, Any], keys: Mapping[str, str]) -> list[tuple[st
     curve = list(zip(np.linspace(0, book["size"], len(book["curve"])), book["curve"], strict=True))
     usage = area_chart(curve, "codes, commonest first", "frequency relative to even use", 1.0, "even use")
     return [
-        (
-            "Quality against tokens",
-            to_svg(quality, "PSNR against tokens"),
-            f"Each dot is a clip and links to it.{some}",
-        ),
+        ("Quality against tokens", to_svg(quality, "PSNR against tokens"), linked),
         (f"{name} against tokens", to_svg(second, f"{name} against tokens"), by),
         ("Tokens against motion", to_svg(moving, "tokens against motion"), related),
         ("Commonest assignments", to_svg(bars, "number of clips of each assignment"), others),
