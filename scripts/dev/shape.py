@@ -15,10 +15,11 @@ file outside tests/; entry points (`if __name__ == "__main__"`) and `__init__` f
 Walks are real runs, traced in all threads: the main job on one bundled clip with the shipped weights (`main`, data
 decoded in the same process); one pass of the training loop with GAN and alignment, batch and step, random encoders; one
 clip sampled with the shipped GPT and decoded, models already loaded. A file is entered if one of its named functions is
-called; bodies of modules and classes, lambdas and comprehensions do not count. For the returns, list each function
-once, at its first call, in the order of the run; replace it by its file and merge equal neighbours. An entry into a
-file that is already on the list is a return: returns = entries - files. It is how often a reader who follows the run
-goes back to a file that was closed. All figures of c8a7215 were computed with this script.
+called; bodies of modules and classes, lambdas, comprehensions and templates do not count. For the returns, list each
+function once, at its first call, in the order of the run; replace it by its file and merge equal neighbours. An entry
+into a file that is already on the list is a return: returns = entries - files. It is how often a reader who follows the
+run goes back to a file that was closed. All figures of c8a7215 were computed with this script; a walk should not be
+longer than there.
 
 Prose is README.md, scripts/README.md, configs/README.md (without code) and all docstrings and comments.
 """
@@ -225,7 +226,7 @@ class Trace:
     def _path(self, filename: str) -> str | None:
         if filename not in self._paths:
             path = os.path.relpath(filename)
-            self._paths[filename] = path if path.startswith(PACKAGES) else None
+            self._paths[filename] = path if path.startswith(PACKAGES) and path.endswith(".py") else None
         return self._paths[filename]
 
 
@@ -378,8 +379,9 @@ def main() -> None:
         return print(json.dumps(walk(*args.walk)))
     found = measure(args.root.absolute(), walks=not args.no_walks)
     before = json.loads(BEFORE.read_text(encoding="utf-8"))
+    limits = {name: f"<= {value}" for name, value in before.items() if name.endswith((", files", ", returns"))}
     found["measures"] = {
-        name: {"now": value, "c8a7215": before.get(name), "target": TARGETS.get(name, "")}
+        name: {"now": value, "c8a7215": before.get(name), "target": TARGETS.get(name, limits.get(name, ""))}
         for name, value in found["measures"].items()
     }
     print(json.dumps(found, indent=2)) if args.json else print_table(found)
