@@ -41,8 +41,9 @@ from tokenizer.model import VideoTokenizer, parameters_by_part
 from tokenizer.presets import load_tokenizer
 from tokenizer.training.cli import parse_training_arguments, rehearse
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.train_step import Values
-from tokenizer.training.trainer import RunConfig, Summed, TrainState, fit, portion, start_run, train_step
+from tokenizer.training.train_state import RunConfig, TrainState
+from tokenizer.training.train_step import Summed, Values, train_step
+from tokenizer.training.trainer import fit, portion, start_run
 
 _CLASS_DROPOUT = 0.1
 

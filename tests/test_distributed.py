@@ -30,7 +30,9 @@ from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.loader import batches
 from tokenizer.train import TokenizerTrainConfig, TokenizerTraining
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.trainer import RunConfig, Summed, TrainState, fit, train_step
+from tokenizer.training.train_state import RunConfig, TrainState
+from tokenizer.training.train_step import Summed, train_step
+from tokenizer.training.trainer import fit
 
 DEBUG = Path(__file__).parents[1] / "configs" / "debug"
 LENGTHS = (5, 1, 2, 8)  # tokens of the four clips of a step: 6 on one rank, 10 on the other

@@ -28,7 +28,7 @@ from tokenizer.common.errors import UserError
 from tokenizer.presets import PRESETS as TOKENIZERS
 from tokenizer.presets import build_tokenizer, load_tokenizer
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.trainer import RunConfig
+from tokenizer.training.train_state import RunConfig
 
 MODEL = replace(PRESETS["GPT-debug"], num_classes=2)
 FRAMES = replace(PRESETS["GPT-debug"], num_classes=0, condition_lengths=[8, 2])

@@ -19,7 +19,9 @@ from tokenizer.training import logger
 from tokenizer.training.cli import missing, parse_training_arguments
 from tokenizer.training.logger import DiscriminatorHealth, discriminator_warning
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.trainer import RunConfig, TrainState, fit, train_step
+from tokenizer.training.train_state import RunConfig, TrainState
+from tokenizer.training.train_step import train_step
+from tokenizer.training.trainer import fit
 from tokenizer.viz import plots
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,7 @@ from tokenizer.router.predict import TrainedRouter, check_router_fits, load_rout
 from tokenizer.router.reward import QualityTable, reward, stats_of, table_stats
 from tokenizer.router.train import WITHIN_WEIGHT, RouterTrainConfig, RouterTraining, TableClips, measure, quality_loss
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.trainer import RunConfig
+from tokenizer.training.train_state import RunConfig
 
 TINY = RouterConfig(num_frames=8, size=16, levels=[2, 4, 8], layers=1, width=32, heads=2)  # 2 blocks, 9 rows
 

@@ -20,9 +20,9 @@ from tokenizer.common.errors import UserError
 from tokenizer.data.loader import ClipBatch
 from tokenizer.train import TokenizerTrainConfig, TokenizerTraining
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.train_state import Trainable
-from tokenizer.training.train_step import Values
-from tokenizer.training.trainer import RunConfig, Summed, TrainState, fit, train_step
+from tokenizer.training.train_state import RunConfig, Trainable, TrainState
+from tokenizer.training.train_step import Summed, Values, train_step
+from tokenizer.training.trainer import fit
 
 OPTIM = OptimConfig(lr=0.05, warmup_steps=0)
 PROXY = Path(__file__).parents[1] / "configs" / "debug" / "proxy.yaml"

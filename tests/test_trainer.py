@@ -28,7 +28,9 @@ from tokenizer.common.work_units import WorkUnits, claim_folder
 from tokenizer.training.cli import missing
 from tokenizer.training.logger import MetricsLog
 from tokenizer.training.optim import OptimConfig, learning_rate
-from tokenizer.training.trainer import RunConfig, TrainState, claim, fit, train_step
+from tokenizer.training.train_state import RunConfig, TrainState
+from tokenizer.training.train_step import train_step
+from tokenizer.training.trainer import claim, fit
 
 STEPS = 12
 

@@ -45,9 +45,9 @@ from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
 from tokenizer.model import TokenizerConfig, VideoTokenizer, parameters_by_part
 from tokenizer.training.cli import parse_training_arguments, rehearse
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.train_state import Trainable
+from tokenizer.training.train_state import RunConfig, Trainable, TrainState
 from tokenizer.training.train_step import Tally, Terms, Update, Values, commit, split
-from tokenizer.training.trainer import RunConfig, TrainState, fit, portion, resumes, start_run
+from tokenizer.training.trainer import fit, portion, resumes, start_run
 from tokenizer.viz.frames import save_comparison
 
 

@@ -42,7 +42,9 @@ from tokenizer.common.errors import UserError, run_cli
 from tokenizer.losses.objective import LossConfig, tokenizer_loss
 from tokenizer.presets import build_tokenizer
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.trainer import RunConfig, TrainState, start_run, train_step
+from tokenizer.training.train_state import RunConfig, TrainState
+from tokenizer.training.train_step import train_step
+from tokenizer.training.trainer import start_run
 
 PARTS = ("gpt", "tokenizer", "sampler")
 GOALS = {"gpt": 0.35, "tokenizer": 0.30, "sampler": 0.5, "loop": 10.0}

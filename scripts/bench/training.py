@@ -39,7 +39,9 @@ from tokenizer.presets import build_tokenizer
 from tokenizer.router.curate import Scorer, Scores
 from tokenizer.router.reward import QualityTable, reward, stats_of
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.trainer import BackgroundWriter, RunConfig, TrainState, train_step
+from tokenizer.training.train_state import RunConfig, TrainState
+from tokenizer.training.train_step import train_step
+from tokenizer.training.trainer import BackgroundWriter
 
 REPEATS = 3
 CODES = 16384

@@ -62,8 +62,9 @@ from tokenizer.router.reward import (
 from tokenizer.router.stem import build_stem
 from tokenizer.training.cli import parse_training_arguments, rehearse
 from tokenizer.training.optim import OptimConfig
-from tokenizer.training.train_step import Values
-from tokenizer.training.trainer import RunConfig, TrainState, fit, portion, start_run, train_step
+from tokenizer.training.train_state import RunConfig, TrainState
+from tokenizer.training.train_step import Values, train_step
+from tokenizer.training.trainer import fit, portion, start_run
 
 
 def zoom_and_turn(

@@ -16,8 +16,9 @@ from tokenizer.common.config import load_config
 from tokenizer.common.device import FlopCount, gemm_roof, peak_memory, pick_dtype, slow_precision
 from tokenizer.common.errors import UserError
 from tokenizer.common.work_units import check_locks
+from tokenizer.training.train_state import RunConfig, TrainState
 from tokenizer.training.train_step import StepFn, Values
-from tokenizer.training.trainer import RunConfig, TrainState, num_clips
+from tokenizer.training.trainer import num_clips
 
 T = TypeVar("T")
 

@@ -33,7 +33,7 @@ from tokenizer.common.work_units import no_locks
 from tokenizer.training.logger import Reporter
 from tokenizer.training.optim import Rewarm, learning_rate
 from tokenizer.training.train_state import FREE_TO_CHANGE, NEVER_TO_CHANGE, RunConfig, TrainState
-from tokenizer.training.train_step import LossFn, StepFn, Summed, TooManySkipped, train_step
+from tokenizer.training.train_step import StepFn, TooManySkipped
 
 
 class BackgroundWriter:
@@ -190,20 +190,6 @@ def note_unreadable(folder: Path, batch: Any) -> None:
         for name, reason in met.items():
             if name not in known:
                 file.write(json.dumps({"file": name, "reason": reason}) + "\n")
-
-
-__all__ = [
-    "LossFn",
-    "RunConfig",
-    "Summed",
-    "TrainState",
-    "fit",
-    "num_clips",
-    "portion",
-    "resumes",
-    "start_run",
-    "train_step",
-]
 
 
 def start_run(run: RunConfig) -> torch.device:
