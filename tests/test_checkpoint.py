@@ -16,6 +16,7 @@ from torch import nn
 
 from tokenizer.common import checkpoint
 from tokenizer.common.checkpoint import (
+    Checkpoint,
     CheckpointStore,
     atomic_write,
     file_sha256,
@@ -36,7 +37,7 @@ def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
 def filled(folder: Path, *steps: int, keep_last: int = 2) -> CheckpointStore:
     store = CheckpointStore(folder, keep_last)
     for step in steps:
-        store.save(step, {"model": tensors(step), "ema": tensors(-step)}, {"note": "x"}, CONFIG)
+        store.save(Checkpoint(step, {"model": tensors(step), "ema": tensors(-step)}, {"note": "x"}, CONFIG))
     return store
 
 
@@ -192,7 +193,7 @@ def test_a_real_write_limit_keeps_what_was_there(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
     try:
         with pytest.raises(OSError, match="too large"):
-            store.save(2, {"model": {"weight": torch.zeros(10_000)}}, {}, CONFIG)
+            store.save(Checkpoint(2, {"model": {"weight": torch.zeros(10_000)}}, {}, CONFIG))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [p.name for p in tmp_path.iterdir()] == ["00000001"]

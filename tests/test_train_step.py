@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tokenizer.common.checkpoint import CheckpointStore, read_model
+from tokenizer.common.checkpoint import Checkpoint, CheckpointStore, read_model
 from tokenizer.common.config import load_config
 from tokenizer.common.device import generator_for
 from tokenizer.common.errors import UserError
@@ -152,7 +152,7 @@ def test_a_killed_gan_training_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert "quantizer.codebook.weight" in read_model(tmp_path / "torn").tensors  # final/ holds the model alone
     bare = gan_training(tmp_path / "torn").state
     store = CheckpointStore(tmp_path / "torn" / "checkpoints")
-    store.save(9, {"model": {}, "ema": {}, "optimizer": {}}, {}, {})
+    store.save(Checkpoint(9, {"model": {}, "ema": {}, "optimizer": {}}, {}, {}))
     with pytest.raises(UserError, match="00000009: holds no discriminator; use the config it came with"):
         bare.load(store)
 

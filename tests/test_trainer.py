@@ -221,7 +221,7 @@ def test_full_disk_stops_the_run_and_keeps_the_checkpoint_before(
     def fill(step: int) -> None:
         if step == 5:
             waited_for(tmp_path / "checkpoints" / "00000003")
-            monkeypatch.setattr(checkpoint, "_write_tensors", full)
+            monkeypatch.setattr(checkpoint, "write_tensors", full)
 
     with pytest.raises(OSError, match="No space left"):  # of the writing in the background
         train(tmp_path, at_batch=fill)

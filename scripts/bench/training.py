@@ -245,11 +245,11 @@ def checkpoint(quick: bool) -> Part:
     with tempfile.TemporaryDirectory() as folder:
         store = CheckpointStore(Path(folder))
         for _ in range(REPEATS):
-            steps.append(thread_seconds(train_step, run, optim, state, video_BCTHW, loss))
+            steps.append(thread_seconds(train_step, run, state, video_BCTHW, loss))
             writer = BackgroundWriter(store)
-            waits.append(thread_seconds(state.save, writer, {}))
+            waits.append(thread_seconds(writer.save, state.snapshot({})))
             writer.join()
-            whole.append(thread_seconds(state.save, store, {}))
+            whole.append(thread_seconds(store.save, state.snapshot({})))
     facts = {
         "preset": preset,
         "stall_seconds": round(min(waits), 4),

@@ -57,12 +57,12 @@ class ModelFile:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A resume state in memory. `groups` are named sets of tensors, `state` is what JSON can hold."""
+    """A resume state in memory after `step` updates. `groups`: named sets of tensors, `state`: what JSON can hold."""
 
     step: int
-    groups: dict[str, dict[str, Tensor]]
+    groups: Mapping[str, Mapping[str, Tensor]]
     state: dict[str, Any]
-    config: dict[str, Any]
+    config: Mapping[str, Any]
 
 
 def file_sha256(path: str | Path) -> str:
@@ -213,22 +213,16 @@ class CheckpointStore:
         self.keep_last = max(1, keep_last)
         self.keep_every = keep_every  # multiples of so many steps stay for good; 0: none does
 
-    def save(
-        self,
-        step: int,
-        groups: Mapping[str, Mapping[str, Tensor]],
-        state: Mapping[str, Any],
-        config: Mapping[str, Any],
-    ) -> Path:
-        """Write the state after `step` updates and drop the old ones; on an OSError those stay. Returns its folder."""
-        target = self.folder / f"{step:08d}"
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write a state and drop the old ones; on an OSError those stay. Returns its folder."""
+        target = self.folder / f"{checkpoint.step:08d}"
         aside = _aside(target)
         _remove(aside)
         aside.mkdir(parents=True)
         try:
-            for name, tensors in groups.items():
+            for name, tensors in checkpoint.groups.items():
                 write_tensors(aside / f"{name}.safetensors", tensors)
-            body = {"step": step, "state": dict(state), "config": dict(config)}
+            body = {key: getattr(checkpoint, key) for key in ("step", "state", "config")}
             (aside / "state.json").write_text(json.dumps(body, indent=1), encoding="utf-8")
             sums = {file.name: file_sha256(file) for file in sorted(aside.iterdir())}
             (aside / "manifest.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
@@ -241,7 +235,7 @@ class CheckpointStore:
         _remove(target)  # only ever a damaged one: a good one of this step would have been resumed from
         os.replace(aside, target)
         _sync(self.folder)
-        self._prune(step)
+        self._prune(checkpoint.step)
         return target
 
     def load_latest(self) -> Checkpoint | None:

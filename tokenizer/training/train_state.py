@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tokenizer.common import distributed
-from tokenizer.common.checkpoint import CheckpointStore, load_strict
+from tokenizer.common.checkpoint import Checkpoint, CheckpointStore, load_strict
 from tokenizer.common.device import compile_layers, float32_mode, pick_device, pick_dtype
 from tokenizer.common.errors import UserError
 from tokenizer.training.optim import (
@@ -85,18 +85,6 @@ class RunConfig:
             if name not in TRACKERS:
                 raise UserError(f"run.trackers={self.trackers}: choose from {', '.join(TRACKERS)}")
         pick_dtype(self.precision)
-
-
-class Saver(Protocol):
-    """Where a state can be saved: the store itself, or a writer in the background."""
-
-    def save(
-        self,
-        step: int,
-        groups: Mapping[str, Mapping[str, Tensor]],
-        state: Mapping[str, Any],
-        config: Mapping[str, Any],
-    ) -> object: ...
 
 
 class _Gate(nn.Module):
@@ -223,8 +211,8 @@ class TrainState:
         """What every weights file of this run tells of itself."""
         return {"kind": self.kind, "float32": float32_mode()}
 
-    def save(self, store: Saver, config: Mapping[str, Any]) -> None:
-        """Write everything, atomically."""
+    def snapshot(self, config: Mapping[str, Any]) -> Checkpoint:
+        """Everything, for a checkpoint; the tensors are those of the run, not copies."""
         groups = {
             "model": self.model.state_dict(),
             "ema": self.ema.tensors(),
@@ -238,7 +226,7 @@ class TrainState:
             groups["discriminator_optimizer"] = moments
         state: dict[str, Any] = {"card": self.card, "unlogged": dict(self.unlogged)}
         state |= {trainable.name: trainable.counts() for trainable in self.trainables}
-        store.save(self.step, groups, state, config)
+        return Checkpoint(self.step, groups, state, config)
 
     def load(self, store: CheckpointStore) -> bool:
         """Take up the newest good checkpoint, on all processes the one that rank 0 finds; False if there is none."""

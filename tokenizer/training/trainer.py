@@ -17,15 +17,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from tokenizer.common import distributed
-from tokenizer.common.checkpoint import CheckpointStore, atomic_write, file_sha256, save_model
+from tokenizer.common.checkpoint import Checkpoint, CheckpointStore, atomic_write, file_sha256, save_model
 from tokenizer.common.config import differences, dump_yaml, read_yaml, to_dict, with_defaults
 from tokenizer.common.device import pick_device, set_deterministic, slow_precision
 from tokenizer.common.errors import UserError
@@ -44,20 +44,14 @@ class BackgroundWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(
-        self,
-        step: int,
-        groups: Mapping[str, Mapping[str, Tensor]],
-        state: Mapping[str, Any],
-        config: Mapping[str, Any],
-    ) -> None:
+    def save(self, checkpoint: Checkpoint) -> None:
         """Copy everything to the CPU and start writing it; waits first for the write before."""
         self.join()
         copies = {
             group: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            for group, tensors in groups.items()
+            for group, tensors in checkpoint.groups.items()
         }
-        self._thread = threading.Thread(target=self._write, args=(step, copies, dict(state), config))
+        self._thread = threading.Thread(target=self._write, args=(replace(checkpoint, groups=copies),))
         self._thread.start()
 
     def join(self) -> None:
@@ -69,9 +63,9 @@ class BackgroundWriter:
         if error is not None:
             raise error
 
-    def _write(self, *what: Any) -> None:
+    def _write(self, checkpoint: Checkpoint) -> None:
         try:
-            self.store.save(*what)
+            self.store.save(checkpoint)
         except BaseException as error:  # handed on by `join`
             self._error = error
 
@@ -332,7 +326,7 @@ def _validate(state: TrainState, validate: Callable[[int], Mapping[str, float]],
 def _save(state: TrainState, config: Mapping[str, Any], reporter: Reporter, writer: BackgroundWriter) -> None:
     if distributed.is_main():
         with reporter.saving():
-            state.save(writer, config)
+            writer.save(state.snapshot(config))
 
 
 def num_clips(batch: Any, run: RunConfig) -> int:
