@@ -99,6 +99,9 @@ def test_the_arithmetic_of_a_step_is_counted() -> None:
     with FlopCount() as count:
         (x @ w).sum().backward()
     assert count.total == 2 * (2 * 5 * 7 * 11)
+    with torch.inference_mode(), FlopCount() as count:
+        nn.functional.linear(x, w.T)
+    assert count.total == 2 * 5 * 7 * 11
     q = torch.rand(2, 3, 16, 8, requires_grad=True)
     with FlopCount() as count:
         out = nn.functional.scaled_dot_product_attention(q, q, q)

@@ -187,6 +187,15 @@ class FlopCount(TorchDispatchMode):
         self._around.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # in inference mode linear and matmul arrive whole; their parts are what the registry knows
+        if torch.is_inference_mode_enabled():
+            super().__enter__()  # counts in here too
+            try:
+                parts = func.decompose(*args, **(kwargs or {}))
+            finally:
+                super().__exit__(None, None, None)
+            if parts is not NotImplemented:
+                return parts
         result = func(*args, **(kwargs or {}))
         name, count = func._overloadpacket.__name__, flop_registry.get(func._overloadpacket)
         if name == "_varlen_attn":
