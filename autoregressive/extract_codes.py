@@ -38,6 +38,7 @@ from autoregressive.token_archive import ArchivedClip, ArchiveFacts, TokenArchiv
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.budget import Budget, choose_rows, parse_budget, warn_of_missed
 from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.clip_shape import check_same_shape
 from tokenizer.common.config import defaults_of, to_dict
 from tokenizer.common.device import autocast, batches_at_once, pick_device, pick_dtype
 from tokenizer.common.errors import UserError, run_cli
@@ -235,11 +236,7 @@ class Extraction:
                 f"{c.tokenizer} has model.bottleneck = {t.bottleneck!r}, which is continuous: a GPT needs codes, "
                 "so give a tokenizer with 'vq' or 'fsq'"
             )
-        if (c.data.num_frames, c.data.size) != (t.num_frames, t.size):
-            raise UserError(
-                f"data gives clips of {c.data.num_frames} frames of {c.data.size} pixels, but {c.tokenizer} reads "
-                f"{t.num_frames} frames of {t.size}: set data.num_frames={t.num_frames} data.size={t.size}"
-            )
+        check_same_shape(c.data, "data", t, c.tokenizer)
         if c.condition_lengths:
             check_condition(t, c.condition_frames, c.condition_lengths)
 

@@ -51,6 +51,7 @@ from tqdm import tqdm
 from autoregressive.condition import encode_condition
 from autoregressive.sample_job import SampleJob, Wanted
 from autoregressive.sampler import Request
+from tokenizer.common.clip_shape import sides
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.clip_stream import ClipRule, Rest, Skipped, SourceClip, VideoSource, find_sources, stream_clips
 from tokenizer.data.datasets import find_kinetics
@@ -123,10 +124,8 @@ class Given:
 
         The last given frame is repeated up to the end of its block; later frames are never read.
         """
-        side = self.tokenizer.config.size
-        frames_THWC = (
-            resize_center_crop(frames_THWC, side) if self.keep_aspect_ratio else resize(frames_THWC, side, side)
-        )
+        size = sides(self.tokenizer.config.size)
+        frames_THWC = resize_center_crop(frames_THWC, size) if self.keep_aspect_ratio else resize(frames_THWC, *size)
         video_1CTHW = to_model_range(frames_THWC)[None]
         return frames_THWC, encode_condition(self.tokenizer, video_1CTHW, self.num_frames, self.lengths)[0]
 

@@ -49,6 +49,7 @@ from safetensors.numpy import save
 from autoregressive.sequence import ClipCodes
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.checkpoint import atomic_write, file_sha256
+from tokenizer.common.clip_shape import plain_size
 from tokenizer.common.config import from_dict, to_dict
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.schema import check_fields, check_inside, read_json
@@ -70,7 +71,7 @@ class ArchiveFacts:
     levels: list[int]
     num_blocks: int
     num_frames: int
-    size: int
+    size: Any  # pixels: of a square, or [height, width]
     tokenizer_sha256: str
     router_sha256: str = ""  # empty for a budget without router
     budget: str = "router"
@@ -81,6 +82,7 @@ class ArchiveFacts:
     precision: str = "none"  # that the tokenizer ran in
 
     def __post_init__(self) -> None:
+        self.size = plain_size(self.size, "size")
         if self.codebook_size > MOST_CODES:
             raise UserError(f"codebook_size = {self.codebook_size}: an archive holds codes below {MOST_CODES}")
 

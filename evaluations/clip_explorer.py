@@ -28,7 +28,7 @@ from tokenizer.common.device import pick_device
 from tokenizer.common.errors import UserError
 from tokenizer.common.image_quality import psnr_of_mse
 from tokenizer.data.video_io import read_clip_at, to_model_range, to_uint8
-from tokenizer.losses.perceptual import load_perceptual
+from tokenizer.losses.perceptual import check_frames_fit, load_perceptual
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.curate import Scorer
 from tokenizer.router.predict import check_router_fits, load_router
@@ -39,6 +39,7 @@ from tokenizer.viz.plots import Series, line_chart, to_svg
 
 FRAMES_PER_BLOCK = 1  # that the chart's distance looks at: a quarter of the time of all four
 _MOST_CLIPS = 8  # kept open with their charts
+SHOWN_SIDE = 256  # CSS pixels of a film's longer side
 _SQUARES = 8  # rows of the picture of a block's tokens
 
 
@@ -82,6 +83,7 @@ class Explorer:
             raise UserError(f"--gpt-ckpt {args.gpt_ckpt}: has no classes to sample; give a class-to-video GPT")
         self.class_names = names_of(self.gpt.class_names, layout.num_classes)
         self.space = self.tokenizer.space
+        check_frames_fit(args.perceptual, self.tokenizer.config.size)
         self.perceptual = load_perceptual(args.perceptual).to(device)
         self._scorer = Scorer(self.tokenizer, self.perceptual, FRAMES_PER_BLOCK)
         self._clips: dict[tuple[str, float], OpenClip] = {}
@@ -175,8 +177,11 @@ def films_html(films: dict[str, np.ndarray], tokens: VideoTokens, longest: int) 
     clock = f"{seconds}s steps({num_frames}, jump-none) infinite"
     cells = []
     for caption, frames_THWC in films.items():
-        film = _data_url(rearrange(frames_THWC, "T H W C -> H (T W) C"))
-        style = f"background-image:url({film});background-size:{100 * num_frames}% 100%;animation:ex-play {clock}"
+        film, (height, width) = _data_url(rearrange(frames_THWC, "T H W C -> H (T W) C")), frames_THWC.shape[1:3]
+        shape = f"width:{round(SHOWN_SIDE * width / max(height, width))}px;aspect-ratio:{width}/{height}"
+        style = (
+            f"{shape};background-image:url({film});background-size:{100 * num_frames}% 100%;animation:ex-play {clock}"
+        )
         cells.append(f'<figure><figcaption>{caption}</figcaption><div class="ex-film" style="{style}"></div></figure>')
     blocks = []
     for t, code_L in enumerate(tokens.code_L.split(lengths)):

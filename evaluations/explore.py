@@ -49,15 +49,13 @@ from evaluations.clip_explorer import Explorer, curve_html, films_html, view_htm
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.files import bundled_videos
 
-_SHOWN_SIDE = 256  # CSS pixels of a film
-
-CSS = f"""
-.ex-row {{ display: flex; flex-wrap: wrap; gap: 12px; }} .ex-row figure {{ margin: 0; }}
-.ex-row figcaption {{ font-size: 12px; height: 20px; opacity: .8; }}
-.ex-film {{ width: {_SHOWN_SIDE}px; height: {_SHOWN_SIDE}px; image-rendering: pixelated; }}
-.ex-blocks {{ display: grid; grid-template-columns: 1fr 1fr; gap: 10px; }} .ex-block img {{ width: 148px; margin: 0; }}
-@keyframes ex-play {{ from {{ background-position-x: 0%; }} to {{ background-position-x: 100%; }} }}
-.chart {{ max-width: 640px; }}
+CSS = """
+.ex-row { display: flex; flex-wrap: wrap; gap: 12px; } .ex-row figure { margin: 0; }
+.ex-row figcaption { font-size: 12px; height: 20px; opacity: .8; }
+.ex-film { image-rendering: pixelated; }
+.ex-blocks { display: grid; grid-template-columns: 1fr 1fr; gap: 10px; } .ex-block img { width: 148px; margin: 0; }
+@keyframes ex-play { from { background-position-x: 0%; } to { background-position-x: 100%; } }
+.chart { max-width: 640px; }
 """
 # Fonts, scripts and pictures come from this server or from the page itself; the browser refuses all others.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"

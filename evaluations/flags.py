@@ -6,6 +6,7 @@ import argparse
 
 from autoregressive.flags import GPT_SIZES, add_precision_flag
 from tokenizer.common.cli import EXTRACTORS, Parser, at_least, positive
+from tokenizer.common.clip_shape import size_argument
 from tokenizer.common.errors import UserError
 
 MIN_CLIPS = 256  # with fewer clips the bias of a Frechet distance exceeds the distance
@@ -26,6 +27,9 @@ def add_common_flags(parser: Parser) -> None:
     add("--extractor-sha256", metavar="HEX", help="what the extractor's weights must have; needed for an address")
     add("--perceptual", metavar="NAME", help="another LPIPS than the protocol's, or none: marked as changed")
     add("--count", type=at_least(1), metavar="N", help="another number of clips: marked as changed")
+    add("--num-frames", type=at_least(1), metavar="N", help="frames of a clip, for tokenizers of another shape than "
+        "the protocol's: marked as changed")  # fmt: skip
+    add("--size", type=size_argument, metavar="N", help="pixels, 64 or 96x160 (height x width): marked as changed")
     add("--draws", type=at_least(1), metavar="N", help="draws of the bootstrap: marked as changed")
     add("--force", action="store_true", help=f"Frechet distance on fewer than {MIN_CLIPS} clips; lossy video in --ours")
     add("--cache", metavar="DIR", default="results/eval_cache", help="real-side features (default: results/eval_cache)")

@@ -21,6 +21,7 @@ from evaluations.clip_list import ClipList, ListedClip, fingerprint
 from evaluations.protocols import Protocol
 from evaluations.shards import read_json
 from evaluations.system import Draft, Made, Source
+from tokenizer.common.clip_shape import sides
 from tokenizer.common.errors import UserError
 from tokenizer.data.video_io import VIDEO_SUFFIXES, VideoError, display_name, read_clip
 
@@ -119,7 +120,7 @@ class GivenClips:
 
     def __init__(self, folder: str, clips: ClipList, protocol: Protocol, force: bool) -> None:
         """UserError if the folder holds another number of clips, or it is not clear which file belongs to which."""
-        self.num_frames, self.size, self.force = protocol.num_frames, protocol.size, force
+        self.num_frames, self.sides, self.force = protocol.num_frames, sides(protocol.size), force
         files = find_frames(folder)
         if len(files) != len(clips.clips):
             raise UserError(f"{folder}: holds {len(files)} clips for the {len(clips.clips)} of the protocol")
@@ -146,11 +147,10 @@ class GivenClips:
         file = self.files[source.clip.index]
         sampled = self.records[source.clip.index].get("class_name")
         frames_THWC = read_frames(file, self.num_frames, self.force)
-        if frames_THWC.shape[1:3] != (self.size, self.size):
-            height, width = frames_THWC.shape[1:3]
+        if frames_THWC.shape[1:3] != self.sides:
+            (height, width), (rows, columns) = frames_THWC.shape[1:3], self.sides
             raise UserError(
-                f"{display_name(file)}: holds frames of {height}x{width} pixels, the protocol's have "
-                f"{self.size}x{self.size}"
+                f"{display_name(file)}: holds frames of {height}x{width} pixels, the protocol's have {rows}x{columns}"
             )
         return Made(source, frames_THWC, {"sampled_class": sampled} if sampled else {})
 

@@ -31,6 +31,7 @@ from evaluations.scoring import Scorer, load_scorer, trained_as
 from evaluations.shards import RealCache, Record, Scored, ShardFolder
 from evaluations.summary import per_clip_table, pick_shown, result_lines, summarise
 from evaluations.system import Draft, Made, Source, System, in_batches
+from tokenizer.common.clip_shape import check_same_shape, size_text
 from tokenizer.common.device import batches_at_once, float32_mode, pick_device
 from tokenizer.common.distributed import several_processes
 from tokenizer.common.errors import UserError
@@ -48,7 +49,9 @@ class Evaluation:
 
     def __init__(self, args: argparse.Namespace, task: str) -> None:
         """Raises UserError if protocol, data or the weights of a metric are missing."""
-        fields = {name: getattr(args, name) for name in ("extractor", "perceptual", "count", "draws")}
+        fields = {
+            name: getattr(args, name) for name in ("extractor", "perceptual", "count", "draws", "num_frames", "size")
+        }
         self.protocol: Protocol = find_protocol(args.protocol, task).change(**fields)
         self.args, self.device = args, pick_device(args.device)
         if args.overwrite and several_processes():
@@ -263,9 +266,8 @@ def require(args: argparse.Namespace, *names: str) -> None:
 
 def check_tokenizer(protocol: Protocol, tokenizer: VideoTokenizer) -> None:
     """Raises UserError if the tokenizer reads clips of another shape than the protocol's."""
-    ours = (tokenizer.config.num_frames, tokenizer.config.size)
-    if ours != (protocol.num_frames, protocol.size):
-        raise UserError(
-            f"protocol {protocol.name} has clips of {protocol.num_frames} frames of {protocol.size} pixels, the "
-            f"tokenizer's have {ours[0]} frames of {ours[1]} pixels; choose a protocol of its size"
-        )
+    name, c = f"protocol {protocol.name}", tokenizer.config
+    way_out = (
+        f"choose a protocol of its size; evaluations take --num-frames {c.num_frames} --size {size_text(c.size)} too"
+    )
+    check_same_shape(protocol, name, c, "the tokenizer", way_out)

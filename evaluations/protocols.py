@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evaluations.metrics.frechet import COVARIANCES, NAMES
+from tokenizer.common.clip_shape import Size, fitted, sides, size_text
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.sources import SCENES
 
@@ -40,7 +41,7 @@ CLIP_RULES = {
     "random": "one window of {frames} consecutive frames of each video, its start drawn from seed {seed} and the name",
     "windows": "all windows of {frames} frames that do not overlap, of all videos; {count} of them drawn, seed {seed}",
 }
-CHANGEABLE = ("extractor", "perceptual", "count", "seed", "draws")
+CHANGEABLE = ("extractor", "perceptual", "count", "seed", "draws", "num_frames", "size")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Protocol:
     listed: int | None = None
     num_frames: int = 16
     fps: float | None = None  # None: the rate of each file
-    size: int = 128  # short side, then the square in the middle; bilinear, antialiased
+    size: Size = 128  # pixels of a square or [height, width]; see `fitted`; bilinear, antialiased
     score_size: int | None = None
     count: int | None = None
     seed: int = 42
@@ -120,7 +121,10 @@ class Protocol:
     @property
     def notes(self) -> list[str]:
         """What a reader of its numbers must know: which fields were changed, if any."""
-        return [f"not the protocol {self.name}: {', '.join(self.changed)} changed"] if self.changed else []
+        notes = [f"not the protocol {self.name}: {', '.join(self.changed)} changed"] if self.changed else []
+        if self.score_size is None and len(set(sides(self.size))) > 1 and self.extractor in ("i3d", "videomae"):
+            notes.append(f"{self.extractor} squeezes the {size_text(self.size)} pixels of a frame into a square")
+        return notes
 
     def clip_words(self) -> str:
         """The clip rule in words."""
@@ -228,7 +232,7 @@ def card_text(card: dict[str, Any]) -> str:
     if protocol["changed"]:
         name += f"; CHANGED in {', '.join(protocol['changed'])}, so not this protocol any more"
     rate = "native" if protocol["fps"] is None else f"{protocol['fps']:g} frames a second"
-    size = f"short side {protocol['size']}, centre crop"
+    size = fitted(protocol["size"])
     if protocol["score_size"]:
         size += f"; both sides resized to {protocol['score_size']} for scoring"
     given = "none"

@@ -124,7 +124,7 @@ def test_patches_go_and_come_back() -> None:
     video_BCTHW = torch.rand(2, 3, 8, 32, 32)
     patch_BMP = patchify(video_BCTHW, patch_frames=4, patch_size=8)
     assert patch_BMP.shape == (2, 2 * 4 * 4, 4 * 8 * 8 * 3)
-    assert torch.equal(unpatchify(patch_BMP, 4, 8, grid=4), video_BCTHW)
+    assert torch.equal(unpatchify(patch_BMP, 4, 8, grid=(4, 4)), video_BCTHW)
     # order (block, row, column): patch 16 + 4 + 2 is block 1, row 1, column 2
     cut = video_BCTHW[:, :, 4:8, 8:16, 16:24]
     assert torch.equal(patch_BMP[:, 16 + 4 + 2].unflatten(1, (4, 8, 8, 3)), cut.permute(0, 2, 3, 4, 1))
@@ -132,8 +132,8 @@ def test_patches_go_and_come_back() -> None:
 
 def test_the_pyramid_goes_from_the_mean_to_single_patches() -> None:
     patch_RMD = torch.arange(16.0).view(1, 16, 1)  # a 4x4 grid, row by row
-    cells = pooling_pyramid(patch_RMD, grid=4).flatten().tolist()
-    assert len(cells) == most_queries(4) == 32
+    cells = pooling_pyramid(patch_RMD, grid=(4, 4)).flatten().tolist()
+    assert len(cells) == most_queries((4, 4)) == 32
     assert cells[:2] == [7.5, 7.5]
     assert cells[2:4] == [3.5, 11.5]  # rows grow first: upper and lower half
     assert cells[4:8] == [2.5, 4.5, 10.5, 12.5]  # quarters
@@ -153,22 +153,22 @@ def test_a_longer_assignment_begins_with_the_queries_of_a_shorter_one() -> None:
 def test_each_query_starts_from_its_own_block() -> None:
     patch_BMD = torch.arange(3.0 * 3 * 4).view(3, 12, 1)  # 3 clips x 3 blocks of a 2x2 grid
     packing = pack(torch.tensor([[1, 8, 2], [8, 1, 4], [2, 2, 2]]))
-    queries = packing.unpack(packed_queries(patch_BMD, packing, grid=2))
+    queries = packing.unpack(packed_queries(patch_BMD, packing, grid=(2, 2)))
     for b, blocks in enumerate(queries):
         for t, block_KD in enumerate(blocks):
-            wanted = pooling_pyramid(patch_BMD[b : b + 1, 4 * t : 4 * t + 4], 2)[0, level_cells(len(block_KD))]
+            wanted = pooling_pyramid(patch_BMD[b : b + 1, 4 * t : 4 * t + 4], (2, 2))[0, level_cells(len(block_KD))]
             assert torch.equal(block_KD, wanted)
 
 
 def test_positions_tell_all_places_apart() -> None:
     for width in (8, 48, 128):
-        table = sincos_3d(num_blocks=4, grid=4, width=width)
+        table = sincos_3d(num_blocks=4, grid=(4, 4), width=width)
         assert table.shape == (64, width) and table.abs().max() <= 1
         distance = torch.cdist(table, table) + torch.eye(64) * 9
         assert distance.min() > 0.1
         waves = [table[:, wave] for axis in waves_3d(width) for wave in axis]  # sine and cosine
         assert len(waves) > width // 4
         torch.testing.assert_close(torch.stack(waves).square().sum(dim=2), torch.ones(len(waves), 64))
-    table = sincos_3d(4, 4, 48).view(4, 4, 4, 48)
+    table = sincos_3d(4, (4, 4), 48).view(4, 4, 4, 48)
     near, far = (table[0, 0, 0] - table[0, 0, 1]).norm(), (table[0, 0, 0] - table[3, 3, 3]).norm()
     assert near < far

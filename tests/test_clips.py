@@ -152,7 +152,7 @@ def test_a_set_without_one_readable_clip_says_so(tmp_path: Path) -> None:
         ({"repeat": [1, 2]}, "one count >= 0 for each of the 1 sources"),
         ({"crop_scale": 0.0}, "data.crop_scale=0.0"),
         ({"fps": -3.0}, "data.fps=-3.0"),
-        ({"size": 0}, "data.size=0"),
+        ({"size": 0}, "data.size = 0"),
     ],
 )
 def test_mistakes_in_the_config_name_key_and_value(changes: dict[str, object], message: str) -> None:

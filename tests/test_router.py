@@ -105,7 +105,7 @@ def test_unseen_patches_do_not_matter_and_seeing_all_is_seeing_the_clip() -> Non
     assert torch.allclose(router(clip, patches.flip(1)), router(clip), atol=1e-5)
     other = clip.clone()
     other[..., config.patch_size :, :] = 0  # all but the first row of patches of every block
-    first_row = patches.view(config.num_blocks, config.grid, config.grid)[:, 0].reshape(1, -1)
+    first_row = patches.view(config.num_blocks, *config.grid)[:, 0].reshape(1, -1)
     assert torch.equal(router(clip, first_row), router(other, first_row))
     assert not torch.allclose(router(clip), router(other))
 

@@ -22,9 +22,9 @@ def test_a_perceptual_network_or_the_reason_why_not(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("tokenizer.router.reconstruct.load_perceptual", absent)
     cpu = torch.device("cpu")
-    assert pick_perceptual("auto", cpu) == (None, "lpips_vgg is absent; stlpips_alex is absent")
+    assert pick_perceptual("auto", cpu, 64) == (None, "lpips_vgg is absent; stlpips_alex is absent")
     with pytest.raises(UserError, match="stlpips_vgg is absent"):
-        pick_perceptual("stlpips_vgg", cpu)
+        pick_perceptual("stlpips_vgg", cpu, 64)
 
 
 def test_motion_of_blocks() -> None:

@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--to", dest="end", type=float, metavar="SECONDS", help="end before this (default: the end)")
     add("--source", metavar="VIDEO", help="the original, whose sound is copied")
     add("--side-by-side", action="store_true", help="original | reconstruction; needs --source")
-    add("--display-size", type=at_least(2), metavar="PIXELS", help="side of a picture (default: the tokenizer's)")
+    add("--display-size", type=at_least(2), metavar="PIXELS", help="short side of a picture (default: the tokenizer's)")
     add("--lossless", action="store_true", help="RGB without loss, to be measured rather than watched")
     add("--batch-size", type=at_least(1), default=4, metavar="N", help="clips decoded together")
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
@@ -43,6 +43,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from tokenizer.common.clip_shape import sides
 from tokenizer.common.device import pick_device
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.clip_stream import find_sources
@@ -63,7 +64,8 @@ def main() -> None:
     if args.source:
         check_source(file, args.source)
     model = load_tokenizer(args.vq_ckpt, pick_device(args.device), args.tok_config)
-    side = args.display_size or file.facts.size
+    size = sides(file.facts.size)
+    shown_size = [side * (args.display_size or min(size)) // min(size) for side in size]
     began = time.perf_counter()
     squared_error, num_numbers = 0.0, 0
     with contextlib.ExitStack() as stack:
@@ -74,13 +76,13 @@ def main() -> None:
         calm = 1 if sys.stderr.isatty() else 30
         bar = stack.enter_context(tqdm(total=len(wanted), unit="frame", mininterval=calm, dynamic_ncols=True))
         for frames_THWC, frame_T in shown:
-            picture_THWC = resize(frames_THWC, side, side)
+            picture_THWC = resize(frames_THWC, *shown_size)
             if args.side_by_side:
                 real_THWC = next(originals)
                 small_THWC = resize_center_crop(real_THWC, file.facts.size)
                 squared_error += float(((small_THWC.astype(np.float32) - frames_THWC) ** 2).sum())
                 num_numbers += frames_THWC.size
-                picture_THWC = np.concatenate([resize_center_crop(real_THWC, side), picture_THWC], axis=2)
+                picture_THWC = np.concatenate([resize_center_crop(real_THWC, shown_size), picture_THWC], axis=2)
             writer.add(picture_THWC, file.second_F[frame_T.start : frame_T.stop].tolist())
             bar.update(len(frame_T))
     took = time.perf_counter() - began

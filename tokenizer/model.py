@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from einops import rearrange, repeat
@@ -31,6 +31,7 @@ from tokenizer.blocks.bottlenecks import (
     VectorQuantizer,
 )
 from tokenizer.blocks.patches import (
+    Grid,
     most_queries,
     packed_cells,
     packed_queries,
@@ -41,6 +42,7 @@ from tokenizer.blocks.patches import (
 )
 from tokenizer.blocks.structured_init import patch_filters, start_decoder, start_encoder
 from tokenizer.blocks.transformer import QFormer
+from tokenizer.common.clip_shape import check_whole_patches, grid_of, plain_size, sides
 from tokenizer.common.errors import UserError
 from tokenizer.common.hub import HubModel
 from tokenizer.tokens import VideoTokens
@@ -75,7 +77,7 @@ class TokenizerConfig:
     """Shape of a tokenizer. The defaults are the paper's S-B with a codebook of 16384."""
 
     num_frames: int = 16  # frames of a clip
-    size: int = 128  # height and width in pixels
+    size: Any = 128  # pixels: one number for a square, or [height, width]
     patch_frames: int = 4  # frames of a temporal block
     patch_size: int = 8  # pixels of a patch's side
     levels: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])  # tokens a block may get
@@ -90,6 +92,7 @@ class TokenizerConfig:
     init: str = "structured"  # or "random": how positions and attention begin; see VideoTokenizer.init_weights
 
     def __post_init__(self) -> None:
+        self.size = plain_size(self.size, "model.size")
         _check_positive(self)
         if self.num_frames % self.patch_frames:
             nearest = self.patch_frames * max(1, round(self.num_frames / self.patch_frames))
@@ -97,17 +100,12 @@ class TokenizerConfig:
                 f"model.num_frames = {self.num_frames} is not divisible by model.patch_frames = {self.patch_frames}; "
                 f"the nearest that is: {nearest}"
             )
-        nearest = self.patch_size * 2 ** max(0, round(math.log2(self.size / self.patch_size)))
-        if self.size % self.patch_size or self.grid & (self.grid - 1):
-            raise UserError(
-                f"model.size = {self.size} must be model.patch_size = {self.patch_size} times a power of two, so that "
-                f"cells can be pooled; the nearest that is: {nearest}"
-            )
+        check_whole_patches(self.size, self.patch_size, "model.")
         AssignmentSpace(tuple(self.levels), self.num_blocks)
         if self.levels[-1] > most_queries(self.grid):
             raise UserError(
                 f"model.levels: {self.levels[-1]} is more than the {most_queries(self.grid)} queries that pooling a "
-                f"{self.grid}x{self.grid} block gives; the largest possible level is {most_queries(self.grid)}"
+                f"{self.grid[0]}x{self.grid[1]} block gives; the largest possible level is {most_queries(self.grid)}"
             )
         if self.bottleneck_width < self.code_width:
             raise UserError(
@@ -147,9 +145,14 @@ class TokenizerConfig:
         return self.num_frames // self.patch_frames
 
     @property
-    def grid(self) -> int:
-        """Patches along a side."""
-        return self.size // self.patch_size
+    def grid(self) -> Grid:
+        """Rows and columns of a block's patches."""
+        return grid_of(self.size, self.patch_size)
+
+    @property
+    def block_patches(self) -> int:
+        """m, patches of a block."""
+        return self.grid[0] * self.grid[1]
 
     @property
     def patch_width(self) -> int:
@@ -185,7 +188,7 @@ class VideoTokenizer(HubModel, nn.Module):
         super().__init__()
         c = self.config = config
         self.space = AssignmentSpace(tuple(c.levels), c.num_blocks)
-        num_patches, num_queries = c.num_blocks * c.grid**2, c.num_blocks * c.block_queries
+        num_patches, num_queries = c.num_blocks * c.block_patches, c.num_blocks * c.block_queries
 
         self.patch_embed = nn.Linear(c.patch_width, c.encoder.width)
         self.query_embed = nn.Linear(c.encoder.width, c.encoder.width)
@@ -233,7 +236,7 @@ class VideoTokenizer(HubModel, nn.Module):
         c = self.config
         for patch_pos, token_pos in (tables[:2], tables[2:]):
             patch_pos.copy_(sincos_3d(c.num_blocks, c.grid, patch_pos.shape[1]))
-            cells = pooling_pyramid(patch_pos.unflatten(0, (c.num_blocks, -1)), c.grid)  # [N, 2*G*G, D]
+            cells = pooling_pyramid(patch_pos.unflatten(0, (c.num_blocks, -1)), c.grid)  # [N, K, D]
             token_pos.copy_(cells[:, : c.block_queries].flatten(0, 1))
         filters = patch_filters(c.patch_frames, c.patch_size)
         start_encoder(self.patch_embed, self.query_embed, self.encoder, self.to_latent, *filters)
@@ -260,7 +263,7 @@ class VideoTokenizer(HubModel, nn.Module):
 
     def encode_latents(self, video_BCTHW: Tensor, packing: Packing) -> Tensor:
         """[B, 3, T, H, W] -> latents before quantisation, [L, E]."""
-        patches = pack_uniform(packing.num_clips, packing.num_blocks, self.config.grid**2)
+        patches = pack_uniform(packing.num_clips, packing.num_blocks, self.config.block_patches)
         patch_BMD = self.embed_patches(video_BCTHW)
         token_LD = self.residual(self.query_embed(packed_queries(patch_BMD, packing, self.config.grid)))
         patch_LD = rearrange(patch_BMD, "B M D -> (B M) D")
@@ -278,11 +281,11 @@ class VideoTokenizer(HubModel, nn.Module):
         self, latent_LE: Tensor, packing: Packing, feature_layer: int = 0
     ) -> tuple[Tensor, Tensor | None]:
         """Quantised latents [L, E] -> patches [B, M, D] after the last layer and after `feature_layer` layers."""
-        grid, feature_BMD = self.config.grid, None
-        patches = pack_uniform(packing.num_clips, packing.num_blocks, grid**2)
+        m, feature_BMD = self.config.block_patches, None
+        patches = pack_uniform(packing.num_clips, packing.num_blocks, m)
         token_LD = self.residual(self.from_latent(latent_LE))
         first_RD = token_LD[packing.first_BN.flatten().to(token_LD.device)]
-        patch_LD = repeat(first_RD, "R D -> (R m) D", m=grid**2)
+        patch_LD = repeat(first_RD, "R D -> (R m) D", m=m)
         patch_pos_LD = repeat(self.decoder_patch_pos, "M D -> (B M) D", B=packing.num_clips)
         placed_LD = token_LD + self.decoder_token_pos[self._token_rows(packing)]
         for count, layer in enumerate(self.decoder, start=1):
@@ -329,12 +332,9 @@ class VideoTokenizer(HubModel, nn.Module):
         """
         self.check_made_here(tokens.tokenizer_sha256)
         c = self.config
-        facts = (tokens.num_frames, tokens.size, tokens.codebook_size)
-        if facts != (c.num_frames, c.size, c.codebook_size):
-            raise UserError(
-                f"tokens of (frames, size, codes) {facts} do not fit this tokenizer's "
-                f"{(c.num_frames, c.size, c.codebook_size)}"
-            )
+        theirs, ours = ((x.num_frames, x.size, x.codebook_size) for x in (tokens, c))
+        if theirs != ours:
+            raise UserError(f"tokens of (frames, size, codes) {theirs} do not fit this tokenizer's {ours}")
         self.space.rows_of(tokens.length_BN)
         latent_LE = self.quantizer.decode(tokens.code_L.to(self.device))
         return self.decode_latents(latent_LE, tokens.packing).clamp(0, 1)
@@ -412,7 +412,7 @@ class VideoTokenizer(HubModel, nn.Module):
 
     def _checked_packing(self, video_BCTHW: Tensor, length_BN: Tensor) -> Packing:
         c = self.config
-        want = (3, c.num_frames, c.size, c.size)
+        want = (3, c.num_frames, *sides(c.size))
         if tuple(video_BCTHW.shape[1:]) != want:
             raise UserError(f"a clip must be {list(want)} (C, T, H, W), got {list(video_BCTHW.shape[1:])}")
         if not video_BCTHW.is_floating_point():

@@ -31,6 +31,8 @@ PRESETS: dict[str, TokenizerConfig] = {
     # the paper's S-B: encoder small, decoder base; 16384 codes, or 8192 for UCF-101 + K600
     "VQ_SB": TokenizerConfig(),
     "VQ_SB_8192": TokenizerConfig(codebook_size=8192),
+    # encoder small, decoder large: the paper's names with the next size of its family (24 layers of 1024, 16 heads)
+    "VQ_SL": TokenizerConfig(decoder=TransformerConfig(layers=24, width=1024, heads=16)),
     # 16x64x64 clips, the paper's ratios; what ckpts/mini holds
     "VQ_mini": TokenizerConfig(
         size=64,

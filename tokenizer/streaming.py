@@ -4,7 +4,7 @@ Every attention is block-causal, so block t depends only on the frames and lengt
 processed as they arrive, and curation walks a tree in which assignments with a common prefix share its work.
 All clips of a batch run in lockstep: block t has the same length in each.
 
-Letters: B clips, K tokens of one block, m patches of one block (G*G), D E widths.
+Letters: B clips, K tokens of one block, m patches of one block, D E widths.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tokenizer.blocks.patches import level_cells, pooling_pyramid
 from tokenizer.blocks.transformer import KeysValues, concat_blocks
+from tokenizer.common.clip_shape import sides
 from tokenizer.common.errors import UserError
 from tokenizer.tokens import VideoTokens
 
@@ -34,7 +35,7 @@ Cache = list[list[KeysValues]]
 class ClipPatches:
     """What the encoder reads of a batch of clips, computed once whatever the assignment."""
 
-    cells: list[Tensor]  # per block: pooled start values of the queries, [B, 2*G*G, D]
+    cells: list[Tensor]  # per block: pooled start values of the queries, [B, cells, D]
     references: list[list[KeysValues]]  # per block t, per layer: cross-attention keys and values of blocks <= t
 
 
@@ -54,7 +55,7 @@ class Past:
 
 def read_patches(model: VideoTokenizer, video_BCTHW: Tensor) -> ClipPatches:
     """All patches of the clips, or of their first blocks -> start values and cross-attention keys and values."""
-    block = model.config.grid**2
+    block = model.config.block_patches
     patch_BMD = model.embed_patches(video_BCTHW)
     cells = [pooling_pyramid(patch_BmD, model.config.grid) for patch_BmD in patch_BMD.split(block, dim=1)]
     placed_BMD = patch_BMD + model.encoder_patch_pos[: patch_BMD.shape[1]]
@@ -93,8 +94,8 @@ def decode_block(model: VideoTokenizer, code_BK: Tensor, t: int, past: Past) -> 
     c = model.config
     token_BKD = model.residual(model.from_latent(model.quantizer.decode(code_BK)))
     placed_BKD = token_BKD + model.decoder_token_pos[t * c.block_queries + level_cells(code_BK.shape[1])]
-    x_BmD = repeat(token_BKD[:, 0], "B D -> B m D", m=c.grid**2)
-    pos_mD = model.decoder_patch_pos[t * c.grid**2 :][: c.grid**2]
+    x_BmD = repeat(token_BKD[:, 0], "B D -> B m D", m=c.block_patches)
+    pos_mD = model.decoder_patch_pos[t * c.block_patches :][: c.block_patches]
     selves, crosses = [], []
     for layer, before, seen in zip(model.decoder, past.decoder, past.tokens, strict=True):
         seen = [*seen, layer.cross_attention.keys_values(token_BKD, placed_BKD)]
@@ -202,7 +203,7 @@ def play_blocks(model: VideoTokenizer, blocks: Iterable[BlockTokens]) -> Iterato
 
 
 def _as_clip(model: VideoTokenizer, frames: Sequence[Tensor]) -> Tensor:
-    want = (3, model.config.size, model.config.size)
+    want = (3, *sides(model.config.size))
     for frame in frames:
         if tuple(frame.shape) != want or not frame.is_floating_point():
             raise UserError(

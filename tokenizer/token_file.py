@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.clip_shape import plain_size
 from tokenizer.common.config import differences
 from tokenizer.common.errors import UserError
 from tokenizer.common.schema import check_fields, parse_json, read_json
@@ -39,7 +40,7 @@ class VideoFacts:
     """What made the tokens. A writer resumes only a file begun with equal facts."""
 
     num_frames: int  # of a clip
-    size: int
+    size: int | list[int]  # pixels: of a square, or [height, width]
     codebook_size: int
     num_blocks: int
     tokenizer_sha256: str
@@ -174,6 +175,7 @@ class TokenFile:
         if isinstance(facts, dict):
             facts.setdefault("trade_off", None)  # not in the first files
         self.facts = VideoFacts(**check_fields(facts, get_type_hints(VideoFacts), str(path), _WAY_OUT))
+        plain_size(self.facts.size, f"{path}: is damaged: size")
         self._end_B = [0, *self.length_BN.sum(dim=1).cumsum(0).tolist()]
         num_clips = -(-len(self.second_F) // self.facts.num_frames)
         if self._codes.get_shape() != [self._end_B[-1]] or len(self) != num_clips or not num_clips:

@@ -47,12 +47,21 @@ from av.video.codeccontext import VideoCodecContext
 from tqdm import tqdm
 
 from tokenizer.budget import choose_rows, keeps_quality, parse_budget
+from tokenizer.common.clip_shape import sides
 from tokenizer.common.device import pick_device
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.work_units import lock, map_ahead
 from tokenizer.data.clip_stream import VideoSource, find_sources
 from tokenizer.data.safe_decode import decode_video
-from tokenizer.data.video_io import DecodedClip, VideoError, exact_rate, file_slug, probe, to_model_range
+from tokenizer.data.video_io import (
+    DecodedClip,
+    VideoError,
+    exact_rate,
+    file_slug,
+    probe,
+    to_model_range,
+    with_even_sides,
+)
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.predict import router_of_flags
@@ -170,14 +179,14 @@ class Job:
 
 
 def _report(file: TokenFile, new_frames: int, took: float, meter: H264Meter, resumed: int) -> str:
-    facts = file.facts
+    facts, (height, width) = file.facts, sides(file.facts.size)
     bits = file.num_tokens * math.log2(facts.codebook_size) / file.duration
     line = (
         f"{len(file.second_F)} frames, {len(file)} clips, {file.num_tokens} tokens: "
         f"{bits / 1000:.2f} kbit/s ({math.log2(facts.codebook_size):g} bits a token)"
     )
     if new_frames:
-        line += f", H.264 at {facts.size}x{facts.size} and crf {meter.crf}: {meter.bits_per_second() / 1000:.2f} kbit/s"
+        line += f", H.264 at {height}x{width} and crf {meter.crf}: {meter.bits_per_second() / 1000:.2f} kbit/s"
         if resumed:
             line += f" (of the {new_frames} frames of this run)"
         reached = new_frames / took
@@ -198,7 +207,8 @@ class H264Meter:
     _encoder: VideoCodecContext | None = field(default=None, repr=False)
 
     def add(self, frames_THWC: np.ndarray) -> None:
-        """uint8 RGB frames with even sides."""
+        """uint8 RGB frames."""
+        frames_THWC = with_even_sides(frames_THWC)
         if self._encoder is None:
             self._encoder = av.CodecContext.create("libx264", "w")
             self._encoder.height, self._encoder.width = frames_THWC.shape[1:3]

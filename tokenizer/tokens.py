@@ -13,11 +13,12 @@ from torch import Tensor
 
 from tokenizer.assignment import Packing, pack
 from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.clip_shape import plain_size
 from tokenizer.common.errors import UserError
 from tokenizer.common.schema import check_fields, parse_json
 
 _KIND = "evatok.tokens"
-_FACTS = {"num_frames": int, "size": int, "codebook_size": int, "tokenizer_sha256": str}
+_FACTS = {"num_frames": int, "size": int | list[int], "codebook_size": int, "tokenizer_sha256": str}
 _WAY_OUT = "tokenize the video again"
 
 
@@ -32,11 +33,12 @@ class VideoTokens:
     code_L: Tensor
     length_BN: Tensor
     num_frames: int
-    size: int
+    size: int | list[int]  # pixels: of a square, or [height, width]
     codebook_size: int
     tokenizer_sha256: str = ""
 
     def __post_init__(self) -> None:
+        plain_size(self.size, "size")
         if int(self.length_BN.sum()) != len(self.code_L):
             raise UserError(f"{len(self.code_L)} codes do not fit lengths that add up to {int(self.length_BN.sum())}")
         if len(self.code_L) and not 0 <= int(self.code_L.min()) <= int(self.code_L.max()) < self.codebook_size:

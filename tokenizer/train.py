@@ -17,7 +17,6 @@ ABOUT = "Stages 1 and 4: train a tokenizer."
 if __name__ == "__main__":
     answer_help(lambda: training_parser(ABOUT).parse_intermixed_args())  # before torch is imported
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from tokenizer.assignment import AssignmentSpace, pack
 from tokenizer.blocks.bottlenecks import code_usage
 from tokenizer.common import distributed
 from tokenizer.common.checkpoint import init_from
+from tokenizer.common.clip_shape import check_same_shape
 from tokenizer.common.device import generator_for
 from tokenizer.common.distributed import BatchShard
 from tokenizer.common.errors import UserError, run_cli
@@ -41,7 +41,7 @@ from tokenizer.data.loader import ClipBatch, batches
 from tokenizer.frozen.encoders import marked
 from tokenizer.losses.gan import DiscriminatorConfig, Gan, frozen, generator_loss
 from tokenizer.losses.objective import Alignment, AlignmentConfig, LossConfig, tokenizer_loss
-from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
+from tokenizer.losses.perceptual import PerceptualDistance, check_frames_fit, load_perceptual
 from tokenizer.model import TokenizerConfig, VideoTokenizer, parameters_by_part
 from tokenizer.training.cli import parse_training_arguments, rehearse
 from tokenizer.training.optim import OptimConfig
@@ -140,13 +140,15 @@ class TokenizerTrainConfig:
     val_clips: int = 64  # held-out clips that a validation looks at, spread evenly over val_data
 
     def __post_init__(self) -> None:
-        for section, name in itertools.product(("data", "val_data"), ("num_frames", "size")):
-            wanted, found = getattr(self.model, name), getattr(getattr(self, section), name)
-            if found != wanted:
-                raise UserError(
-                    f"{section}.{name} = {found} but model.{name} = {wanted}: set {section}.{name}={wanted}"
-                )
+        for name in ("data", "val_data"):
+            check_same_shape(getattr(self, name), name, self.model, "the model")
         check_used(self.data, self.val_data)
+        check_frames_fit(self.loss.perceptual_net, self.model.size)
+        if not isinstance(self.model.size, int) and (self.loss.align > 0 or self.discriminator.net == "videomae"):
+            raise UserError(
+                f"V-JEPA 2 and VideoMAE read square clips, but model.size = {self.model.size}: set loss.align=0 and "
+                "discriminator.net=patch or none"
+            )
         if self.bf16_stream and self.run.precision == "none":
             raise UserError("bf16_stream = true, but run.precision = none does not use it: set run.precision=bf16")
         if (self.loss.gan > 0) != (self.discriminator.net != "none"):

@@ -164,7 +164,7 @@ def pick_measure(
         )
     if protocol is not None:
         return Measure(tokenizer, load_scorer(protocol, args, tokenizer.device), gpt, args.batch_size)
-    perceptual, reason = pick_perceptual(args.perceptual, tokenizer.device)
+    perceptual, reason = pick_perceptual(args.perceptual, tokenizer.device, tokenizer.config.size)
     if perceptual is None:
         raise UserError(f"no perceptual distance: {reason}")
     extractor = None

@@ -15,6 +15,7 @@ from torch import Tensor
 from evaluations.clip_list import list_clips
 from evaluations.protocols import Protocol, find_protocol
 from evaluations.quality_cost.flags import FREE
+from tokenizer.common.clip_shape import check_same_shape
 from tokenizer.common.errors import UserError
 from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
 from tokenizer.data.video_io import VideoError, to_model_range
@@ -86,11 +87,7 @@ def clips_of_flags(args: argparse.Namespace, config: TokenizerConfig, stored: Qu
         data = DataConfig(**stored.meta["data"])
     else:
         raise UserError("no clips: give --protocol, --sources, or a --table that names its clips")
-    if (data.num_frames, data.size) != (config.num_frames, config.size):
-        raise UserError(
-            f"the table's clips are {data.num_frames}x{data.size}x{data.size}, the tokenizer's "
-            f"{config.num_frames}x{config.size}x{config.size}; give --sources and --table fresh"
-        )
+    check_same_shape(data, "the table", config, "the tokenizer", "give --sources and --table fresh")
     dataset = build_dataset(data)
     dataset = dataset if args.max_clips is None else dataset.first(args.max_clips)
     read = _or_stop(list(dataset.names), lambda index: dataset.get_this(index).video_CTHW)

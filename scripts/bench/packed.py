@@ -105,7 +105,7 @@ def random_sequences(config: GPTConfig, lengths_of_clips: list[list[int]]) -> li
 
 def encoder_flops(config: TokenizerConfig, packing: Packing) -> int:
     """Multiplications and additions of one forward through the encoder; a backward is twice that on both sides."""
-    width, cells = config.encoder.width, config.grid**2
+    width, cells = config.encoder.width, config.block_patches
     matrices = 6 + 2 * config.mlp_ratio  # self: q k v out; cross: q out; and the two of the feed-forward
     per_layer = 2 * matrices * width**2 * packing.num_tokens
     per_layer += 2 * 2 * width**2 * packing.num_clips * packing.num_blocks * cells  # cross: k v of the patches

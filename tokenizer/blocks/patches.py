@@ -1,14 +1,19 @@
 """Patchify clips; initial positions of patches; 1D queries by coarse-to-fine pooling of the block's own patches.
 
-The k = 2^n queries of a block are groups of 1, 1, 2, 4, ..., 2^(n-1) cells; group 2^g pools the G x G grid over a
-2^ceil(g/2) x 2^floor(g/2) grid of cells (rows grow first). A longer assignment therefore starts with the queries of a
-shorter one, and a block has at most 2 * G * G. A level that is not a power of two takes all groups that fit and then
-cells spread evenly over the next group. One patch is 4 frames x 8 x 8 pixels.
+The k = 2^n queries of a block are groups of 1, 1, 2, 4, ..., 2^(n-1) cells; on a square grid group 2^g pools the
+patches over a 2^ceil(g/2) x 2^floor(g/2) grid of cells (rows grow first). A longer assignment therefore starts with the
+queries of a shorter one, and a block has at most two for each patch. A level that is not a power of two takes all
+groups that fit and then cells spread evenly over the next group. One patch is 4 frames x 8 x 8 pixels.
+
+On other grids (ours; the paper's are square powers of two) the axis along which a cell is longer is halved next, and
+pooling is adaptive: cell i of c covers patches floor(i G / c) to ceil((i + 1) G / c) - 1 of G along an axis, so
+neighbours may share one.
 
 The position tables are ordinary parameters. Starting from sin-cos over block, row and column, a small run need not
 first discover which token belongs to which place. Linear maps of pixels start from cosine filters of a patch.
 
-Letters: B clips, C T H W, M patches of a clip in the order (block, row, column), P numbers in a patch.
+Letters: B clips, C T H W, M patches of a clip in the order (block, row, column), P numbers in a patch, R blocks of all
+clips, K cells, m patches of a block.
 """
 
 from __future__ import annotations
@@ -23,6 +28,9 @@ from torch import Tensor
 
 from tokenizer.assignment import Packing
 
+Grid = tuple[int, int]
+"""Rows and columns of a block's patches."""
+
 
 def patchify(video_BCTHW: Tensor, patch_frames: int, patch_size: int) -> Tensor:
     """[B, C, T, H, W] -> [B, M, P]; the patches of a temporal block are contiguous."""
@@ -35,37 +43,43 @@ def patchify(video_BCTHW: Tensor, patch_frames: int, patch_size: int) -> Tensor:
     )
 
 
-def unpatchify(patch_BMP: Tensor, patch_frames: int, patch_size: int, grid: int) -> Tensor:
-    """[B, M, P] -> [B, C, T, H, W]; exact inverse of `patchify` for a square `grid` x `grid` of patches a block."""
+def unpatchify(patch_BMP: Tensor, patch_frames: int, patch_size: int, grid: Grid) -> Tensor:
+    """[B, M, P] -> [B, C, T, H, W]; exact inverse of `patchify` for `grid` rows and columns of patches a block."""
     return rearrange(
         patch_BMP,
         "B (t h w) (pt ph pw C) -> B C (t pt) (h ph) (w pw)",
         pt=patch_frames,
         ph=patch_size,
         pw=patch_size,
-        h=grid,
-        w=grid,
+        h=grid[0],
+        w=grid[1],
     )
 
 
-def most_queries(grid: int) -> int:
-    """The largest number of queries that pooling a `grid` x `grid` block can start: two for each patch."""
-    return 2 * grid * grid
+def most_queries(grid: Grid) -> int:
+    """The largest number of queries that pooling a block can start: two for each patch."""
+    return 2 * grid[0] * grid[1]
 
 
-def pooling_pyramid(patch_RMD: Tensor, grid: int) -> Tensor:
-    """Patches of R blocks, [R, G*G, D] -> all pooled cells, coarse to fine, [R, 2*G*G, D]."""
-    plane = rearrange(patch_RMD, "R (h w) D -> R D h w", h=grid, w=grid)
-    cells = [F.avg_pool2d(plane, (grid // h, grid // w)) for h, w in _cell_grids(grid)]
-    pyramid = [rearrange(cell, "R D h w -> R (h w) D") for cell in cells]
+def pooling_pyramid(patch_RmD: Tensor, grid: Grid) -> Tensor:
+    """Patches of R blocks, [R, m, D] -> all pooled cells, coarse to fine, [R, K, D]; K = 2 m on power-of-two grids."""
+    plane = rearrange(patch_RmD, "R (h w) D -> R D h w", h=grid[0])
+    pyramid = [rearrange(_pool(plane, cells), "R D h w -> R (h w) D") for cells in _cell_grids(grid)]
     return torch.cat([pyramid[0], *pyramid], dim=1)  # the first two groups are both the block's mean
 
 
-def packed_queries(patch_BMD: Tensor, packing: Packing, grid: int) -> Tensor:
-    """Patches of all clips, [B, N*G*G, D] -> first values of the packed queries, [L, D]."""
+def _pool(plane_RDhw: Tensor, cells: Grid) -> Tensor:
+    rows, columns = plane_RDhw.shape[-2:]
+    if rows % cells[0] == 0 and columns % cells[1] == 0:
+        return F.avg_pool2d(plane_RDhw, (rows // cells[0], columns // cells[1]))
+    return F.adaptive_avg_pool2d(plane_RDhw, cells)  # on a GPU its gradient is not deterministic in the last bits
+
+
+def packed_queries(patch_BMD: Tensor, packing: Packing, grid: Grid) -> Tensor:
+    """Patches of all clips, [B, M, D] -> first values of the packed queries, [L, D]."""
     pyramid = pooling_pyramid(rearrange(patch_BMD, "B (N m) D -> (B N) m D", N=packing.num_blocks), grid)
     block_L = packing.clip_L * packing.num_blocks + packing.block_L  # among the blocks of all clips
-    row_L = block_L * most_queries(grid) + packed_cells(packing)
+    row_L = block_L * pyramid.shape[1] + packed_cells(packing)
     return rearrange(pyramid, "R K D -> (R K) D")[row_L.to(pyramid.device)]
 
 
@@ -82,33 +96,34 @@ def level_cells(length: int) -> Tensor:
     return torch.cat([torch.arange(whole), whole + spread])
 
 
-def _cell_grids(grid: int) -> list[tuple[int, int]]:
-    """(rows, columns) of the groups of 1, 2, 4, ..., G*G cells."""
+@lru_cache(maxsize=128)
+def _cell_grids(grid: Grid) -> tuple[Grid, ...]:
+    """(rows, columns) of the groups of 1, 2, 4, ... cells, up to the first that has one for each patch."""
     sizes = [(1, 1)]
-    while sizes[-1] != (grid, grid):
-        rows, columns = sizes[-1]
-        sizes.append((rows * 2, columns) if rows == columns else (rows, columns * 2))
-    return sizes
+    while (rows := sizes[-1][0]) * (columns := sizes[-1][1]) < grid[0] * grid[1]:
+        taller = grid[0] * columns >= grid[1] * rows  # a cell's height against its width
+        sizes.append((rows * 2, columns) if taller else (rows, columns * 2))
+    return tuple(sizes)
 
 
-def sincos_3d(num_blocks: int, grid: int, width: int) -> Tensor:
-    """float32 [num_blocks * grid * grid, width]: a quarter of the width tells the block, the rest row and column.
+def sincos_3d(num_blocks: int, grid: Grid, width: int) -> Tensor:
+    """float32 [num_blocks * rows * columns, width]: a quarter of the width tells the block, the rest row and column.
 
     The slowest waves, which tell least, are at both ends: structured_init.py overwrites those channels.
     """
-    row_width, block_width, column_width = _axis_widths(width)
-    row = _sincos_1d(grid, row_width).flip(1)
+    (rows, columns), (row_width, block_width, column_width) = grid, _axis_widths(width)
+    row = _sincos_1d(rows, row_width).flip(1)
     block = _sincos_1d(num_blocks, block_width)
-    column = _sincos_1d(grid, column_width)
+    column = _sincos_1d(columns, column_width)
     table = torch.cat(
         [
-            row[None, :, None].expand(num_blocks, -1, grid, -1),
-            block[:, None, None].expand(-1, grid, grid, -1),
-            column[None, None, :].expand(num_blocks, grid, -1, -1),
+            row[None, :, None].expand(num_blocks, -1, columns, -1),
+            block[:, None, None].expand(-1, rows, columns, -1),
+            column[None, None, :].expand(num_blocks, rows, -1, -1),
         ],
         dim=-1,
     )
-    return table.reshape(num_blocks * grid * grid, width)
+    return table.reshape(num_blocks * rows * columns, width)
 
 
 def waves_3d(width: int) -> list[list[tuple[int, int]]]:

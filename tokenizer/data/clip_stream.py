@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import sys
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tokenizer.common.clip_shape import Size, sides
 from tokenizer.common.errors import UserError
 from tokenizer.data.cutting import StreamEnd
 from tokenizer.data.safe_decode import decode_clips, fingerprint_of
@@ -79,7 +81,7 @@ class ClipRule:
     """How clips are cut out of a video; see `video_io.iter_clips`."""
 
     num_frames: int
-    size: int | None
+    size: Size | None
     fps: float | None = None
     all_clips: bool = False
     backend: str = "pyav"
@@ -111,7 +113,7 @@ def stream_clips(
     if not num_readers:
         yield from itertools.chain.from_iterable(streams)
         return
-    clip_bytes = rule.num_frames * 3 * rule.size**2 if rule.size else _BYTES_AHEAD
+    clip_bytes = rule.num_frames * 3 * math.prod(sides(rule.size)) if rule.size else _BYTES_AHEAD
     yield from _read_ahead(streams, num_readers, max(_CLIPS_AHEAD, _BYTES_AHEAD // (num_readers * clip_bytes)))
 
 

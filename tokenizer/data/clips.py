@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar, overload
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
 
+from tokenizer.common.clip_shape import plain_size, sides
 from tokenizer.common.device import rng_for
 from tokenizer.common.errors import UserError
 from tokenizer.data.files import Span
@@ -38,7 +39,7 @@ from tokenizer.data.sources import (
     Wanted,
     find_sources_of,
     name_hashes,
-    side_to_read,
+    size_to_read,
 )
 from tokenizer.data.video_io import VideoError, horizontal_flip, random_resized_crop
 
@@ -61,13 +62,16 @@ class DataConfig:
 
     sources: list[str] = field(default_factory=lambda: ["bundled:train"])
     num_frames: int = 16
-    size: int = 128
+    size: Any = 128  # pixels: one number for a square, or [height, width]
     fps: float | None = None
     augment: bool = True
     crop_scale: float = 1.0
     flip: bool = True
     backend: str = "pyav"
     repeat: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.size = plain_size(self.size, "data.size")
 
 
 def check_used(data: DataConfig, val_data: DataConfig) -> None:
@@ -158,8 +162,8 @@ class ClipDataset:
         self._starts = [0, *accumulate(len(part.source) * part.times for part in parts)]
         self._order = order
         self._noted: set[str] = set()
-        side = side_to_read(cfg.size, cfg.crop_scale, cfg.augment)
-        self._wanted = Wanted(cfg.num_frames, side, cfg.fps, cfg.backend, cfg.augment and cfg.crop_scale < 1)
+        size = size_to_read(cfg.size, cfg.crop_scale, cfg.augment)
+        self._wanted = Wanted(cfg.num_frames, size, cfg.fps, cfg.backend, cfg.augment and cfg.crop_scale < 1)
 
     def __len__(self) -> int:
         return self._starts[-1] if self._order is None else len(self._order)
@@ -305,15 +309,16 @@ def _check(cfg: DataConfig) -> None:
         raise UserError(f"data.repeat={cfg.repeat} must hold one count >= 0 for each of the {len(cfg.sources)} sources")
     if not 0 < cfg.crop_scale <= 1:
         raise UserError(f"data.crop_scale={cfg.crop_scale} must lie above 0 and not above 1.0 (1.0 is the centre crop)")
-    if min(cfg.num_frames, cfg.size) < 1:
-        raise UserError(f"data.num_frames={cfg.num_frames} and data.size={cfg.size} must be at least 1")
+    if cfg.num_frames < 1:
+        raise UserError(f"data.num_frames={cfg.num_frames} must be at least 1")
     if cfg.fps is not None and not cfg.fps > 0:
         raise UserError(f"data.fps={cfg.fps} must be above 0; leave it out for the rate of the files")
 
 
 def _augment(frames_THWC: np.ndarray, cfg: DataConfig, rng: np.random.Generator) -> np.ndarray:
     if cfg.crop_scale < 1:
-        smallest = max(cfg.crop_scale, cfg.size / min(frames_THWC.shape[1:3]))  # never scaled up
+        (height, width), (rows, columns) = frames_THWC.shape[1:3], sides(cfg.size)
+        smallest = max(cfg.crop_scale, rows / height, columns / width)  # never scaled up
         frames_THWC = random_resized_crop(frames_THWC, cfg.size, (smallest, 1.0), rng)
     if cfg.flip and rng.random() < 0.5:
         frames_THWC = horizontal_flip(frames_THWC)

@@ -7,6 +7,7 @@ The state of the loader is three integers: seed, step, global batch size. Nothin
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tokenizer.common import distributed
+from tokenizer.common.clip_shape import sides
 from tokenizer.common.device import epoch_order
 from tokenizer.common.distributed import BatchShard, balance_load
 from tokenizer.common.errors import UserError
@@ -102,7 +104,7 @@ def batches(
         return list(itertools.chain(*parts[rank * accumulate : (rank + 1) * accumulate]))
 
     if num_workers:
-        clip_bytes = 3 * dataset.cfg.num_frames * dataset.cfg.size**2
+        clip_bytes = 3 * dataset.cfg.num_frames * math.prod(sides(dataset.cfg.size))
         check_shared_memory(batch_size // num_ranks * clip_bytes, num_workers)
     loader = DataLoader(
         _Keyed(dataset),

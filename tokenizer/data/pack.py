@@ -15,13 +15,14 @@ import argparse
 from pathlib import Path
 
 from tokenizer.common.cli import Parser, answer_help, at_least
+from tokenizer.common.clip_shape import size_argument
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(description="Pack the clips of data sources into one file.")
     parser.add_argument("file", type=Path, metavar="OUT.safetensors", help="what to write")
     parser.add_argument("--sources", nargs="+", required=True, help="data.sources of a config, see scripts/README.md")
-    parser.add_argument("--size", type=at_least(1), default=72, help="side of the square pictures (default: 72)")
+    parser.add_argument("--size", type=size_argument, default=72, help="side, or 96x160: height x width (default: 72)")
     parser.add_argument("--num-frames", type=at_least(1), default=16, help="frames of a clip (default: 16)")
     parser.add_argument("--crf", type=at_least(0), help="compress: 18 fine, 24 coarse (default: keep every pixel)")
     return parser.parse_args()
@@ -36,6 +37,7 @@ import tempfile
 import numpy as np
 from tqdm import tqdm
 
+from tokenizer.common.clip_shape import sides
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.clip_store import StoredClip, compress, write_compressed, write_raw
 from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
@@ -45,7 +47,7 @@ from tokenizer.data.video_io import to_uint8
 
 def pack_clips(clips: ClipDataset, path: Path, crf: int | None = None) -> int:
     """Write every clip that can be read; how many. UserError if none can."""
-    shape = (len(clips), clips.cfg.num_frames, clips.cfg.size, clips.cfg.size, 3)
+    shape = (len(clips), clips.cfg.num_frames, *sides(clips.cfg.size), 3)
     known: list[StoredClip] = []
     encoded: list[tuple[bytes, list[int]]] = []
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from tokenizer.common.clip_shape import Size
 from tokenizer.common.errors import UserError
 from tokenizer.data.cutting import ClipEvents, ClipFacts, Event, Place, Shown, StreamEnd, Timing
 from tokenizer.data.files import Span, VideoError
@@ -44,7 +45,7 @@ main(int(sys.argv[2]))
 def decode_clips(
     path: str | os.PathLike[str],
     num_frames: int = 16,
-    size: int | None = 128,
+    size: Size | None = 128,
     fps: float | None = None,
     all_clips: bool = False,
     backend: str = "pyav",
@@ -58,7 +59,7 @@ def decode_clips(
 def decode_video(
     path: str | os.PathLike[str],
     num_frames: int = 16,
-    size: int | None = 128,
+    size: Size | None = 128,
     fps: float | None = None,
     backend: str = "pyav",
     skip: int = 0,
@@ -73,7 +74,7 @@ def decode_clip_at(
     path: str | os.PathLike[str],
     position: float,
     num_frames: int = 16,
-    size: int | None = None,
+    size: Size | None = None,
     fps: float | None = None,
     backend: str = "pyav",
     time_limit_s: float = TIME_LIMIT_S,

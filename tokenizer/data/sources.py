@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from tokenizer.common.checkpoint import file_sha256
+from tokenizer.common.clip_shape import Size, sides, size_text
 from tokenizer.common.errors import UserError
 from tokenizer.data.clip_store import is_store, open_store
 from tokenizer.data.files import SPLITS, BundledVideo, Span, bundled_videos, display_name, list_videos
@@ -70,13 +71,13 @@ def renderer_of(kind: str) -> Renderer:
 
 
 class Wanted(NamedTuple):
-    """The form of the clips: frames, side of the square that is decoded, frame rate, video reader.
+    """The form of the clips: frames, size of the picture that is decoded, frame rate, video reader.
 
     cropped: whether a random crop follows, which a stored clip then leaves room for.
     """
 
     num_frames: int
-    side: int
+    size: Size
     fps: float | None
     backend: str
     cropped: bool
@@ -135,7 +136,7 @@ class VideoFiles:
         path, span = self.file(number)
         position = 0.0 if rng is None else rng.random()
         clip = decode_clip_at(
-            path, position, wanted.num_frames, wanted.side, wanted.fps, wanted.backend, any_phase=rng is not None,
+            path, position, wanted.num_frames, wanted.size, wanted.fps, wanted.backend, any_phase=rng is not None,
             span=span,
         )  # fmt: skip
         return Drawn(clip.frames_THWC, None, clip.notes)
@@ -164,10 +165,10 @@ class BundledClips:
         path = self._video(number).path
         clip: DecodedClip
         if rng is None:
-            clip = next(iter_clips(path, wanted.num_frames, wanted.side, wanted.fps, backend=wanted.backend))
+            clip = next(iter_clips(path, wanted.num_frames, wanted.size, wanted.fps, backend=wanted.backend))
         else:
             clip = read_clip_at(
-                path, rng.random(), wanted.num_frames, wanted.side, wanted.fps, wanted.backend, any_phase=True
+                path, rng.random(), wanted.num_frames, wanted.size, wanted.fps, wanted.backend, any_phase=True
             )
         return Drawn(clip.frames_THWC)
 
@@ -201,7 +202,8 @@ class RenderedScenes:
         if rng is not None:
             seed += len(renderer.turns) * int(rng.integers(1, 2**31))
         with _RENDERING:
-            return Drawn(*renderer.render(seed, self.split, wanted.side, wanted.num_frames))
+            frames_THWC, kind = renderer.render(seed, self.split, max(sides(wanted.size)), wanted.num_frames)
+        return Drawn(resize_center_crop(frames_THWC, wanted.size), kind)  # scenes are square
 
 
 @dataclass(frozen=True)
@@ -227,11 +229,11 @@ class StoredClips:
         store = open_store(self.path)
         frames_THWC = store.frames(self.numbers[number])
         if rng is None or not wanted.cropped:
-            frames_THWC = resize_center_crop(frames_THWC, wanted.side)
+            frames_THWC = resize_center_crop(frames_THWC, wanted.size)
         return Drawn(frames_THWC, store.clips[self.numbers[number]].kind)
 
 
-def find_sources_of(source: str, num_frames: int, size: int) -> list[Source]:
+def find_sources_of(source: str, num_frames: int, size: Size) -> list[Source]:
     """The clips that a spelling names, see `clips.py`; a row of shards gives one source each.
 
     num_frames, size: what a packed file must hold. Raises UserError for a source that does not exist or is misspelt.
@@ -271,9 +273,9 @@ def name_hashes(source: Source) -> np.ndarray:
     return Strings.of(source.name(number) for number in range(len(source))).hashes()
 
 
-def side_to_read(size: int, crop_scale: float, augment: bool) -> int:
-    """Side of the square that is decoded: just large enough that a random crop of it is never scaled up."""
-    return math.ceil(size / crop_scale) if augment else size
+def size_to_read(size: Size, crop_scale: float, augment: bool) -> Size:
+    """Of the picture that is decoded: just large enough that a random crop of it is never scaled up."""
+    return [math.ceil(side / crop_scale) for side in sides(size)] if augment else size
 
 
 def _part(source: str) -> tuple[str, range]:
@@ -290,7 +292,7 @@ def _part(source: str) -> tuple[str, range]:
     raise UserError(f"data source {source!r}: expected {plain} or {kind}:train:A-B (number A up to B - 1)")
 
 
-def _stored(source: str, num_frames: int, size: int) -> StoredClips:
+def _stored(source: str, num_frames: int, size: Size) -> StoredClips:
     """Clips of a packed file, all or those of "FILE:N" or "FILE:A-B"."""
     path, _, part = source.partition(":")
     store = open_store(path)
@@ -298,10 +300,10 @@ def _stored(source: str, num_frames: int, size: int) -> StoredClips:
     numbers = range(int(match[1] or 0), int(match[2])) if match else range(0)
     if not numbers or numbers[-1] >= len(store):
         raise UserError(f"data source {source!r}: {path} holds {len(store)} clips; expected {path}:N or {path}:A-B")
-    frames, side = store.shape[:2]
-    if frames != num_frames or side < size:
+    frames, *stored = store.shape
+    if frames != num_frames or any(side < least for side, least in zip(stored, sides(size), strict=True)):
         raise UserError(
-            f"{path} holds clips of {frames} frames of {side}x{side}, not {num_frames} of at least {size}: "
-            f"pack it with --num-frames {num_frames} --size {size}"
+            f"{path} holds clips of {frames} frames of {stored[0]}x{stored[1]}, not {num_frames} of at least "
+            f"{size_text(size)}: pack it with --num-frames {num_frames} --size {size_text(size)}"
         )
     return StoredClips(path, numbers)

@@ -7,6 +7,7 @@ Letters: T frames, H W rows and columns, C colours.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import uuid
 from collections.abc import Generator, Iterator, Sequence
@@ -24,6 +25,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 from torch.nn import functional as F
 
+from tokenizer.common.clip_shape import Size, sides
 from tokenizer.common.errors import UserError
 from tokenizer.data.cutting import ClipEvents, Event, Place, Shown, StreamEnd, clip_at_events, clip_events, video_events
 from tokenizer.data.files import VIDEO_SUFFIXES, Span, VideoError, display_name, file_slug, list_videos
@@ -51,46 +53,60 @@ def resize(frames_THWC: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(video_TCHW.permute(0, 2, 3, 1).numpy())  # [T, height, width, C]
 
 
-def resize_center_crop(frames_THWC: np.ndarray, size: int, shown: tuple[int, int] | None = None) -> np.ndarray:
-    """Short side to `size`, then the square in the middle: [T, H, W, C] -> [T, size, size, C].
+def resize_center_crop(frames_THWC: np.ndarray, size: Size, shown: tuple[int, int] | None = None) -> np.ndarray:
+    """Scale, keeping the aspect ratio, to the smallest picture that covers `size`; then crop the middle.
 
-    shown: height and width on display if the stored pixels are not square.
+    [T, H, W, C] -> [T, height, width, C]. A square thus is the short side scaled to `size`, and the middle of the long
+    one. shown: height and width on display if the stored pixels are not square.
     """
-    height, width = frames_THWC.shape[1:3]
+    (rows, columns), (height, width) = sides(size), frames_THWC.shape[1:3]
     if shown is not None and shown != (height, width):
-        return _displayed_square(frames_THWC, size, shown)
-    short = min(height, width)
-    frames_THWC = resize(frames_THWC, size * height // short, size * width // short)
-    top = round((frames_THWC.shape[1] - size) / 2)
-    left = round((frames_THWC.shape[2] - size) / 2)
-    return np.ascontiguousarray(frames_THWC[:, top : top + size, left : left + size])
+        return _displayed_crop(frames_THWC, (rows, columns), shown)
+    if rows * width >= columns * height:  # too wide, or of the wanted shape
+        frames_THWC = resize(frames_THWC, rows, rows * width // height)
+    else:
+        frames_THWC = resize(frames_THWC, columns * height // width, columns)
+    top = round((frames_THWC.shape[1] - rows) / 2)
+    left = round((frames_THWC.shape[2] - columns) / 2)
+    return np.ascontiguousarray(frames_THWC[:, top : top + rows, left : left + columns])
 
 
-def _displayed_square(frames_THWC: np.ndarray, size: int, shown: tuple[int, int]) -> np.ndarray:
-    """The same from the square on display, cut out first: scaled to a whole width, a picture would be stretched.
+def _displayed_crop(frames_THWC: np.ndarray, size: tuple[int, int], shown: tuple[int, int]) -> np.ndarray:
+    """The same from the part on display, cut out first: scaled to a whole width, a picture would be stretched.
 
-    On each axis the square is rounded to whole stored pixels around the middle, which moves by nothing.
+    On each axis the part is rounded to whole stored pixels around the middle, which moves by nothing.
     """
-    margins = (
-        -((on_display - stored * (on_display - min(shown))) // (2 * on_display))  # halves rounded down
-        for stored, on_display in zip(frames_THWC.shape[1:3], shown, strict=True)
-    )
-    top, left = (min(m, (side - 1) // 2) for m, side in zip(margins, frames_THWC.shape[1:3], strict=True))
+    scale = min(Fraction(on_display, wanted) for on_display, wanted in zip(shown, size, strict=True))
     height, width = frames_THWC.shape[1:3]
-    square_THWC = np.ascontiguousarray(frames_THWC[:, top : height - top, left : width - left])
-    return resize(square_THWC, size, size)
+    margins = (
+        math.ceil(stored * (1 - scale * wanted / on_display) / 2 - Fraction(1, 2))  # halves rounded down
+        for stored, on_display, wanted in zip((height, width), shown, size, strict=True)
+    )
+    top, left = (min(m, (side - 1) // 2) for m, side in zip(margins, (height, width), strict=True))
+    return resize(np.ascontiguousarray(frames_THWC[:, top : height - top, left : width - left]), *size)
 
 
 def random_resized_crop(
-    frames_THWC: np.ndarray, size: int, scale: tuple[float, float], generator: np.random.Generator
+    frames_THWC: np.ndarray, size: Size, scale: tuple[float, float], generator: np.random.Generator
 ) -> np.ndarray:
-    """A random square, the same in all frames, whose side is `scale` times the short side, scaled to `size`."""
-    height, width = frames_THWC.shape[1:3]
-    side = max(1, round(min(height, width) * generator.uniform(*scale)))
-    top = int(generator.integers(height - side + 1))
-    left = int(generator.integers(width - side + 1))
-    crop_THWC = np.ascontiguousarray(frames_THWC[:, top : top + side, left : left + side])
-    return resize(crop_THWC, size, size)
+    """A random crop, the same in all frames, of the shape of `size`, scaled to it.
+
+    scale: the range of the crop's sides as a part of those of the largest crop of this shape.
+    """
+    (height, width), wanted = frames_THWC.shape[1:3], sides(size)
+    part = generator.uniform(*scale)
+    rows = max(1, round(min(height, width * wanted[0] / wanted[1]) * part))
+    columns = max(1, round(min(width, height * wanted[1] / wanted[0]) * part))
+    top = int(generator.integers(height - rows + 1))
+    left = int(generator.integers(width - columns + 1))
+    crop_THWC = np.ascontiguousarray(frames_THWC[:, top : top + rows, left : left + columns])
+    return resize(crop_THWC, *wanted)
+
+
+def with_even_sides(frames_THWC: np.ndarray) -> np.ndarray:
+    """Pictures as yuv420p wants them: an odd side is made even by repeating the last row or column."""
+    odd_H, odd_W = (side % 2 for side in frames_THWC.shape[1:3])
+    return np.pad(frames_THWC, ((0, 0), (0, odd_H), (0, odd_W), (0, 0)), mode="edge")
 
 
 def horizontal_flip(frames_THWC: np.ndarray) -> np.ndarray:
@@ -149,7 +165,7 @@ def probe(path: str | os.PathLike[str], backend: str = "pyav") -> VideoInfo:
 def iter_clips(
     path: str | os.PathLike[str],
     num_frames: int = 16,
-    size: int | None = 128,
+    size: Size | None = 128,
     fps: float | None = None,
     all_clips: bool = False,
     backend: str = "pyav",
@@ -158,7 +174,7 @@ def iter_clips(
     """Stream the clips of `num_frames` consecutive frames, all of them or the first; memory does not grow with length.
 
     fps: None keeps the file's own frames; a number shows the file at that rate (frames are dropped or repeated).
-    size: short side and centre crop, in square pixels; None keeps the displayed size.
+    size: see `resize_center_crop`, in square pixels; None keeps the displayed size.
     A rest shorter than a clip is dropped, unless it is all there is: then its last frame is repeated (`num_padded`).
     Returns how many frames that rest had, and the unsupported features of the file.
     Raises VideoError if the file cannot be read, also in the middle, after the clips before the damage.
@@ -169,7 +185,7 @@ def iter_clips(
 def iter_video(
     path: str | os.PathLike[str],
     num_frames: int = 16,
-    size: int | None = 128,
+    size: Size | None = 128,
     fps: float | None = None,
     backend: str = "pyav",
     skip: int = 0,
@@ -185,7 +201,7 @@ def read_clip(
     path: str | os.PathLike[str],
     start: int,
     num_frames: int = 16,
-    size: int | None = None,
+    size: Size | None = None,
     fps: float | None = None,
     backend: str = "pyav",
 ) -> DecodedClip:
@@ -200,7 +216,7 @@ def read_clip_at(
     path: str | os.PathLike[str],
     position: float,
     num_frames: int = 16,
-    size: int | None = None,
+    size: Size | None = None,
     fps: float | None = None,
     backend: str = "pyav",
     any_phase: bool = False,
@@ -215,7 +231,7 @@ def read_clip_at(
 
 
 def assemble(
-    path: str | os.PathLike[str], events: ClipEvents, num_frames: int, size: int | None
+    path: str | os.PathLike[str], events: ClipEvents, num_frames: int, size: Size | None
 ) -> Generator[DecodedClip, None, StreamEnd]:
     """Clips of uint8 frames from the events of `cutting.py`, scaled and cropped; passes the end on."""
     frames: list[np.ndarray] = []
@@ -238,8 +254,8 @@ def assemble(
             frames = []
 
 
-def _convert(image: Image, size: int | None) -> np.ndarray:
-    """[H, W, C] as stored -> [size, size, C], or the displayed size."""
+def _convert(image: Image, size: Size | None) -> np.ndarray:
+    """[H, W, C] as stored -> pixels of `size`, or the displayed size."""
     frame_1HWC, shown = image.rgb_HWC[None], (image.height, image.width)
     return (resize(frame_1HWC, *shown) if size is None else resize_center_crop(frame_1HWC, size, shown))[0]
 
@@ -254,14 +270,12 @@ def write_video(
 ) -> None:
     """Write uint8 [T, H, W, 3] as H.264; the file appears complete or not at all.
 
-    lossless=False: yuv420p, plays everywhere; an odd side is made even by repeating the last row or column.
+    lossless=False: yuv420p, plays everywhere, see `with_even_sides`.
     lossless=True: RGB with quantiser 0, comes back bit for bit; for anything that is measured.
     Raises OSError if the disk is full.
     """
     target = Path(path)
-    if not lossless:
-        odd_H, odd_W = (side % 2 for side in frames_THWC.shape[1:3])
-        frames_THWC = np.pad(frames_THWC, ((0, 0), (0, odd_H), (0, odd_W), (0, 0)), mode="edge")
+    frames_THWC = frames_THWC if lossless else with_even_sides(frames_THWC)
     codec, pixels = ("libx264rgb", "rgb24") if lossless else ("libx264", "yuv420p")
     options = {"qp": "0"} if lossless else {"crf": "18"}
     # Without the parameter equal frames now and then give other bytes: x264's fast rate control is not exact.
@@ -316,10 +330,8 @@ class VideoWriter:
 
     def add(self, frames_THWC: np.ndarray, seconds: Sequence[float]) -> None:
         """Append uint8 RGB frames; `seconds` of each in the original video, ascending."""
+        frames_THWC = frames_THWC if self._crf is None else with_even_sides(frames_THWC)
         stream = self._stream or self._begin(*frames_THWC.shape[1:3])
-        if self._crf is not None:  # yuv420p has even sides
-            odd_H, odd_W = (side % 2 for side in frames_THWC.shape[1:3])
-            frames_THWC = np.pad(frames_THWC, ((0, 0), (0, odd_H), (0, odd_W), (0, 0)), mode="edge")
         for frame_HWC, second in zip(frames_THWC, seconds, strict=True):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
             frame.pts, frame.time_base = round((second - self._start) / _CLOCK), _CLOCK
@@ -331,8 +343,7 @@ class VideoWriter:
         codec, pixels = ("libx264rgb", "rgb24") if self._crf is None else ("libx264", "yuv420p")
         options = {"preset": "fast", **({"qp": "0"} if self._crf is None else {"crf": str(self._crf)})}
         stream = cast(VideoStream, self._container.add_stream(codec, rate=self._rate, options=options))
-        even = self._crf is not None
-        stream.height, stream.width = (side + side % 2 if even else side for side in (height, width))
+        stream.height, stream.width = height, width
         stream.pix_fmt = pixels
         stream.codec_context.time_base = _CLOCK
         if self._sound is not None:

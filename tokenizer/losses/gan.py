@@ -25,6 +25,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from tokenizer.blocks.patches import patchify, sincos_3d
 from tokenizer.blocks.transformer import ViTLayer
+from tokenizer.common.clip_shape import Size, grid_of, sides, size_text
 from tokenizer.common.device import generator_for
 from tokenizer.common.distributed import BatchShard, mean_over_ranks
 from tokenizer.common.errors import UserError
@@ -51,20 +52,20 @@ class PatchDiscriminatorConfig:
 
 
 class PatchDiscriminator(nn.Module):
-    """Clips of `num_frames` frames of `size` x `size` pixels -> one logit for each patch."""
+    """Clips of `num_frames` frames of `size` (a side, or height and width) -> one logit for each patch."""
 
     position_MD: Tensor
 
-    def __init__(self, config: PatchDiscriminatorConfig, num_frames: int, size: int) -> None:
+    def __init__(self, config: PatchDiscriminatorConfig, num_frames: int, size: Size) -> None:
         """Raises UserError where the clips are no whole number of patches."""
         super().__init__()
-        if num_frames % config.patch_frames or size % config.patch_size:
+        if num_frames % config.patch_frames or any(side % config.patch_size for side in sides(size)):
             raise UserError(
-                f"clips of {num_frames} frames of {size} pixels are no whole number of the discriminator's patches: "
-                f"patch.patch_frames = {config.patch_frames}, patch.patch_size = {config.patch_size}"
+                f"clips of {num_frames} frames of {size_text(size)} pixels are no whole number of the discriminator's "
+                f"patches: patch.patch_frames = {config.patch_frames}, patch.patch_size = {config.patch_size}"
             )
         self.config = config
-        num_blocks, grid = num_frames // config.patch_frames, size // config.patch_size
+        num_blocks, grid = num_frames // config.patch_frames, grid_of(size, config.patch_size)
         self.embed = nn.Linear(3 * config.patch_frames * config.patch_size**2, config.width)
         self.register_buffer("position_MD", sincos_3d(num_blocks, grid, config.width), persistent=False)
         self.layers = nn.ModuleList(
@@ -279,7 +280,7 @@ def _shift(x_BCTHW: Tensor, draw_B2: Tensor) -> Tensor:
 
 
 def _cut_hole(x_BCTHW: Tensor, draw_B2: Tensor) -> Tensor:
-    """A square of a fifth of the side, centred anywhere in the frame, is made grey."""
+    """A hole of a fifth of the height and of the width, centred anywhere in the frame, is made grey."""
     height, width = x_BCTHW.shape[-2:]
     centre_2B1 = draw_B2.T[..., None]
     row_BH, column_BW = (
@@ -333,7 +334,7 @@ class Gan:
     """The discriminator with its LeCam averages, and the steps at which it is used and updated."""
 
     def __init__(
-        self, config: DiscriminatorConfig, num_frames: int, size: int, seed: int, device: torch.device
+        self, config: DiscriminatorConfig, num_frames: int, size: Size, seed: int, device: torch.device
     ) -> None:
         """Raises UserError if weights are missing or the clips do not fit."""
         self.config, self.seed = config, seed
@@ -379,7 +380,7 @@ class Gan:
         right = ((real_BK > 0).float().mean() + (fake_BK < 0).float().mean()) / 2
         return total, terms | {"accuracy": right, "logit_gap": real_BK.mean() - fake_BK.mean()}
 
-    def _build(self, num_frames: int, size: int) -> nn.Module:
+    def _build(self, num_frames: int, size: Size) -> nn.Module:
         if self.encoder is not None:
             return SemanticDiscriminator(self.config.videomae, self.encoder, num_frames)
         return PatchDiscriminator(self.config.patch, num_frames, size)

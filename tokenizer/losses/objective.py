@@ -100,15 +100,17 @@ class AlignmentHead(nn.Module):
     def __init__(self, config: AlignmentConfig, tokenizer: TokenizerConfig, target: FeatureShape) -> None:
         """Raises UserError where a decoder cell is no whole number of V-JEPA 2 places."""
         super().__init__()
-        blocks, grid = self.blocks, self.grid = tokenizer.num_blocks, tokenizer.grid
+        blocks, (rows, columns) = tokenizer.num_blocks, tokenizer.grid
+        self.blocks, self.rows = blocks, rows
         if config.layer > tokenizer.decoder.layers:
             raise UserError(f"alignment.layer = {config.layer}, but the decoder has {tokenizer.decoder.layers} layers")
-        if target.slots % blocks or target.grid % grid:
+        if rows != columns or target.slots % blocks or target.grid % rows:
             raise UserError(
-                f"V-JEPA 2 gives {target.slots} x {target.grid} x {target.grid} features, which are no whole number "
-                f"for each of the decoder's {blocks} x {grid} x {grid} cells: set loss.align=0 or use another encoder"
+                f"V-JEPA 2 gives {target.slots} x {target.grid} x {target.grid} features, which are no whole "
+                f"number for each of the decoder's {blocks} x {rows} x {columns} cells: set loss.align=0 or "
+                "use another encoder"
             )
-        self.slots, self.places = target.slots // blocks, target.grid // grid
+        self.slots, self.places = target.slots // blocks, target.grid // rows
         self.mlp = nn.Sequential(
             nn.Linear(tokenizer.decoder.width, config.hidden),
             nn.GELU(),
@@ -122,7 +124,7 @@ class AlignmentHead(nn.Module):
             self.to_places(self.mlp(feature_BMD)),
             "B (t h w) (s p q E) -> B (t s h p w q) E",
             t=self.blocks,
-            h=self.grid,
+            h=self.rows,
             s=self.slots,
             p=self.places,
             q=self.places,

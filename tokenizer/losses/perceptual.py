@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenizer.common.checkpoint import file_sha256
+from tokenizer.common.clip_shape import Size, sides, size_text
 from tokenizer.common.errors import UserError
 
 Stages = list[list[nn.Module]]
@@ -49,13 +50,10 @@ class PerceptualDistance(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(
-        self, name: str, stages: list[nn.Sequential], heads: list[Tensor], min_side: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, name: str, stages: list[nn.Sequential], heads: list[Tensor], dtype: torch.dtype) -> None:
         """Compare the outputs of `stages`, run in `dtype`, weighted per channel by `heads` of shape [1, C_i, 1, 1]."""
         super().__init__()
         self.name = name
-        self.min_side = min_side
         self.dtype = dtype
         # float32: rounding the filters and pixels of the first layer makes most of the error of bfloat16
         self.first = stages[0][0].float()
@@ -73,9 +71,7 @@ class PerceptualDistance(nn.Module):
         Differentiable in the frames; call it under `torch.no_grad()` for the real side. Frames too small for the
         network raise UserError.
         """
-        height, width = image_FCHW.shape[-2:]
-        if min(height, width) < self.min_side:
-            raise UserError(f"{self.name} needs frames of at least {self.min_side} pixels a side, got {height}x{width}")
+        check_frames_fit(self.name, image_FCHW.shape[-2:])
         maps = []
         with torch.autocast(image_FCHW.device.type, enabled=False):
             x = ((2 * image_FCHW.float() - 1) - self.shift) / self.scale  # [F, 3, H, W]
@@ -138,7 +134,7 @@ def load_perceptual(
     trunk = [tensor for key, tensor in weights.items() if key.startswith(("net.", "features."))]
     network = nn.ModuleList(stages)
     network.load_state_dict(dict(zip(network.state_dict(), trunk, strict=True)), assign=True)
-    return PerceptualDistance(name, stages, heads, recipe.min_side, dtype)
+    return PerceptualDistance(name, stages, heads, dtype)
 
 
 def _to_unit_length(x_FCHW: Tensor) -> Tensor:
@@ -231,6 +227,12 @@ _RECIPES = {
     ),
 }
 PERCEPTUAL_NAMES = tuple(_RECIPES)
+
+
+def check_frames_fit(name: str, size: Size) -> None:
+    """UserError if frames of this size are too small for a network; other names are for `load_perceptual` to refuse."""
+    if name in _RECIPES and min(sides(size)) < (least := _RECIPES[name].min_side):
+        raise UserError(f"{name} needs frames of at least {least} pixels a side, got {size_text(size)}")
 
 
 def _package_file(name: str, recipe: _Recipe) -> Path:

@@ -42,13 +42,14 @@ from torch import Tensor
 
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.clip_shape import check_same_shape
 from tokenizer.common.config import to_dict
 from tokenizer.common.device import autocast, generator_for, pick_device, pick_dtype
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.image_quality import psnr_of_mse
 from tokenizer.common.work_units import WorkUnits, claim_folder
 from tokenizer.data.clips import NO_FILE, ClipDataset, ClipSample, DataConfig, build_dataset, to_video
-from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
+from tokenizer.losses.perceptual import PerceptualDistance, check_frames_fit, load_perceptual
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.reward import QualityTable, reward, stats_of
@@ -156,6 +157,7 @@ class CurateConfig:
             raise UserError(f"children = {self.children} must be at least 0, and goes with method = 'tree' only")
         if not self.proxy:
             raise UserError("proxy is empty: give the tokenizer that stage 1 trained")
+        check_frames_fit(self.perceptual_net, self.data.size)
 
 
 class Curation:
@@ -170,6 +172,7 @@ class Curation:
         device = pick_device(config.device)
         self.dataset: ClipDataset = build_dataset(config.data)
         self.tokenizer = load_tokenizer(config.proxy, device)
+        check_same_shape(config.data, "data", self.tokenizer.config, config.proxy)
         self.scorer = Scorer(self.tokenizer, load_perceptual(config.perceptual_net).to(device), config.frames_per_block)
         self.units = WorkUnits(self.folder / "units", -(-len(self.dataset) // config.clips_per_unit))
         # units of another tokenizer, clip list or metric must not end up in one table

@@ -10,6 +10,7 @@ Letters: B clips, C T H W, M patches or V-JEPA 2 places, K of them, P numbers in
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.blocks.patches import cosine_filters, patchify
 from tokenizer.blocks.transformer import ViTLayer
+from tokenizer.common.clip_shape import check_whole_patches, grid_of, plain_size
 from tokenizer.common.errors import UserError
 from tokenizer.common.hub import HubModel
-from tokenizer.frozen.encoders import FeatureShape, FrozenConfig
+from tokenizer.frozen.encoders import FrozenConfig
 
 TABLE_STD = 0.02
 COLOUR_RANK = 3.0  # colour is fainter than brightness, so it comes later
@@ -42,7 +44,7 @@ class RouterConfig:
     V-JEPA 2."""
 
     num_frames: int = 16
-    size: int = 128  # height and width in pixels
+    size: Any = 128  # pixels: one number for a square, or [height, width]
     patch_frames: int = 4  # frames of a patch, and of a temporal block
     patch_size: int = 8
     levels: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
@@ -55,15 +57,18 @@ class RouterConfig:
     init: str = "structured"  # the embedding of pixels starts as frequency filters; "random": as noise
 
     def __post_init__(self) -> None:
-        for name, length, part in (("num_frames", "num_frames", "patch_frames"), ("size", "size", "patch_size")):
-            if getattr(self, length) % getattr(self, part):
-                raise UserError(f"{name} = {getattr(self, length)} is not a multiple of {part} = {getattr(self, part)}")
+        self.size = plain_size(self.size, "size")
+        if self.num_frames % self.patch_frames:
+            raise UserError(f"num_frames = {self.num_frames} is not a multiple of patch_frames = {self.patch_frames}")
+        check_whole_patches(self.size, self.patch_size)
         if self.width % self.heads:
             raise UserError(f"width = {self.width} is not a multiple of heads = {self.heads}")
         for name, known in (("stem", ("raw", "vjepa2")), ("init", ("structured", "random"))):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} = {getattr(self, name)!r} is none of {', '.join(known)}")
         self.space.check_table(self.space.num_rows)  # a score for every row
+        if self.stem == "vjepa2" and not isinstance(self.size, int):
+            raise UserError(f"stem = 'vjepa2' reads square clips, but size = {self.size}: set stem=raw")
         if self.stem == "raw" and self.vjepa2 != VJEPA2StemConfig():
             raise UserError("the section vjepa2 is set, but stem = 'raw' does not read it: set stem=vjepa2")
 
@@ -73,21 +78,22 @@ class RouterConfig:
         return self.num_frames // self.patch_frames
 
     @property
-    def grid(self) -> int:
-        """Patches along the height and along the width of a block."""
-        return self.size // self.patch_size
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of what the router reads of a moment: patches, or places of V-JEPA 2."""
+        return (self.vjepa2.grid,) * 2 if self.stem == "vjepa2" else grid_of(self.size, self.patch_size)
 
     @property
-    def input_shape(self) -> FeatureShape:
-        """Slots in time, places along a side, and numbers in each, of what the router reads."""
+    def input_shape(self) -> tuple[int, int, int]:
+        """Moments, places in each, and numbers in a place, of what the router reads."""
+        places = self.grid[0] * self.grid[1]
         if self.stem == "vjepa2":
-            return FeatureShape(self.vjepa2.slots, self.vjepa2.grid, self.vjepa2.width)
-        return FeatureShape(self.num_blocks, self.grid, 3 * self.patch_frames * self.patch_size**2)
+            return self.vjepa2.slots, places, self.vjepa2.width
+        return self.num_blocks, places, 3 * self.patch_frames * self.patch_size**2
 
     @property
     def num_places(self) -> int:
         """Patches of a clip, or places of V-JEPA 2, that the router reads."""
-        return self.input_shape.slots * self.input_shape.grid**2
+        return self.input_shape[0] * self.input_shape[1]
 
     @property
     def space(self) -> AssignmentSpace:
@@ -106,12 +112,12 @@ class Router(HubModel, nn.Module):
         super().__init__()
         self.config = config
         self.space = config.space
-        width, shape = config.width, config.input_shape
-        self.embed = nn.Linear(shape.width, width)
+        width, (moments, places, numbers) = config.width, config.input_shape
+        self.embed = nn.Linear(numbers, width)
         self.cls_D = nn.Parameter(torch.empty(width))
         # Where a patch is = its block + its place in the frame: two small tables; one for all pairs makes it 20.2M.
-        self.block_position_N1D = nn.Parameter(torch.empty(shape.slots, 1, width))
-        self.place_position_1GD = nn.Parameter(torch.empty(1, shape.grid**2, width))
+        self.block_position_N1D = nn.Parameter(torch.empty(moments, 1, width))
+        self.place_position_1GD = nn.Parameter(torch.empty(1, places, width))
         self.layers = nn.ModuleList(ViTLayer(width, config.heads, config.mlp_ratio) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, self.space.num_rows)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.budget import Budget, choose_rows, parse_budget, warn_of_missed
+from tokenizer.common.clip_shape import check_same_shape, sides
 from tokenizer.common.config import differences, from_dict, load_section, to_dict
 from tokenizer.common.device import autocast
 from tokenizer.common.errors import UserError
@@ -121,7 +122,7 @@ class TrainedRouter:
         that asks. `together`: all clips at once, for a training on a GPU, in which one by one would take longer than
         the step and a tie may fall either way. Raises UserError for clips of another shape.
         """
-        wanted = (3, self.config.num_frames, self.config.size, self.config.size)
+        wanted = (3, self.config.num_frames, *sides(self.config.size))
         if video_BCTHW.ndim != 5 or tuple(video_BCTHW.shape[1:]) != wanted:
             raise UserError(f"{self.origin} reads clips of shape {wanted}, not {tuple(video_BCTHW.shape[1:])}")
         device = next(self.model.parameters()).device
@@ -194,11 +195,7 @@ def check_router_fits(router: TrainedRouter, tokenizer: TokenizerConfig) -> None
             f"{router.origin} chooses among levels {list(ours.levels)} for {ours.num_blocks} blocks, but the tokenizer "
             f"has levels {list(theirs.levels)} for {theirs.num_blocks} blocks; use a router trained on its table"
         )
-    if (ours.num_frames, ours.size) != (theirs.num_frames, theirs.size):
-        raise UserError(
-            f"{router.origin} reads clips of {ours.num_frames} frames of {ours.size} pixels, but the tokenizer's have "
-            f"{theirs.num_frames} frames of {theirs.size} pixels; use a router trained for it"
-        )
+    check_same_shape(theirs, "the tokenizer", ours, router.origin, "use a router trained for it")
 
 
 def router_of_flags(

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from tokenizer.budget import Budget, choose_rows, keeps_quality
+from tokenizer.common.clip_shape import Size
 from tokenizer.common.errors import UserError
 from tokenizer.common.image_quality import motion, psnr, ssim
 from tokenizer.data.video_io import DecodedClip, to_model_range, to_uint8
-from tokenizer.losses.perceptual import PerceptualDistance, load_perceptual
+from tokenizer.losses.perceptual import PerceptualDistance, check_frames_fit, load_perceptual
 from tokenizer.model import VideoTokenizer
 from tokenizer.router.predict import TrainedRouter
 from tokenizer.tokens import VideoTokens
@@ -134,18 +135,21 @@ def motion_figures(frames_THWC: np.ndarray, num_blocks: int) -> dict[str, Any]:
     return {"motion": motion(frames_THWC), "block_motion": [motion(block) for block in blocks]}
 
 
-def pick_perceptual(name: str, device: torch.device) -> tuple[PerceptualDistance | None, str | None]:
+def pick_perceptual(name: str, device: torch.device, size: Size) -> tuple[PerceptualDistance | None, str | None]:
     """Load `auto` (the first of PERCEPTUAL_ORDER with weights on this machine), `none`, or a name of `load_perceptual`.
 
-    Returns the distance, or None and the reason. UserError if the weights of a named network are absent.
+    Returns the distance, or None and the reason. UserError if a named network lacks weights or frames of this `size`
+    are too small for it.
     """
     if name == "none":
         return None, "not asked for (--perceptual none)"
     if name != "auto":
+        check_frames_fit(name, size)
         return load_perceptual(name).to(device), None
     reasons = []
     for candidate in PERCEPTUAL_ORDER:
         try:
+            check_frames_fit(candidate, size)
             return load_perceptual(candidate).to(device), None
         except UserError as error:
             reasons.append(str(error))

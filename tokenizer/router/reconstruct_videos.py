@@ -56,7 +56,7 @@ def reconstruct_videos(args: argparse.Namespace) -> None:
     router = load_fitting_router(args, tokenizer, device)
     budget = parse_budget(args.budget, tokenizer.space)
     trade_off = router.trade_off(budget) if router else None
-    perceptual, no_lpips = pick_perceptual(args.perceptual, device)
+    perceptual, no_lpips = pick_perceptual(args.perceptual, device, tokenizer.config.size)
     rule = ClipRule(tokenizer.config.num_frames, tokenizer.config.size, args.fps, args.all_clips, args.backend)
     walk = ClipWalk(sources, rule, args.num_workers, args.max_clips)
     settings = {

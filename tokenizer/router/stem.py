@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
-from tokenizer.frozen.encoders import FrozenVJEPA2
+from tokenizer.frozen.encoders import FeatureShape, FrozenVJEPA2
 from tokenizer.router.model import Router, RouterConfig
 
 logger = logging.getLogger(__name__)
@@ -106,8 +106,8 @@ def build_stem(config: RouterConfig, device: torch.device | str, cache: str = ""
     if config.stem == "raw":
         return Stem(lambda video_BCTHW: video_BCTHW)  # the router patchifies pixels itself
     encoder = FrozenVJEPA2(config.vjepa2.encoder).to(device)
-    wanted, found = config.input_shape, encoder.shape_of(config.num_frames)
-    if found != wanted:
+    c, found = config.vjepa2, encoder.shape_of(config.num_frames)
+    if found != (wanted := FeatureShape(c.slots, c.grid, c.width)):
         keys = ", ".join(f"model.vjepa2.{name}={value}" for name, value in vars(found).items())
         raise UserError(f"V-JEPA 2 gives features of {found}, the router reads {wanted}: set {keys}")
     features = FeatureCache(encoder, cache).features if cache else encoder.features

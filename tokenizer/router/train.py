@@ -37,6 +37,7 @@ from torch import Tensor
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common import distributed
 from tokenizer.common.checkpoint import file_sha256, init_from
+from tokenizer.common.clip_shape import check_same_shape, sides
 from tokenizer.common.device import generator_for
 from tokenizer.common.distributed import BatchShard
 from tokenizer.common.errors import UserError, run_cli
@@ -155,6 +156,8 @@ class RouterTrainConfig:
             raise UserError(f"threshold = {self.threshold} goes with labels = 'threshold', not {self.labels!r}")
         if not 0 < self.seen_patches <= 1:
             raise UserError(f"seen_patches = {self.seen_patches} must lie within (0, 1]")
+        if self.turns and not isinstance(self.model.size, int):
+            raise UserError(f"turns = true exchanges height and width, but model.size = {self.model.size} is no square")
         if (self.turns or self.colours) and not self.data.augment:
             raise UserError("turns and colours change the clips, but data.augment = false: set data.augment=true")
         if self.feature_cache and (self.model.stem != "vjepa2" or self.data.augment):
@@ -166,11 +169,7 @@ class RouterTrainConfig:
             if not getattr(self, name):
                 raise UserError(f"{name} is empty: give the table that scripts/train/2_curate_router_data.sh wrote")
         for name, data in (("data", self.data), ("val_data", self.val_data)):
-            if (data.num_frames, data.size) != (self.model.num_frames, self.model.size):
-                raise UserError(
-                    f"{name} gives clips of {data.num_frames} frames of {data.size} pixels, but the model reads "
-                    f"{self.model.num_frames} frames of {self.model.size} pixels"
-                )
+            check_same_shape(data, name, self.model, "the model")
 
 
 class TableClips(ClipDataset):
@@ -196,7 +195,7 @@ class TableClips(ClipDataset):
 
     def keep_in(self, folder: Path) -> None:
         """Decode each clip once and keep it in `folder`, for later epochs and other processes."""
-        shape = (3, self.cfg.num_frames, self.cfg.size, self.cfg.size)
+        shape = (3, self.cfg.num_frames, *sides(self.cfg.size))
         facts = {**self._facts, "fps": self.cfg.fps, "backend": self.cfg.backend, "sources": self.cfg.sources}
         self._cache = FrameCache(folder, len(self), shape, facts)
 

@@ -73,7 +73,7 @@ def over_strip(
     The strip runs from left to right as time does: a bar of height length / longest for each block with the number on
     it, bright while the block plays, and a line at the current frame.
     """
-    zoom = max(1, side // clips[0].shape[1])
+    zoom = max(1, side // max(clips[0].shape[1:3]))
     columns = [frames.repeat(zoom, axis=1).repeat(zoom, axis=2) for frames in clips]
     gap = np.full((*columns[0].shape[:2], _GAP, 3), _PAPER, np.uint8)
     pictures = np.concatenate([part for column in columns for part in (gap, column)][1:], axis=2)
@@ -83,12 +83,12 @@ def over_strip(
 
 
 def filmstrip(*clips_THWC: np.ndarray) -> Image.Image:
-    """All frames in one picture, a row for each clip; frames larger than 128 pixels are reduced to that."""
+    """All frames in one picture, a row for each clip; frames with a side above 128 pixels are reduced to that."""
     num_frames, height, width = clips_THWC[0].shape[:3]
     film = Image.fromarray(rearrange(np.stack(clips_THWC), "R T H W C -> (R H) (T W) C"))
-    if height <= _FILM_SIDE:
+    if (longer := max(height, width)) <= _FILM_SIDE:
         return film
-    small = (num_frames * round(width * _FILM_SIDE / height), len(clips_THWC) * _FILM_SIDE)
+    small = (num_frames * round(width * _FILM_SIDE / longer), len(clips_THWC) * round(height * _FILM_SIDE / longer))
     return film.resize(small, Image.Resampling.BOX)
 
 

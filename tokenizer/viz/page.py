@@ -21,7 +21,7 @@ from PIL import Image
 from tokenizer.common.errors import UserError
 
 PLAYED_FPS = 8  # slow enough to compare; the mp4 files keep the true rate
-_SHOWN_SIDE = 128  # CSS pixels of a film; smaller clips are enlarged by a whole number
+_SHOWN_SIDE = 128  # CSS pixels of a film's longer side; smaller clips are enlarged by a whole number
 _ENLARGED = 3  # times, by a click
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -40,16 +40,17 @@ def render(template: str, **values: Any) -> str:
 def film_sheet(films: Mapping[str, bytes], num_frames: int, num_rows: int) -> dict[str, Any]:
     """What the macro film_style needs: the films as base64, their size in CSS pixels, and the clock.
 
-    films: class of a clip -> its JPEG, `num_frames` square frames wide and `num_rows` clips high.
+    films: class of a clip -> its JPEG, `num_frames` frames wide and `num_rows` clips high.
     """
     with Image.open(io.BytesIO(next(iter(films.values())))) as picture:
-        side = picture.height // num_rows
-    shown = side * max(1, _SHOWN_SIDE // side)
+        width, height = picture.width // num_frames, picture.height // num_rows
+    shown = width * max(1, _SHOWN_SIDE // max(width, height))
     return {
         "pictures": {key: base64.b64encode(data).decode() for key, data in films.items()},
         "num_frames": num_frames,
         "num_rows": num_rows,
-        "side": shown,
+        "width": shown,
+        "shape": f"{width} / {height}",
         "enlarged": _ENLARGED * shown,
         "clock": f"{num_frames / PLAYED_FPS}s steps({num_frames}, jump-none) infinite",
     }

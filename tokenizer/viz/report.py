@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.clip_shape import fitted, sides
 from tokenizer.viz.frames import FULL_ERROR
 from tokenizer.viz.page import PLAYED_FPS, film_sheet, render
 from tokenizer.viz.plots import Series, area_chart, bar_chart, scatter_chart, to_svg
@@ -268,7 +269,7 @@ def notes(metrics: Mapping[str, Any]) -> list[str]:
     found += filter(None, (uniform_sentence(metrics), floor_sentence(metrics)))
     tokenizer = metrics["tokenizer"]
     if not tokenizer["paper_size"]:
-        clip = f"{tokenizer['num_frames']}×{tokenizer['size']}×{tokenizer['size']}"
+        clip = "×".join(map(str, (tokenizer["num_frames"], *sides(tokenizer["size"]))))
         found.append(
             f"Not the size of the paper: clips of {clip} and a tokenizer of {tokenizer['num_parameters'] / 1e6:.1f}M "
             "parameters; the paper has 16×128×128 and 145M. Do not compare these figures with published ones."
@@ -377,7 +378,7 @@ def protocol(metrics: Mapping[str, Any]) -> dict[str, str]:
     return {
         "Videos": f"{given['vid_path']}: {metrics['num_videos']} files, {metrics['num_skipped']} skipped",
         "Clips": f"{which} of {tok['num_frames']} consecutive frames at {rate}, read with {given['backend']}; "
-        f"short side to {tok['size']} pixels, centre crop; a file shorter than a clip repeats its last frame"
+        f"{fitted(tok['size'])}; a file shorter than a clip repeats its last frame"
         + (ends if metrics["frames_left_out"] else ""),
         "Budget": metrics["budget"] + price + trade_off,
         "Levels": f"{levels} tokens for each of {tok['num_blocks']} blocks: "
