@@ -62,8 +62,8 @@ def test_a_change_is_marked() -> None:
     assert changed.changed == ("count", "perceptual") and changed.hash != protocol.hash
     assert "CHANGED in count, perceptual" in card_text(card_of(changed))
     assert protocol.change(perceptual="none").real_side_hash == protocol.real_side_hash != changed.real_side_hash
-    with pytest.raises(UserError, match="size is fixed"):
-        protocol.change(size=32)
+    with pytest.raises(UserError, match="clip_rule is fixed"):
+        protocol.change(clip_rule="random")
 
 
 def test_cards_say_the_rules() -> None:
