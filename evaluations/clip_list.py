@@ -229,7 +229,7 @@ def _windows(
         notes.append(f"{short} videos have fewer than {protocol.num_frames} frames and no window")
     every = [(v, k) for v, count in enumerate(frames) for k in range(count // protocol.num_frames)]
     drawn = _drawn(protocol, "windows", every)
-    return [_window(protocol, videos[v], frames[v], k * protocol.num_frames) for v, k in drawn]
+    return [_window(protocol, videos[v], k * protocol.num_frames) for v, k in drawn]
 
 
 def _drawn(protocol: Protocol, what: str, every: Sequence[T]) -> Sequence[T]:
@@ -240,15 +240,13 @@ def _drawn(protocol: Protocol, what: str, every: Sequence[T]) -> Sequence[T]:
     return [every[i] for i in sorted(drawn)]
 
 
-def _window(protocol: Protocol, video: _Video, num_frames: int, start: int) -> ListedClip:
-    num_starts = num_frames - protocol.num_frames + 1
-    position = (start + 0.5) / num_starts  # the middle of what leads to this very start
+def _window(protocol: Protocol, video: _Video, start: int) -> ListedClip:
     name = f"{video.name}@{start}"
-    return ListedClip(0, name, video.label, start, lambda: _read_at(protocol, video, position), video.content)
+    return ListedClip(0, name, video.label, start, lambda: _read_at(protocol, video, start=start), video.content)
 
 
-def _read_at(protocol: Protocol, video: _Video, position: float) -> DecodedClip:
-    return decode_clip_at(video.path, position, protocol.num_frames, protocol.size, protocol.fps)
+def _read_at(protocol: Protocol, video: _Video, position: float = 0.0, start: int | None = None) -> DecodedClip:
+    return decode_clip_at(video.path, position, protocol.num_frames, protocol.size, protocol.fps, start=start)
 
 
 def _frame_counts(protocol: Protocol, videos: Sequence[_Video], cache: Path | None, workers: int) -> list[int]:

@@ -220,7 +220,8 @@ def _record(draft: Draft, made: dict[int, Made]) -> Record:
     found = made.get(clip.index)
     if found is None or found.ours_THWC is None:
         return {**record, "skipped": draft.skipped or (found and found.skipped) or "nothing was made"}
-    return record | found.figures | ({"num_padded": real.num_padded} if real and real.num_padded else {})
+    notes = {"file_notes": list(real.notes)} if real and real.notes else {}
+    return record | found.figures | ({"num_padded": real.num_padded} if real and real.num_padded else {}) | notes
 
 
 def _beside(

@@ -81,13 +81,17 @@ def summarise(
 
 
 def _notes(records: Sequence[Record], good: Sequence[Record], num_padded: int) -> list[str]:
-    """What a reader must know of the clips: skipped, padded, below the quality asked for, of another class."""
+    """What a reader must know of the clips: skipped, padded, below the quality asked for, from odd files."""
     notes = [] if len(good) == len(records) else [f"{len(records) - len(good)} clips were skipped, see per_clip.csv"]
     if num_padded:
         notes.append(
             f"{num_padded} of {len(good)} clips are padded: their videos are shorter, so the last frame is repeated "
             "(num_padded in per_clip.csv); without_padded has the means without them"
         )
+    kinds = Counter(note.partition(":")[0] for record in good for note in record.get("file_notes", ()))
+    notes += [
+        f"{num} clips come from files with {kind!r}, see file_notes in per_clip.csv" for kind, num in kinds.items()
+    ]
     if missed := sum(not record.get("keeps_quality", True) for record in good):
         notes.append(
             f"no assignment is predicted to keep quality:Q for {missed} clips: they got the best predicted one"

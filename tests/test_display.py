@@ -192,6 +192,50 @@ def test_a_random_clip_reads_a_part_of_the_file_and_opens_it_once(
         np.testing.assert_array_equal(coarse.frames_THWC, every[shown])
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "options", "irregular"),
+    [
+        ("b.mkv", "libx264", {"bf": "3"}, True),
+        ("open.ts", "libx264", {"bf": "3", "x264-params": "open-gop=1"}, False),
+        ("b.mpg", "mpeg2video", {"bf": "2"}, False),
+        ("b.flv", "libx264", {"bf": "3"}, False),
+        ("plain.wmv", "wmv2", {}, False),
+        ("open.mp4", "libx264", {"bf": "3", "x264-params": "open-gop=1"}, True),
+        ("raw.h264", "libx264", {"bf": "3"}, False),
+    ],
+)
+def test_a_clip_at_a_place_equals_the_full_decode(
+    tmp_path: Path, name: str, codec: str, options: dict[str, str], irregular: bool
+) -> None:
+    """Containers without a list of their pictures, and MP4 with a variable rate and pictures out of order."""
+    steps = np.random.default_rng(1).integers(20, 90, 72)
+    timing = {"pts": (np.cumsum(steps) - steps[0]).tolist()} if irregular else {}
+    options |= {"g": "9"} | ({"qp": "10"} if codec == "libx264" else {"b": "2M"})
+    path = write(tmp_path / name, noise(72, 48, 64), codec, "yuv420p", rate=25, options=options, **timing)
+    for fps in (7.0, None):
+        every = np.concatenate([clip.frames_THWC for clip in iter_clips(path, 1, None, fps, all_clips=True)])
+        for start in (0, 1, len(every) // 2, len(every) - 5):
+            clip = video_io.read_clip(path, start, 5, fps=fps)
+            np.testing.assert_array_equal(clip.frames_THWC, every[start : start + 5])
+        with pytest.raises(video_io.VideoError, match=f"has {len(every)} frames, so none can start at"):
+            video_io.read_clip(path, len(every), 5, fps=fps)
+    for position in (0.0, 0.37, 0.999):
+        found = read_clip_at(path, position, 5, any_phase=True).frames_THWC
+        assert any(np.array_equal(found, every[k : k + 5]) for k in range(len(every) - 4))
+    is_listed = name.endswith(".mp4")
+    assert clip.notes == () if is_listed else "read whole: the pictures of" in clip.notes[0]
+
+
+def test_a_clip_at_the_start_reads_the_start_and_an_irregular_mp4_its_header(tmp_path: Path) -> None:
+    pts = np.arange(240) * 40 + np.arange(240) % 7
+    settings = {"pts": pts.tolist(), "options": {"g": "12", "bf": "3", "qp": "10"}}
+    for name, start in (("a.mkv", 0), ("a.mp4", 150)):
+        path = write(tmp_path / name, noise(240, 48, 64), "libx264", "yuv420p", **settings)
+        before = _bytes_read()
+        assert video_io.read_clip(path, start, 8).notes == ()
+        assert _bytes_read() - before < path.stat().st_size * 0.4
+
+
 def test_a_clip_that_time_alone_does_not_find_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A header may promise more time than there are pictures."""
     path = write(tmp_path / "long.mkv", noise(40), "libx264", "yuv420p", options={"g": "8", "qp": "10"})

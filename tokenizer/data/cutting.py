@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tokenizer.data.display import Image
 from tokenizer.data.files import Span, VideoError
-from tokenizer.data.readers import Image, Picture, PyAvReader, Reader, no_beat, open_reader
+from tokenizer.data.readers import Enough, Picture, PyAvReader, Reader, no_beat, open_reader
 
 _TIME_SLACK = 1e-3  # seconds; containers round time stamps to a millisecond
 _LAST_PICTURE = 1.0  # seconds; the last picture of a file stays on show
@@ -222,7 +223,9 @@ def _wanted(
     path: str | os.PathLike[str], reader: Reader, place: Place, num_frames: int, fps: float | None
 ) -> tuple[int, list[int]]:
     """(first frame of the clip, counted at the rate; indices of the pictures that it shows)."""
-    times, rate = reader.times(), float(reader.rate)
+    start = place.start if place.start is not None or place.any_phase or place.position else 0
+    end = math.inf if start is None else start + num_frames
+    times, rate = reader.times(Enough(end, 0) if fps is None else Enough(0, end / fps)), float(reader.rate)
     if not len(times):
         raise VideoError(path, "holds no picture")
     if fps is None:
@@ -234,7 +237,6 @@ def _wanted(
             first = place.position * max(0.0, end - _TIME_SLACK - (num_frames - 1) / fps)
             moments = first + np.arange(num_frames) / fps
             return int(first * fps), _on_show(times, moments[moments < max(end - _TIME_SLACK, 2 * _TIME_SLACK)])
-    start = place.start
     if start is None:
         start = int(place.position * max(1, num_shown - num_frames + 1))
     if not 0 <= start < num_shown:

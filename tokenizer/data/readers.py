@@ -13,44 +13,38 @@ import functools
 import importlib.util
 import io
 import itertools
+import math
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import av
 import numpy as np
-from av.buffer import Buffer
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
 from tokenizer.common.errors import UserError
+from tokenizer.data.display import UPRIGHT, Image, display_turn, displayed_size, is_untagged_hd, rate_of
 from tokenizer.data.files import Span, VideoError, check_regular, display_name
+from tokenizer.data.mp4_times import composition_shifts
 
-DEFAULT_RATE = Fraction(25)  # for the few streams that state no rate at all (raw elementary streams)
 _INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "avi")  # containers whose index lists every picture
-_KEYED = ("matroska,webm",)  # containers whose index lists keyframes only, with seeks that end at one
-_HD_LINES = 720  # untagged video of so many lines is BT.709, as players take it
-_UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
+# containers that list keyframes at most, and can be searched by time
+_KEYED = ("matroska,webm", "mpegts", "mpeg", "flv", "asf")
 _HDR = {16: "PQ", 18: "HLG"}  # AVCOL_TRC_SMPTE2084, AVCOL_TRC_ARIB_STD_B67
+_BACK = (0, 1, 5, 25)  # seconds; how much earlier to seek if the keyframe found is shown after the target
 _LARGEST_ASPECT = 8  # of one pixel; beyond that the header is wrong
 _DECODER_ERRORS = (av.FFmpegError, OSError, EOFError, ValueError, OverflowError)
 
 
 def no_beat() -> None:
     """The heartbeat of a decoder that nobody waits for."""
-
-
-class Image(NamedTuple):
-    """Upright uint8 RGB [H, W, C] as stored, and the height and width at which it is displayed (pixel aspect)."""
-
-    rgb_HWC: np.ndarray
-    height: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +55,16 @@ class Picture:
     to_rgb: Callable[[], Image]
 
 
+class Enough(NamedTuple):
+    """How many pictures of the beginning must be known: so many, and those that begin within so many seconds."""
+
+    num_pictures: float
+    seconds: float
+
+
+ALL = Enough(math.inf, math.inf)
+
+
 class Reader(Protocol):
     """An open video file, good for one pass over its pictures."""
 
@@ -69,8 +73,8 @@ class Reader(Protocol):
     duration: float | None  # in seconds, if the header has it
     notes: dict[str, None]  # unsupported features, "kind: detail" each, in the order found
 
-    def times(self) -> np.ndarray:
-        """Time of every picture in seconds, float64 [T], ascending, the first one 0."""
+    def times(self, enough: Enough = ALL) -> np.ndarray:
+        """Time of every picture in seconds, float64 [T], ascending, the first one 0; or of enough from the start."""
         ...
 
     def pictures(self, first: int = 0) -> Iterator[Picture]:
@@ -127,7 +131,7 @@ class PyAvReader:
     def __init__(self, path: Path, span: Span | None = None, beat: Callable[[], None] = no_beat) -> None:
         self._path, self._span, self._beat = path, span, beat
         self._container, self._stream = self._open()
-        self.rate = _rate_of(self._stream)
+        self.rate = rate_of(self._stream)
         self.num_frames = self._stream.frames or None
         self.notes: dict[str, None] = {}
         self.tick = self._stream.time_base or Fraction(1, 1000)
@@ -147,11 +151,17 @@ class PyAvReader:
         """The first picture as FFmpeg decodes it; None if there is none."""
         return next(self._decoded(), None)
 
-    def times(self) -> np.ndarray:
-        pts = self.display_pts()
+    def times(self, enough: Enough = ALL) -> np.ndarray:
+        pts = self.display_pts(enough)
         if pts is None:
             with open_reader(self._path, "pyav", self._span, self._beat) as second_pass:
-                return np.array([picture.time for picture in second_pass.pictures()])
+                times = list[float]()
+                for picture in second_pass.pictures():
+                    times.append(picture.time)
+                    if len(times) > enough.num_pictures and picture.time > enough.seconds:
+                        return np.array(times)
+            self._read_whole()
+            return np.array(times)
         return (pts - pts[0]) * self.tick.numerator / self.tick.denominator
 
     def pictures(self, first: int = 0) -> Iterator[Picture]:
@@ -169,9 +179,15 @@ class PyAvReader:
         start = self._stream.start_time
         if self._container.format.name not in _KEYED or start is None:
             return None
-        self._is_fresh = False
-        self._container.seek(start + round(seconds / self.tick), stream=self._stream, backward=True)
-        return self._as_pictures(self._decoded(), start)
+        target = start + round(seconds / self.tick)
+        for earlier in _BACK:  # MPEG-TS has no list of keyframes: the first one after the seek may be too late
+            self._container.seek(target - round(earlier / self.tick), stream=self._stream, backward=True)
+            frames = self._decoded()
+            first = next(frames, None)
+            if first is not None and first.pts is not None and first.pts <= max(target, start):
+                return self._as_pictures(itertools.chain([first], frames), start)
+        self._reopen()
+        return None
 
     # Opening, and the pictures that the container lists
 
@@ -194,19 +210,23 @@ class PyAvReader:
         self._container, self._stream = self._open()
         self._is_fresh = True
 
-    def display_pts(self) -> np.ndarray | None:
-        """Sorted time stamps of all shown pictures, int64 [T], in ticks; None if the container lacks some."""
+    def display_pts(self, enough: Enough = ALL) -> np.ndarray | None:
+        """Sorted time stamps of all shown pictures, int64 [T], in ticks; None if the container lacks some.
+
+        enough: of a file that must be read for them, no more than these. The first call decides.
+        """
         if self._pts is None and not self.untimed:
             self._pts = self._index_pts()
             if self._pts is None:
-                self._pts = self._packet_pts()
+                self._pts = self._packet_pts(enough)
         return self._pts
 
     def _index_pts(self) -> np.ndarray | None:
         """The same from the index that was read with the header: nothing else of the file is touched.
 
         The index holds decoding times. They equal the times of display up to a shift if pictures are not reordered, or
-        if all are equally far apart. None for any other file, and for a file shorter than its index.
+        if all are equally far apart; an MP4 file has a table of the differences. None for any other file, and for a
+        file shorter than its index.
         """
         entries = self._listed()
         if entries is None or self._stream.start_time is None or not len(entries):
@@ -216,8 +236,13 @@ class PyAvReader:
         if len(entries) != self._stream.frames or is_discard.any() or end.max() > size:
             return None
         step = np.diff(timestamp)
-        if (step <= 0).any() or (self._stream.codec_context.has_b_frames and len(step) and (step != step[0]).any()):
+        if (step <= 0).any():
             return None
+        if self._stream.codec_context.has_b_frames and len(step) and (step != step[0]).any():
+            shift = composition_shifts(self._path, self._span, self._stream.id)
+            if shift is None or len(shift) != len(timestamp):
+                return None
+            timestamp = np.sort(timestamp + shift)
         start = self._stream.start_time
         if self._container.format.name == "avi":  # its pictures may be stamped a tick later than its header promises
             first = next(self._decoded(), None)
@@ -234,21 +259,40 @@ class PyAvReader:
         rows = [(e.timestamp, e.pos + e.size, e.is_discard, e.size) for e in self._stream.index_entries]
         return np.array(rows, np.int64).reshape(-1, 4)
 
-    def _packet_pts(self) -> np.ndarray | None:
-        """The same from all packets, read without decoding: the whole file is read."""
+    def _packet_pts(self, enough: Enough) -> np.ndarray | None:
+        """The same from packets, read without decoding: up to enough of them, or all of the file."""
         if not self._is_fresh:
             self._reopen()
-        pts, num_packets = [], 0
+        pts, num_packets, is_enough = list[int](), 0, False
         for packet in self._container.demux(self._stream):
             self._beat()
-            if packet.size:
+            if packet.size and not is_enough:
                 num_packets += 1
+                if packet.pts is None:  # a raw stream
+                    self._reopen()
+                    return None
                 if not packet.is_discard:
                     pts.append(packet.pts)
+                is_enough = num_packets % 64 == 0 and self._has_enough(pts, packet.dts, enough)
+            if is_enough:
+                break
         self._reopen()
-        self._compare(num_packets, self._expected(with_discarded=True))
-        known = sorted({p for p in pts if p is not None})
-        return np.array(known, np.int64) if known and len(known) == len(pts) else None
+        if not is_enough:
+            self._read_whole()
+            self._compare(num_packets, self._expected(with_discarded=True))
+        return np.array(sorted(pts), np.int64) if pts and len(set(pts)) == len(pts) else None
+
+    def _has_enough(self, pts: list[int], dts: int | None, enough: Enough) -> bool:
+        """Whether pictures that no later packet can precede, those shown before its decoding time, are enough."""
+        known = sorted(pts)
+        final = 0 if dts is None else bisect_left(known, dts)
+        return final > enough.num_pictures and (known[final - 1] - known[0]) * self.tick > enough.seconds
+
+    def _read_whole(self) -> None:
+        kind = self._container.format.long_name or self._container.format.name
+        self.notes[f"read whole: the pictures of {kind} are not listed, so a clip at a place costs the whole file"] = (
+            None
+        )
 
     def _expected(self, with_discarded: bool) -> int:
         """How many pictures the header or the index promises; 0 if neither does."""
@@ -284,7 +328,7 @@ class PyAvReader:
     def _seek(self, target: int) -> Iterator[av.VideoFrame] | None:
         """Frames from the one with time stamp `target` on; None if it cannot be found by a seek."""
         # A seek goes by decoding time: the keyframe it finds may be shown after the target. Then go further back.
-        for seconds in (0, 1, 5, 25):
+        for seconds in _BACK:
             self._container.seek(target - round(seconds / self.tick), stream=self._stream, backward=True)
             frames = self._decoded()
             first = next(frames, None)
@@ -326,52 +370,6 @@ class PyAvReader:
         return Image(np.ascontiguousarray(image_HWC), height, width)
 
 
-def _rate_of(stream: VideoStream) -> Fraction:
-    """Frames per second. The average is exact, but some demuxers (raw DV) give the clock's 60000 for it."""
-    average, guessed = stream.average_rate, stream.guessed_rate
-    if average and guessed and average > 2 * guessed:
-        return guessed
-    return average or guessed or DEFAULT_RATE
-
-
-def is_untagged_hd(frame: av.VideoFrame) -> bool:
-    """Whether the frame is YUV of HD size without a colour matrix. FFmpeg would take BT.601; players take BT.709."""
-    is_yuv = not frame.format.is_rgb and len(frame.format.components) >= 3
-    return is_yuv and frame.height >= _HD_LINES and int(frame.colorspace) == _UNTAGGED
-
-
-def displayed_size(height: int, width: int, aspect: Fraction) -> tuple[int, int]:
-    """Height and width in square pixels, for pixels that are `aspect` times as wide as high; never smaller."""
-    if aspect > 1:
-        return height, round(width * aspect)
-    return round(height / aspect), width
-
-
-class Turn(NamedTuple):
-    """A display matrix: transpose first, then reverse rows and columns. is_tilted: that is not all the matrix does."""
-
-    transposed: bool
-    flip_rows: bool
-    flip_columns: bool
-    is_tilted: bool
-
-
-_UPRIGHT = Turn(False, False, False, False)
-
-
-def display_turn(frame: av.VideoFrame) -> Turn:
-    """How a frame must be turned for display, by its display matrix: p' = a p + c q, q' = b p + d q."""
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return _UPRIGHT
-    a, b, _, c, d, *_ = (int(x) for x in np.frombuffer(bytes(cast(Buffer, data)), np.int32))
-    transposed = abs(b) + abs(c) > abs(a) + abs(d)
-    down, across, rest = (b, c, (a, d)) if transposed else (d, a, (b, c))
-    largest = max(abs(down), abs(across))
-    is_tilted = largest == 0 or max(map(abs, rest)) > largest // 100 or abs(abs(down) - abs(across)) > largest // 100
-    return Turn(transposed, down < 0, across < 0, is_tilted)
-
-
 class DecordReader:
     """decord, on request only: its native code can hang on bad files, and it exists for x86_64 Linux alone."""
 
@@ -400,7 +398,7 @@ class DecordReader:
     def pictures_near(self, seconds: float) -> None:
         return None
 
-    def times(self) -> np.ndarray:
+    def times(self, enough: Enough = ALL) -> np.ndarray:
         if self._untimed:
             return np.arange(len(self._video)) / float(self.rate)
         start_T = self._video.get_frame_timestamp(range(len(self._video)))[:, 0]
@@ -428,7 +426,7 @@ class DecordReader:
 
 def _wrong_in_decord(frame: av.VideoFrame) -> str | None:
     """What decord would get wrong about a file, by its first frame."""
-    if display_turn(frame) != _UPRIGHT:
+    if display_turn(frame) != UPRIGHT:
         return "is stored mirrored or rotated"
     if max(component.bits for component in frame.format.components) > 8:
         return "has more than 8 bits a colour"

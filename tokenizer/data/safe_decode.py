@@ -26,8 +26,8 @@ import numpy as np
 from tokenizer.common.clip_shape import Size
 from tokenizer.common.errors import UserError
 from tokenizer.data.cutting import ClipEvents, ClipFacts, Event, Place, Shown, StreamEnd, Timing
+from tokenizer.data.display import Image
 from tokenizer.data.files import Span, VideoError
-from tokenizer.data.readers import Image
 from tokenizer.data.video_io import DecodedClip, assemble
 
 TIME_LIMIT_S = 60.0  # without a sign of progress
@@ -80,9 +80,13 @@ def decode_clip_at(
     time_limit_s: float = TIME_LIMIT_S,
     any_phase: bool = False,
     span: Span | None = None,
+    start: int | None = None,
 ) -> DecodedClip:
-    """`video_io.read_clip_at` in another process. A crash, or no picture within the limit: VideoError."""
-    place = Place(None, position, any_phase)
+    """`video_io.read_clip_at`, or with a start `read_clip`, in another process.
+
+    A crash, or no picture within the limit: VideoError.
+    """
+    place = Place(start, position, any_phase)
     arguments = {"place": place, "num_frames": num_frames, "fps": fps, "backend": backend, "span": span}
     clips = assemble(path, _events("clip_at", path, arguments, time_limit_s), num_frames, size)
     with contextlib.closing(clips):

@@ -28,8 +28,9 @@ from torch.nn import functional as F
 from tokenizer.common.clip_shape import Size, sides
 from tokenizer.common.errors import UserError
 from tokenizer.data.cutting import ClipEvents, Event, Place, Shown, StreamEnd, clip_at_events, clip_events, video_events
+from tokenizer.data.display import Image
 from tokenizer.data.files import VIDEO_SUFFIXES, Span, VideoError, display_name, file_slug, list_videos
-from tokenizer.data.readers import Image, open_reader
+from tokenizer.data.readers import open_reader
 
 __all__ = [
     "VIDEO_SUFFIXES", "DecodedClip", "VideoError", "VideoInfo", "VideoWriter", "display_name", "file_slug",
