@@ -84,8 +84,12 @@ def test_the_loop_is_block_causal_attention(which: str) -> None:
 
 @pytest.mark.parametrize("which", PAIRS)
 def test_the_path_taken_equals_the_loop(which: str) -> None:
-    """For equal assignments that is the rectangle: one batched call per block."""
+    """With gradients that is a backward per clip; without, for equal assignments, one batched call per block."""
     assert_same(block_causal_attention, attend_by_clip, *PAIRS[which])
+    with torch.no_grad():
+        inputs = tensors(*PAIRS[which])
+        mixed = [attend(*inputs, *PAIRS[which]) for attend in (block_causal_attention, attend_by_clip)]
+        torch.testing.assert_close(*mixed)
 
 
 @pytest.mark.parametrize("which", PAIRS)
