@@ -101,12 +101,10 @@ def commit(run: RunConfig, state: TrainState, updates: Sequence[Update]) -> Valu
             update.drop()
         return _skip(run, state, problem)
     values = {name: value for update in updates for name, value in update.values().items()}
-    if any(update.overflowed for update in updates):
-        for update in updates:
-            update.drop()
-    else:
-        for update in updates:
-            update.apply()
+    overflowed = any(update.overflowed for update in updates)
+    for update in updates:
+        update.drop() if overflowed else update.apply()
+    if not overflowed:
         state.ema.update(state.model, state.step)
         if theirs := {name: value for name, value in values.items() if name.startswith("discriminator/")}:
             state.unlogged = theirs
