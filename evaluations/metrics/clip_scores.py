@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenizer.common.image_quality import psnr_of_mse, ssim
+from tokenizer.common.image_quality import PSNR_OF_EQUAL, psnr_of_mse, ssim
 from tokenizer.data.video_io import to_model_range
 from tokenizer.losses.perceptual import PERCEPTUAL_NAMES, PerceptualDistance
-from tokenizer.router.reconstruct import PSNR_OF_EQUAL
 
 TOKEN_COUNTS = ("tokens", "tokens_with_length_tokens")
 # Every column of a clip's record that is a metric -> whether less is better. Other columns are never compared.

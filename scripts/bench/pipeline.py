@@ -58,7 +58,7 @@ from tokenizer.data.cutting import StreamEnd
 from tokenizer.data.video_io import DecodedClip, write_video
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import build_tokenizer
-from tokenizer.router import curate, reconstruct_videos, results
+from tokenizer.router import curate, reconstruct, results
 from tokenizer.router.reconstruct import Reconstructor
 
 JOB = Path(__file__).parents[2] / "tokenizer/router/reconstruction_qual_with_router.py"
@@ -153,7 +153,7 @@ def on_the_stand_in() -> Iterator[tuple[StandIn, list[Generator]]]:
             (curate, "load_perceptual", lambda _: OneNumber()),
             (scoring, "score_clips", scores),
             (scoring, "load_extractor", lambda *_: extractor),
-            *((room, "batches_at_once", lambda _: 2) for room in (job, reconstruct_videos, extract_codes)),  # as a GPU
+            *((room, "batches_at_once", lambda _: 2) for room in (job, reconstruct, extract_codes)),  # as a GPU
             *([] if ARGS.real else sleeping_files()),
         ):
             patches.enter_context(patch.object(target, name, new))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tokenizer.common.errors import UserError
 
 SSIM_WINDOW = 11
+PSNR_OF_EQUAL = 100.0  # dB; an exact copy has infinite PSNR, which JSON cannot hold
 
 
 def psnr(x_BCTHW: Tensor, y_BCTHW: Tensor) -> Tensor:

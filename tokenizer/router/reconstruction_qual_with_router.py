@@ -6,7 +6,7 @@
 Writes OUT/clips/<clip>/ (original, reconstruction, both side by side with the tokens of each block, the tokens
 themselves), OUT/metrics.json, OUT/skipped.json and OUT/report.html. Rerun the same command to resume.
 
-This file is the command line; the job is reconstruct_videos.py, imported once the arguments are parsed.
+This file is the command line; the job is reconstruct.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from tokenizer.common.cli import BUDGET_FORMS, TRADE_OFF_HELP, Parser, add_tokenizing_flags, at_least
-from tokenizer.common.errors import run_cli
+from tokenizer.common.cli import BUDGET_FORMS, TRADE_OFF_HELP, Parser, add_tokenizing_flags, answer_help, at_least
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,11 +53,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_arguments()
-    from tokenizer.router.reconstruct_videos import reconstruct_videos
+if __name__ == "__main__":
+    answer_help(parse_arguments)  # before torch is imported
 
-    reconstruct_videos(args)
+from tokenizer.common.errors import run_cli
+from tokenizer.router.reconstruct import reconstruct_videos
+
+
+def main() -> None:
+    reconstruct_videos(parse_arguments())
 
 
 if __name__ == "__main__":

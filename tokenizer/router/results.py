@@ -21,7 +21,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ from tokenizer.data.clip_stream import Skipped, SourceClip
 from tokenizer.data.video_io import DecodedClip, write_video
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import PRESETS
-from tokenizer.router.reconstruct import Reconstruction
 from tokenizer.tokens import VideoTokens
 from tokenizer.viz.frames import error_map, filmstrip, side_by_side
 
@@ -69,6 +68,16 @@ _RECORD = {  # a line of clips.jsonl
     "fingerprint": str,
     "digest": str,  # of all other fields
 }
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """One reconstructed clip: its frames (uint8), its tokens, and the figures of its record."""
+
+    frames_THWC: np.ndarray
+    tokens: VideoTokens
+    figures: dict[str, Any]
+    uniform_THWC: np.ndarray | None = None  # the clip at about as many tokens, the same in every block
 
 
 class ResultsFolder:
