@@ -77,15 +77,11 @@ def main() -> int:
     for source in sources:
         try:
             target = args.out / f"{file_slug(source.path.stem)}-{_digest(source)}.safetensors"
-            if target.exists():
-                print(job.found(source, target))
-                done += 1
-                continue
             with lock(target.with_name(f".{target.name}.lock"), fcntl.LOCK_NB) as free:
-                if not free or target.exists():
+                if not free:
                     elsewhere += 1
                     continue
-                print(job.tokenize(source, target), flush=True)
+                print(job.found(source, target) if target.exists() else job.tokenize(source, target), flush=True)
                 done += 1
         except VideoError as error:
             failed += 1
