@@ -16,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that tests start; pyt
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from tqdm import tqdm
 
@@ -26,3 +29,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # tqdm shares one lock with all forked processes: a child that a test kills while it holds the lock would stop them all.
 os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
+
+
+@pytest.fixture(autouse=True)
+def subnormal_floats() -> Iterator[None]:
+    """A training flushes them to 0 in its process, for good; hypothesis draws them."""
+    yield
+    torch.set_flush_denormal(False)
