@@ -18,27 +18,29 @@ def add_common_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--tok-config", help="YAML of the tokenizer, checked against its weights")
     add("--vq-ckpt", help="weights of the tokenizer: .safetensors or a run folder")
-    add("--gpt-model", help=f"check that the weights have this size: {' | '.join(GPT_SIZES)} (default: any)")
-    add("--gpt-ckpt", help="weights of the GPT: .safetensors or a run folder")
     add("--sample-dir", help="results folder; unfinished sampling in it is continued")
+    add_sampler_flags(parser)
+    add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    add("--overwrite", action="store_true", help="remove the earlier samples in --sample-dir and start again")
+
+
+def add_sampler_flags(parser: Parser) -> None:
+    """The GPT and how ids are drawn, for all commands that sample."""
+    add = parser.add_argument
+    add("--gpt-model", metavar="SIZE", help=f"check that G has this size: {' | '.join(GPT_SIZES)} (default: any)")
+    add("--gpt-ckpt", metavar="G", help="weights of the GPT: .safetensors or a run folder")
     add("--per-proc-batch-size", type=at_least(1), default=8, metavar="B", help="slots: clips sampled together")
-    add("--check-special-token-mask", action="store_true", help="draw only ids that the grammar allows")
+    mask = "draw only ids that the grammar allows; else broken clips are counted and have no video"
+    add("--check-special-token-mask", action="store_true", help=mask)
     add("--tokens-per-block", metavar="K,K,..", help="force the tokens of each block (or of the first ones)")
     add("--max-tokens", type=at_least(1), metavar="N", help="limit the tokens of a clip, length tokens not counted")
     add("--seed", type=at_least(0), default=0, help="a sample depends on it and on its own name (default: 0)")
     add("--temperature", type=positive, default=1.0, help="divides the logits (default: 1)")
     add("--top-k", type=at_least(0), default=0, metavar="K", help="draw among the K likeliest ids; 0: all (default)")
     add("--top-p", type=positive, default=1.0, metavar="P", help="draw among the likeliest ids of total probability P")
-    add_precision_flag(parser)
-    add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
-    add("--compile", action="store_true", help="torch.compile the step: slower to start, for many clips")
-    add("--overwrite", action="store_true", help="remove the earlier samples in --sample-dir and start again")
-
-
-def add_precision_flag(parser: Parser) -> None:
-    """`--precision`, with PRECISION of the environment as its default."""
     names, precision = " | ".join(PRECISION_NAMES), os.environ.get("PRECISION", "none")
-    parser.add_argument("--precision", default=precision, help=f"of the GPT: {names} (default: PRECISION, else none)")
+    add("--precision", default=precision, help=f"of the GPT: {names} (default: PRECISION, else none)")
+    add("--compile", action="store_true", help="torch.compile the step: slower to start, for many clips")
 
 
 def parse(parser: Parser, required: Sequence[str]) -> argparse.Namespace:

@@ -39,7 +39,6 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     answer_help(parse_arguments)  # before torch is imported
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +54,7 @@ from tokenizer.common.clip_shape import sides
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.clip_stream import ClipRule, Rest, Skipped, SourceClip, VideoSource, find_sources, stream_clips
 from tokenizer.data.datasets import find_kinetics
+from tokenizer.data.files import path_in_environment
 from tokenizer.data.video_io import display_name, resize, resize_center_crop, to_model_range
 
 INSTEAD = "give --vid_path DIR for any folder of videos instead"
@@ -158,7 +158,7 @@ def sources_of(args: argparse.Namespace) -> list[VideoSource]:
     if args.vid_path is not None:
         own_results = Path(args.sample_dir).resolve()
         return find_sources(args.vid_path, lambda path: path.resolve().is_relative_to(own_results))
-    root, list_file = (_from_environment(name) for name in ("K600_ROOT", "K600_VAL_FILE"))
+    root, list_file = (path_in_environment(name, INSTEAD) for name in ("K600_ROOT", "K600_VAL_FILE"))
     listed = list(find_kinetics(root, list_file))
     found = [
         VideoSource(path, display_name(path.relative_to(root)), Path(name).name) for name, path, _ in listed if path
@@ -173,15 +173,6 @@ def sources_of(args: argparse.Namespace) -> list[VideoSource]:
 def name_of(source: VideoSource) -> str:
     """Of the sample that continues a video."""
     return SourceClip(source, 0, "", None).name
-
-
-def _from_environment(name: str) -> Path:
-    value = os.environ.get(name)
-    if not value:
-        raise UserError(f"{name} is not set: export it (see scripts/set_env_vars_template.sh), or {INSTEAD}")
-    if not Path(value).exists():
-        raise UserError(f"{name}={value}: does not exist; correct it, or {INSTEAD}")
-    return Path(value)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 
-from evaluations.flags import add_common_flags, add_sampling_flags, parse
+from autoregressive.flags import add_sampler_flags, parse
+from evaluations.flags import REQUIRED, add_common_flags
 from tokenizer.common.cli import Parser, answer_help
 
 
@@ -19,9 +20,9 @@ def parse_arguments() -> argparse.Namespace:
     """The command line, spelled as in the README."""
     parser = Parser("Score the clips that a GPT samples for given classes, under a named protocol.")
     add_common_flags(parser)
-    add_sampling_flags(parser)
+    add_sampler_flags(parser)
     parser.add_argument("--cfg-scale", default="1", metavar="S", help="guidance: a number, or one a block (default: 1)")
-    return parse(parser)
+    return parse(parser, REQUIRED)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,13 +28,14 @@ from tokenizer.common.errors import UserError
 from tokenizer.common.work_units import lock, map_ahead
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.datasets import find_kinetics, find_ucf101
-from tokenizer.data.files import SPLITS, bundled_videos
+from tokenizer.data.files import SPLITS, bundled_videos, path_in_environment
 from tokenizer.data.safe_decode import decode_clip_at, decode_clips, fingerprint_of
 from tokenizer.data.video_io import DecodedClip, VideoError, display_name, list_videos, to_uint8
 from tokenizer.data.video_table import read_rows
 
 T = TypeVar("T")
 
+INSTEAD = "give --data, a folder of videos or a manifest .csv"
 _PROBE_SIDE = 32  # frames are made this small if only their number is wanted
 
 
@@ -163,11 +163,11 @@ def _find_videos(protocol: Protocol, data: str | Path | None) -> tuple[list[_Vid
     if data is not None:
         return _given_videos(Path(data))
     if protocol.dataset == "ucf101":
-        root = _from_environment("UCF_ROOT", protocol)
+        root = path_in_environment("UCF_ROOT", INSTEAD)
         found = list(find_ucf101(root, protocol.split.split()[0]))
     elif protocol.dataset == "k600":
-        root = _from_environment("K600_ROOT", protocol)
-        found = list(find_kinetics(root, _from_environment("K600_VAL_FILE", protocol)))
+        root = path_in_environment("K600_ROOT", INSTEAD)
+        found = list(find_kinetics(root, path_in_environment("K600_VAL_FILE", INSTEAD)))
     else:
         raise UserError(f"protocol {protocol.name} needs --data: a folder of videos or a manifest .csv")
     videos = [_Video(display_name(path.relative_to(root)), path, label) for _, path, label in found if path]
@@ -192,14 +192,6 @@ def _each_once(videos: Sequence[_Video], notes: list[str]) -> list[_Video]:
     if repeated := len(videos) - len(by_name):
         notes.append(f"{repeated} rows of the list repeat a video, which is taken once")
     return list(by_name.values())
-
-
-def _from_environment(name: str, protocol: Protocol) -> Path:
-    value = os.environ.get(name)
-    if not value or not Path(value).exists():
-        state = f"{name}={value} does not exist" if value else f"{name} is not set"
-        raise UserError(f"protocol {protocol.name}: {state}; export it (scripts/set_env_vars.sh) or give --data")
-    return Path(value)
 
 
 # Clips of videos

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-
-from autoregressive.flags import GPT_SIZES, add_precision_flag
-from tokenizer.common.cli import EXTRACTORS, Parser, at_least, positive
+from tokenizer.common.cli import EXTRACTORS, Parser, at_least
 from tokenizer.common.clip_shape import size_argument
-from tokenizer.common.errors import UserError
 
 MIN_CLIPS = 256  # with fewer clips the bias of a Frechet distance exceeds the distance
+REQUIRED = ("protocol", "out")
 _READERS = 2
 
 
@@ -39,30 +36,3 @@ def add_common_flags(parser: Parser) -> None:
     add("--batch-size", type=at_least(1), metavar="N", help="clips in the tokenizer and in the networks that judge at "
         "once, part of the result's last bits (default: 1 on a CPU, 8 on a GPU)")  # fmt: skip
     add("--overwrite", action="store_true", help="remove the earlier results in --out and start again")
-
-
-def parse(parser: Parser) -> argparse.Namespace:
-    """Parse the command line; unknown flags are named before missing ones."""
-    args = parser.parse_args()
-    missing = [f"--{name}" for name in ("protocol", "out") if getattr(args, name) is None]
-    if missing:
-        raise UserError(f"missing: {', '.join(missing)} (see --help)")
-    return args
-
-
-def add_sampling_flags(parser: Parser) -> None:
-    """Spelt as in the sampling commands."""
-    add = parser.add_argument
-    add("--gpt-model", metavar="SIZE", help=f"check that G has this size: {' | '.join(GPT_SIZES)} (default: any)")
-    add("--gpt-ckpt", metavar="G", help="weights of the GPT: .safetensors or a run folder")
-    add("--per-proc-batch-size", type=at_least(1), default=8, metavar="N", help="slots of the sampler (default: 8)")
-    add("--seed", type=int, default=0, help="of the samples; the clip list has its own (default: 0)")
-    add("--temperature", type=positive, default=1.0)
-    add("--top-k", type=at_least(0), default=0, metavar="N", help="0 keeps all ids (default)")
-    add("--top-p", type=positive, default=1.0)
-    add_precision_flag(parser)
-    add("--check-special-token-mask", action="store_true", help="draw only what the grammar allows; else broken clips "
-        "are counted and left out")  # fmt: skip
-    add("--tokens-per-block", metavar="K,K,..", help="force the tokens of each block (or of the first ones)")
-    add("--max-tokens", type=at_least(1), metavar="N", help="limit the tokens of a clip, length tokens not counted")
-    add("--compile", action="store_true", help="torch.compile the sampler's step")

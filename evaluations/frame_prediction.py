@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 
-from evaluations.flags import add_common_flags, add_sampling_flags, parse
+from autoregressive.flags import add_sampler_flags, parse
+from evaluations.flags import REQUIRED, add_common_flags
 from tokenizer.common.cli import Parser, answer_help
 
 
@@ -21,8 +22,8 @@ def parse_arguments() -> argparse.Namespace:
     """The command line, spelled as in the README."""
     parser = Parser("Score the clips that a GPT continues from their first frames, under a named protocol.")
     add_common_flags(parser)
-    add_sampling_flags(parser)
-    return parse(parser)
+    add_sampler_flags(parser)
+    return parse(parser, REQUIRED)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 
-from evaluations.flags import add_common_flags, parse
+from autoregressive.flags import parse
+from evaluations.flags import REQUIRED, add_common_flags
 from tokenizer.common.cli import BUDGET_FORMS, TRADE_OFF_HELP, Parser, answer_help
 
 
@@ -25,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--router-ckpt", metavar="R", help="weights of the router")
     parser.add_argument("--budget", type=str.strip, default="router", help=f"{BUDGET_FORMS} (default: router)")
     parser.add_argument("--trade-off", type=float, metavar="W_Q", help=TRADE_OFF_HELP)
-    return parse(parser)
+    return parse(parser, REQUIRED)
 
 
 if __name__ == "__main__":

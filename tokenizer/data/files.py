@@ -182,6 +182,16 @@ def bundled_videos(split: str) -> tuple[BundledVideo, ...]:
     return tuple(BundledVideo(BUNDLED / e["file"], e["label"]) for e in entries if e["split"] == split)
 
 
+def path_in_environment(name: str, instead: str) -> Path:
+    """The file or folder that a variable names. UserError, ending with `instead`, if it is not set or not there."""
+    value = os.environ.get(name)
+    if not value:
+        raise UserError(f"{name} is not set: export it (see scripts/set_env_vars_template.sh), or {instead}")
+    if not Path(value).exists():
+        raise UserError(f"{name}={value}: does not exist; correct it, or {instead}")
+    return Path(value)
+
+
 def is_list(file: Path) -> bool:
     """Whether a file is a list of videos and not a video: a .csv or .tsv, or text whose first lines name videos."""
     suffix = file.suffix.lower()
