@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from autoregressive.flags import parse_lengths
 from autoregressive.presets import TrainedGPT, check_tokenizer_fits, load_gpt, size_name
@@ -28,6 +26,7 @@ from autoregressive.sequence import length_rule, longest_sequence
 from tokenizer.common.device import pick_device, pick_dtype
 from tokenizer.common.distributed import adopt_slurm
 from tokenizer.common.errors import UserError
+from tokenizer.common.work_units import progress_bar
 from tokenizer.data.video_io import display_name, to_uint8
 from tokenizer.model import VideoTokenizer, parameters_by_part
 from tokenizer.presets import load_tokenizer
@@ -124,10 +123,9 @@ class SampleJob(SamplingModels):
                 asked[each.request.key] = each
                 yield each.request
 
-        calm = 1 if sys.stderr.isatty() else 30  # seconds between two states of the bar; a log file needs few
         try:
             with (
-                tqdm(desc="sampling", total=num_clips, unit="clip", mininterval=calm, smoothing=0) as bar,
+                progress_bar(desc="sampling", total=num_clips, unit="clip", smoothing=0) as bar,
                 ThreadPoolExecutor(max_workers=1) as disk,
             ):
                 written: deque[Future[None]] = deque()

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluations.clip_list import ClipList, list_clips
 from evaluations.given_clips import GivenClips
@@ -35,7 +34,7 @@ from tokenizer.common.clip_shape import check_same_shape, size_text
 from tokenizer.common.device import batches_at_once, float32_mode, pick_device
 from tokenizer.common.distributed import several_processes
 from tokenizer.common.errors import UserError
-from tokenizer.common.work_units import map_ahead
+from tokenizer.common.work_units import map_ahead, progress_bar
 from tokenizer.data.video_io import VideoError
 from tokenizer.model import VideoTokenizer
 from tokenizer.router.results import versions
@@ -80,9 +79,8 @@ class Evaluation:
         print(card_text(card), flush=True)
         kept = self._real_cache()
         known = kept.load()
-        calm = 1 if sys.stderr.isatty() else 30  # seconds between two states of the bar; a log file needs few
         done, total = self.folder.num_scored(), len(self.clips.clips)
-        with tqdm(desc="scoring", initial=done, total=total, unit="clip", mininterval=calm) as bar:
+        with progress_bar(desc="scoring", initial=done, total=total, unit="clip") as bar:
 
             def score(places: Iterator[int]) -> Iterator[Scored]:
                 batches = in_batches(self._drafts(system, places, known), self.scorer.batch_size, total)

@@ -35,17 +35,16 @@ if __name__ == "__main__":
     answer_help(parse_arguments)  # before torch is imported
 
 import contextlib
-import sys
 import time
 from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from tokenizer.common.clip_shape import sides
 from tokenizer.common.device import pick_device
 from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.work_units import progress_bar
 from tokenizer.data.clip_stream import find_sources
 from tokenizer.data.safe_decode import decode_video
 from tokenizer.data.video_io import DecodedClip, VideoWriter, resize, resize_center_crop, to_uint8
@@ -73,8 +72,7 @@ def main() -> None:
         writer = stack.enter_context(VideoWriter(args.out, file.facts.fps, crf, args.source, span))
         shown = decode_range(model, file, wanted, args.batch_size)
         originals = stack.enter_context(contextlib.closing(read_originals(file, args, wanted)))
-        calm = 1 if sys.stderr.isatty() else 30
-        bar = stack.enter_context(tqdm(total=len(wanted), unit="frame", mininterval=calm, dynamic_ncols=True))
+        bar = stack.enter_context(progress_bar(total=len(wanted), unit="frame"))
         for frames_THWC, frame_T in shown:
             picture_THWC = resize(frames_THWC, *shown_size)
             if args.side_by_side:

@@ -44,13 +44,12 @@ import av
 import numpy as np
 import torch
 from av.video.codeccontext import VideoCodecContext
-from tqdm import tqdm
 
 from tokenizer.budget import choose_rows, keeps_quality, parse_budget
 from tokenizer.common.clip_shape import sides
 from tokenizer.common.device import pick_device
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.work_units import lock, map_ahead
+from tokenizer.common.work_units import lock, map_ahead, progress_bar
 from tokenizer.data.clip_stream import VideoSource, find_sources
 from tokenizer.data.safe_decode import decode_video
 from tokenizer.data.video_io import (
@@ -144,7 +143,11 @@ class Job:
         clips = decode_video(source.path, c.num_frames, c.size, args.fps, args.backend, skip=resumed)
         # One thread decodes the next clips in its process while these go through the models.
         batches = map_ahead(lambda _: list(itertools.islice(clips, args.batch_size)), itertools.count(), 1)
-        with contextlib.closing(clips), contextlib.closing(batches), _progress(source) as bar:
+        with (
+            contextlib.closing(clips),
+            contextlib.closing(batches),
+            progress_bar(desc=source.file, unit="frame") as bar,
+        ):
             for batch in itertools.takewhile(bool, batches):
                 bar.update(sum(len(clip.seconds) for clip in batch))
                 if not new_frames:
@@ -232,11 +235,6 @@ class H264Meter:
 
 def _digest(source: VideoSource) -> str:
     return hashlib.sha256(source.fingerprint().encode()).hexdigest()[:8]
-
-
-def _progress(source: VideoSource) -> tqdm:
-    calm = 1 if sys.stderr.isatty() else 30  # seconds between two states of the bar; a log file needs few
-    return tqdm(desc=source.file, unit="frame", mininterval=calm, dynamic_ncols=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import fcntl
 import itertools
 import json
 import os
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -51,6 +52,11 @@ def map_ahead(work: Callable[[A], B], items: Iterable[A], num_threads: int) -> G
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def progress_bar(**options: Any) -> tqdm:
+    """A bar on a terminal; in a log file a line every 30 seconds."""
+    return tqdm(mininterval=1 if sys.stderr.isatty() else 30, dynamic_ncols=True, **options)
 
 
 class WorkUnits:

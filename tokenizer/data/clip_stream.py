@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from tokenizer.common.clip_shape import Size, sides
 from tokenizer.common.errors import UserError
+from tokenizer.common.work_units import progress_bar
 from tokenizer.data.cutting import StreamEnd
 from tokenizer.data.safe_decode import decode_clips, fingerprint_of
 from tokenizer.data.video_io import DecodedClip, VideoError, display_name, file_slug, list_videos
@@ -149,8 +150,7 @@ class ClipWalk:
         self.rests.clear()
         num_clips, most = 0, self.max_clips or sys.maxsize
         stream = stream_clips(self.sources, self.rule, self.num_readers, is_done)
-        calm = 1 if sys.stderr.isatty() else 30  # seconds between two states of the bar; a log file needs few
-        bar = tqdm(desc=title, total=min(len(self.sources), most), unit="clip", mininterval=calm, dynamic_ncols=True)
+        bar = progress_bar(desc=title, total=min(len(self.sources), most), unit="clip")
         place = {source.name: i for i, source in enumerate(self.sources, start=1)}
         with bar, contextlib.closing(stream):
             for item in stream:
