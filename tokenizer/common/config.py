@@ -112,14 +112,15 @@ def load_section(schema: type[T], path: str | Path, section: str) -> T:
     return from_dict(schema, data[section], f"{path} ({section})")
 
 
+def flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested data as key.sub -> value."""
+    if not isinstance(data, Mapping):
+        return {prefix: data}
+    return {k: v for key, value in data.items() for k, v in flat(value, f"{prefix}.{key}".lstrip(".")).items()}
+
+
 def differences(left: Any, right: Any) -> list[str]:
     """Where two configs differ: lines of `key: left value / right value`."""
-
-    def flat(data: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(data, Mapping):
-            return {prefix: data}
-        return {k: v for key, value in data.items() for k, v in flat(value, f"{prefix}.{key}".lstrip(".")).items()}
-
     a, b = flat(left), flat(right)
     return [f"{k}: {a.get(k)!r} / {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 

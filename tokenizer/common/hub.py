@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -25,7 +25,7 @@ from tokenizer.common.checkpoint import (
     save_model,
     without_init,
 )
-from tokenizer.common.config import from_dict, to_dict
+from tokenizer.common.config import flat, from_dict, to_dict
 from tokenizer.common.errors import UserError
 from tokenizer.common.schema import read_json
 
@@ -137,7 +137,7 @@ class HubModel:
         module = type(self).__module__
         rows = {"sha256": sha256, "parameters": sum(p.numel() for p in cast("nn.Module", self).parameters())}
         rows |= {key: value for key, value in self.card.items() if key != "kind"}
-        rows |= dict(_flat(to_dict(self.config)))  # type: ignore[attr-defined]
+        rows |= _listed(to_dict(self.config))  # type: ignore[attr-defined]
         lines = [
             "---", "library_name: evatok", "license: apache-2.0", f"tags: [video, {self.kind}]", "---", "",
             f"# {self.kind}", "", f"Adaptive-length video tokenization, [EVATok]({_PAPER}), reimplemented.", "",
@@ -145,7 +145,7 @@ class HubModel:
             "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()),
         ]  # fmt: skip
         if figures:
-            numbers = ((key, f"{x:.4g}" if isinstance(x, float) else x) for key, x in _flat(figures))
+            numbers = ((key, f"{x:.4g}" if isinstance(x, float) else x) for key, x in _listed(figures).items())
             lines += ["", "## Figures", "", "| | |", "|---|---|", *(f"| {key} | {x} |" for key, x in numbers)]
         return "\n".join(lines) + "\n"
 
@@ -187,13 +187,11 @@ def local_copy(name: str | Path, revision: str | None = None, local_files_only: 
     return folder / "model.safetensors"
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested values as (a.b, value); lists of numbers stay together, other lists are left out."""
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif not isinstance(value, list) or all(isinstance(x, int | float) for x in value):
-            yield f"{prefix}{key}", value
+def _listed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted key; lists of numbers stay together, other lists are left out."""
+    return {
+        k: v for k, v in flat(data).items() if not isinstance(v, list) or all(isinstance(x, int | float) for x in v)
+    }
 
 
 def _first_line(error: Exception) -> str:

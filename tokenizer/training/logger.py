@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from tokenizer.common import distributed
 from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.config import flat
 from tokenizer.common.device import peak_memory
 from tokenizer.common.errors import UserError
 from tokenizer.training.train_state import RunConfig
@@ -334,14 +335,6 @@ def start_trackers(run: RunConfig, config: Mapping[str, Any]) -> Accelerator | N
     if not stored.exists():
         atomic_write(stored, uuid.uuid4().hex[:16].encode())
     wandb = {"name": folder.name, "id": stored.read_text(encoding="utf-8"), "resume": "allow", "dir": str(folder)}
-    flat = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in _flat(config)}
-    accelerator.init_trackers("evatok", config=flat, init_kwargs={"wandb": wandb} if "wandb" in run.trackers else {})
+    plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flat(config).items()}
+    accelerator.init_trackers("evatok", config=plain, init_kwargs={"wandb": wandb} if "wandb" in run.trackers else {})
     return accelerator
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
