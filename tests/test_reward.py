@@ -93,5 +93,4 @@ def test_threshold_labels_are_the_shortest_below_it_else_the_longest() -> None:
     tokens_A = torch.tensor([4, 6, 6, 8])
     lpips_BA = torch.tensor([[0.9, 0.3, 0.2, 0.1], [0.2, 0.1, 0.1, 0.1], [0.9, 0.8, 0.7, 0.6], [0.9, 0.31, 0.9, 0.3]])
     assert threshold_labels(lpips_BA, tokens_A, 0.3).tolist() == [2, 0, 3, 3]  # of two rows of 6 tokens the better one
-    with pytest.raises(UserError, match="threshold is 0"):
-        threshold_labels(lpips_BA, tokens_A, 0.0)
+    assert threshold_labels(lpips_BA, tokens_A, 0.0).tolist() == [3, 3, 3, 3]

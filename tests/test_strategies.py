@@ -24,7 +24,7 @@ def test_uniform_gives_every_block_the_level() -> None:
 
 
 def test_threshold_takes_the_shortest_that_is_good_enough_else_the_longest() -> None:
-    good, none, every = (point.row_S.tolist() for point in threshold_points(TABLE, (0.35, 1e-9, 1.0)))
+    good, none, every = (point.row_S.tolist() for point in threshold_points(TABLE, (0.35, 0.0, 1.0)))
     assert good == [2, 0, 3], "at equal tokens the better one; the longest where none is"
     assert (none, every) == ([3, 3, 3], [0, 0, 0])
     tokens = [SPACE.tokens_A[p.row_S].sum().item() for p in threshold_points(TABLE)]

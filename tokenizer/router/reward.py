@@ -237,10 +237,8 @@ def hard_labels(reward_BA: Tensor) -> Tensor:
 def threshold_labels(lpips_BA: Tensor, tokens_A: Tensor, threshold: float) -> Tensor:
     """row_B: the fewest tokens with an LPIPS of at most `threshold` (ties: lowest LPIPS), else the longest row.
 
-    A baseline of arXiv 2603.12267. UserError unless the threshold is above 0.
+    A baseline of arXiv 2603.12267.
     """
-    if not threshold > 0:
-        raise UserError(f"threshold is {threshold}; it must be above 0")
     fits_BA = lpips_BA <= threshold  # bool
     fewest_B1 = tokens_A.where(fits_BA, int(tokens_A.max()) + 1).amin(dim=1, keepdim=True)  # no row fits: too many
     best_B = lpips_BA.where(fits_BA & (tokens_A == fewest_B1), torch.inf).argmin(dim=1)
