@@ -45,10 +45,10 @@ from tokenizer.blocks.transformer import QFormer
 from tokenizer.common.clip_shape import check_whole_patches, grid_of, plain_size, sides
 from tokenizer.common.errors import UserError
 from tokenizer.common.hub import HubModel
-from tokenizer.tokens import VideoTokens
 
 if TYPE_CHECKING:  # imported by the methods that need it: no training does
     from tokenizer.streaming import BlockTokens
+    from tokenizer.tokens import VideoTokens
 
 
 def _check_positive(config: object) -> None:
@@ -311,6 +311,8 @@ class VideoTokenizer(HubModel, nn.Module):
         router ("uniform:256", "fixed:256,128,64,64"). The tokens of a clip never depend on the rest of the batch.
         Raises UserError for a wrong shape or lengths outside the levels.
         """
+        from tokenizer.tokens import VideoTokens
+
         if not self.config.is_discrete:
             raise UserError(
                 f"model.bottleneck = {self.config.bottleneck!r} has continuous latents, no codes: call "
@@ -362,6 +364,7 @@ class VideoTokenizer(HubModel, nn.Module):
         Takes the output of `stream`, or whole clips. Equals `decode` up to rounding and raises the same UserError.
         """
         from tokenizer.streaming import blocks_of, play_blocks
+        from tokenizer.tokens import VideoTokens
 
         blocks = blocks_of(tokens, self.config.num_blocks) if isinstance(tokens, VideoTokens) else tokens
         return play_blocks(self, blocks)

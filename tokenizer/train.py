@@ -48,7 +48,6 @@ from tokenizer.training.optim import OptimConfig
 from tokenizer.training.train_state import RunConfig, Trainable, TrainState
 from tokenizer.training.train_step import Tally, Terms, Update, Values, commit, split
 from tokenizer.training.trainer import fit, portion, resumes, start_run
-from tokenizer.viz.frames import save_comparison
 
 
 class Policy(Protocol):
@@ -326,6 +325,8 @@ class TokenizerTraining:
                     measured[f"{self.judge.name}_{name}"].append(self.judge.clip_distance(ours, real))
             measured["tokens_policy"].append(length_BN.sum(dim=1).float())
             if start == 0:  # `ours` and `length_BN` are those of the policy, the last assignment above
+                from tokenizer.viz.frames import save_comparison
+
                 picture, seen = Path(config.run.dir) / "samples" / f"{step:08d}.png", slice(_PICTURED)
                 save_comparison(picture, real[seen], ours[seen], length_BN[seen], config.model.levels[-1])
         names = distributed.from_main(list(measured))  # a process may have no clip; rank 0 has the first

@@ -30,9 +30,16 @@ from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
 from tokenizer.common.errors import UserError
-from tokenizer.data.display import UPRIGHT, Image, display_turn, displayed_size, is_untagged_hd, rate_of
+from tokenizer.data.display import (
+    UPRIGHT,
+    Image,
+    composition_shifts,
+    display_turn,
+    displayed_size,
+    is_untagged_hd,
+    rate_of,
+)
 from tokenizer.data.files import Span, VideoError, check_regular, display_name
-from tokenizer.data.mp4_times import composition_shifts
 
 _INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "avi")  # containers whose index lists every picture
 # containers that list keyframes at most, and can be searched by time
