@@ -419,9 +419,7 @@ class VideoTokenizer(HubModel, nn.Module):
         if tuple(video_BCTHW.shape[1:]) != want:
             raise UserError(f"a clip must be {list(want)} (C, T, H, W), got {list(video_BCTHW.shape[1:])}")
         if not video_BCTHW.is_floating_point():
-            raise UserError(
-                f"pixels must be floats in [0, 1], got {video_BCTHW.dtype}; video_io.to_model_range makes them"
-            )
+            raise UserError(f"pixels must be floats in [0, 1], got {video_BCTHW.dtype}; to_model_range makes them")
         if len(length_BN) != len(video_BCTHW):
             raise UserError(f"{len(video_BCTHW)} clips but lengths for {len(length_BN)}")
         self.space.rows_of(length_BN)  # raises if a length is not a level

@@ -83,7 +83,7 @@ def display_turn(frame: av.VideoFrame) -> Turn:
 _MOST_BYTES = 64 << 20  # of the header
 
 
-def composition_shifts(path: Path, span: Span | None, track: int) -> np.ndarray | None:
+def ctts_shifts(path: Path, span: Span | None, track: int) -> np.ndarray | None:
     """int64 [T] in ticks, in the order of decoding, of the track with this number; None if there is no such table."""
     with open(path, "rb") as file:
         begin, end = (span.offset, span.offset + span.size) if span else (0, path.stat().st_size)

@@ -30,15 +30,7 @@ from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
 from tokenizer.common.errors import UserError
-from tokenizer.data.display import (
-    UPRIGHT,
-    Image,
-    composition_shifts,
-    display_turn,
-    displayed_size,
-    is_untagged_hd,
-    rate_of,
-)
+from tokenizer.data.display import UPRIGHT, Image, ctts_shifts, display_turn, displayed_size, is_untagged_hd, rate_of
 from tokenizer.data.files import Span, VideoError, check_regular, display_name
 
 _INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "avi")  # containers whose index lists every picture
@@ -246,7 +238,7 @@ class PyAvReader:
         if (step <= 0).any():
             return None
         if self._stream.codec_context.has_b_frames and len(step) and (step != step[0]).any():
-            shift = composition_shifts(self._path, self._span, self._stream.id)
+            shift = ctts_shifts(self._path, self._span, self._stream.id)
             if shift is None or len(shift) != len(timestamp):
                 return None
             timestamp = np.sort(timestamp + shift)
