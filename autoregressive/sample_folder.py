@@ -237,12 +237,12 @@ class SampleFolder:
 def _frames(path: Path) -> np.ndarray:
     """uint8 THWC, from a file that `SampleFolder.add` wrote. Raises UserError for any other."""
     try:
-        frames_THWC = np.load(path, allow_pickle=False) if path.is_file() else None
+        frames_THWC = np.load(path, mmap_mode="r", allow_pickle=False) if path.is_file() else None
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: damaged ({error}); {_AGAIN}") from error
     if not isinstance(frames_THWC, np.ndarray) or frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4:
         raise UserError(f"{path}: holds no uint8 frames; {_AGAIN}")
-    return frames_THWC
+    return np.array(frames_THWC)
 
 
 def _is_good(record: Mapping[str, Any]) -> bool:

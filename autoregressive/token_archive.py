@@ -52,7 +52,7 @@ from tokenizer.common.checkpoint import atomic_write, file_sha256
 from tokenizer.common.clip_shape import plain_size
 from tokenizer.common.config import from_dict, to_dict
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.schema import check_fields, check_inside, read_json
+from tokenizer.common.schema import check_fields, check_inside, fits, parse_json, read_json
 
 MOST_CODES = 1 << 16  # of uint16
 FOUND_PROBLEMS = 1
@@ -214,9 +214,11 @@ class _Shard:
             self._file = safe_open(str(path), framework="np")
             self._code_L = self._file.get_slice("code_L")
             arrays = {name: self._file.get_tensor(name) for name in _TABLES}
-            self.names: list[str] = json.loads((self._file.metadata() or {})[_KIND])
-        except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+            self.names: list[str] = parse_json((self._file.metadata() or {})[_KIND], str(path), _AGAIN)
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path}: damaged, or no shard of a token archive ({error}); {_AGAIN}") from error
+        if not fits(self.names, list[str]):
+            raise UserError(f"{path}: damaged: the names of its clips are no list of texts; {_AGAIN}")
         for name, array in arrays.items():
             if (str(array.dtype), array.ndim) != _TABLES[name]:
                 raise UserError(f"{path}: {name} holds {array.dtype} in {array.ndim} dimensions; {_AGAIN}")
@@ -246,8 +248,6 @@ class _Shard:
             yield f"has lengths of {self.length_SN.shape[1]} blocks, archive.json says {facts.num_blocks}"
         elif not len(self) == len(self.label_S) == len(self.view_S) == len(self.names) == len(self.offset_S) - 1:
             yield "its tables are of different lengths"
-        elif not all(isinstance(name, str) for name in self.names):
-            yield "has names that are not text"
         elif not np.isin(self.length_SN, facts.levels).all():
             yield f"has lengths that are none of the levels {facts.levels}"
         else:

@@ -21,10 +21,10 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from evaluations.protocols import Protocol
-from evaluations.shards import read_json
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.device import rng_for
 from tokenizer.common.errors import UserError
+from tokenizer.common.schema import fits, read_json_value
 from tokenizer.common.work_units import lock, map_ahead
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.datasets import find_kinetics, find_ucf101
@@ -254,8 +254,8 @@ def _frame_counts(protocol: Protocol, videos: Sequence[_Video], cache: Path | No
     with lock(file.with_suffix(".lock")):  # one process counts, the others wait for it
         if not file.is_file():
             atomic_write(file, json.dumps(_count_frames(protocol, videos, workers)).encode())
-    counts = read_json(file)
-    if not isinstance(counts, list) or list(map(type, counts)) != [int] * len(videos):
+    counts = read_json_value(file, "remove it")
+    if not fits(counts, list[int]) or len(counts) != len(videos):
         raise UserError(f"{file}: does not hold the numbers of frames of {len(videos)} videos; remove it")
     return counts
 

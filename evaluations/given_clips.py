@@ -19,10 +19,10 @@ import numpy as np
 
 from evaluations.clip_list import ClipList, ListedClip, fingerprint
 from evaluations.protocols import Protocol
-from evaluations.shards import read_json
 from evaluations.system import Draft, Made, Source
 from tokenizer.common.clip_shape import sides
 from tokenizer.common.errors import UserError
+from tokenizer.common.schema import read_json
 from tokenizer.data.video_io import VIDEO_SUFFIXES, VideoError, display_name, read_clip
 
 _LOSSLESS_CODECS = ("ffv1", "ffvhuff", "huffyuv", "utvideo", "rawvideo", "png", "qoi")
@@ -56,8 +56,8 @@ def sample_record(path: Path) -> dict[str, Any]:
     file = path.with_name("record.json")
     if path.name != "frames.npy" or not file.is_file():
         return {}
-    record = read_json(file)
-    if not isinstance(record, dict) or not isinstance(record.get("name", ""), str):
+    record = read_json(file, {}, "sample it again")
+    if not isinstance(record.get("name", ""), str):
         raise UserError(f"{display_name(file)}: is not the record of a sample")
     return record
 

@@ -43,10 +43,10 @@ from evaluations.metrics.extractors import I3D_SHA256
 from evaluations.metrics.frechet import NAMES
 from evaluations.protocols import Protocol, card_text
 from evaluations.quality_cost.charts import charts
-from evaluations.shards import RUN_AGAIN, check_metrics, read_json
+from evaluations.shards import RUN_AGAIN, check_metrics
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.schema import check_fields
+from tokenizer.common.schema import check_fields, read_json_value
 from tokenizer.viz.page import between_markers, has_markers, markdown_table, render
 
 PAPER = Path(__file__).with_name("paper.json")
@@ -128,7 +128,7 @@ def find_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
         if not paths:
             raise UserError(f"{place}: no metrics.json here; give the --out of an evaluation or of a curve")
         for path in paths:
-            data = read_json(path)
+            data = read_json_value(path, RUN_AGAIN)
             if isinstance(data, dict) and data.get("kind") == CURVE_KIND:
                 check_fields(data, _CURVE, str(path), RUN_AGAIN)
             elif isinstance(data, dict) and isinstance(data.get("card"), dict):

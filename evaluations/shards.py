@@ -35,7 +35,7 @@ from torch import Tensor
 from evaluations.metrics.clip_scores import LOWER_IS_BETTER
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.errors import UserError
-from tokenizer.common.schema import check_fields, parse_json
+from tokenizer.common.schema import check_fields, parse_json, read_json_value
 from tokenizer.common.work_units import WorkUnits, claim_folder, lock
 
 SHARD = 32  # clips; a killed process loses those of the shards that it has open
@@ -162,8 +162,8 @@ def read_shard(path: Path) -> tuple[Any, dict[str, Tensor]]:
             header = file.metadata() or {}
         tensors = load_file(path)
         whole = header.get(_DIGEST) == _digest(header.get(_KIND, ""), tensors)
-        records = json.loads(header[_KIND]) if whole else None
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        records = parse_json(header[_KIND], str(path), "remove it and run again") if whole else None
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: is damaged ({str(error)[:80]}); remove it and run again") from error
     if records is None:
         raise UserError(f"{path}: is damaged (its content does not match its sha256); remove it and run again")
@@ -243,7 +243,9 @@ _METRIC = {"value": float, "low": float | None, "high": float | None}
 def read_result(folder: str | Path) -> Result:
     """UserError if `folder` holds no finished evaluation, or its files are not as they were written."""
     folder = Path(folder)
-    summary = check_metrics(folder / "metrics.json", read_json(folder / "metrics.json"))
+    if not (folder / "metrics.json").exists():
+        raise UserError(f"{folder}: has no metrics.json; finish the evaluation first")
+    summary = check_metrics(folder / "metrics.json", read_json_value(folder / "metrics.json", RUN_AGAIN))
     table = folder / "per_clip.csv"
     try:
         with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -272,13 +274,6 @@ def _figure(table: Path, line: int, column: str, cell: str) -> float:
     if not math.isfinite(value):
         raise UserError(f"{table}, row {line}: {column} is {cell[:40]!r}, not a finite number")
     return value
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; UserError for a missing or damaged one."""
-    if not path.is_file():
-        raise UserError(f"{path.parent}: has no {path.name}; finish the evaluation first")
-    return parse_json(path.read_bytes(), str(path), RUN_AGAIN)
 
 
 def check_metrics(path: Path, data: Any) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from tokenizer.common.errors import UserError
 from tokenizer.common.image_quality import psnr
@@ -50,6 +54,8 @@ def test_raw_is_exact_and_compressed_is_near(packed):
 def test_parts_crops_and_refusals(packed):
     _, raw, _ = packed
     assert [len(build_dataset(_of(raw, part))) for part in ("", ":4", ":2-9")] == [9, 4, 7]
+    (raw.parent / "12:30.safetensors").symlink_to(raw)
+    assert [len(build_dataset(_of(raw.parent / "12:30.safetensors", part))) for part in ("", ":4")] == [9, 4]
     assert build_dataset(_of(raw, ":2-9")).names[0] == "synthetic/train/000002"
     crop = build_dataset(_of(raw, size=32, augment=True, crop_scale=0.1, flip=False)).get(0).video_CTHW
     whole = build_dataset(_of(raw, size=32)).get(0).video_CTHW
@@ -99,3 +105,38 @@ def test_a_damaged_store_is_one_line(packed, tmp_path):
     os.mkfifo(path)
     with pytest.raises(UserError, match="is not a regular file"):
         ClipStore(path)
+
+
+@pytest.mark.parametrize("kind", [1, 2], ids=["raw", "compressed"])
+def test_a_flipped_byte_is_found_when_its_clip_is_read(packed, tmp_path, kind):
+    """A clip with another byte is skipped and named; another name in the header is refused at once."""
+    whole, path = bytearray(packed[kind].read_bytes()), tmp_path / "flipped.safetensors"
+    header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+    start = 8 + int.from_bytes(whole[:8], "little")
+    part = header["frames" if kind == 1 else "packets"]["data_offsets"]
+    place = start + (part[0] + part[1]) // 2  # somewhere in the middle clip
+    whole[place] ^= 4
+    path.write_bytes(whole)
+    data = build_dataset(_of(path))
+    met = [number for number, _ in data.readable(range(len(data)))]
+    assert len(met) == 8 and len(data.quarantine) == 1 and "is damaged" in next(iter(data.quarantine.values()))
+    whole[place] ^= 4
+    path.write_bytes(whole.replace(b"synthetic/train/000002", b"synthetic/train/000012"))
+    with pytest.raises(UserError, match="damaged clip store .its header differs"):
+        ClipStore(path)
+
+
+def test_a_store_of_before_the_checksums_is_compared_whole(packed, tmp_path):
+    path = tmp_path / "old.safetensors"
+    with safe_open(packed[1], "np") as file:
+        frames, known = file.get_tensor("frames"), json.loads(file.metadata()["clip_store"])
+    del known["header_sha256"]
+    known["sha256"] = hashlib.sha256(frames.tobytes()).hexdigest()
+    for damaged in (False, True):
+        frames[3, 1, 1, 1, 1] ^= damaged
+        save_file({"frames": frames}, path, {"clip_store": json.dumps(known)})
+        if damaged:
+            with pytest.raises(UserError, match="its clips differ from their sha256"):
+                ClipStore(path)
+        else:
+            assert len(ClipStore(path)) == 9

@@ -377,7 +377,7 @@ def test_damaged_results_are_one_line(of_folder: Run, tmp_path: Path, capsys: py
     shard.write_bytes(whole)
     metrics, table = (out / "metrics.json").read_text(), (out / "per_clip.csv").read_text()
     for name, text, words in (
-        ("metrics.json", metrics.replace('"num_clips": 3', '"num_clips": NaN'), "NaN is no number"),
+        ("metrics.json", metrics.replace('"num_clips": 3', '"num_clips": NaN'), "NaN is no finite number"),
         ("metrics.json", metrics.replace('"num_clips": 3', '"num_clips": true'), "num_clips = True is not int"),
         ("metrics.json", "[" * 100_000, "cannot be read as JSON"),
         ("metrics.json", '{"card": []}', "expected an object"),

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenizer.common.errors import UserError
+from tokenizer.common.schema import check_fields, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
 # safetensors writes several metadata keys in random order: one key keeps equal models equal in sha256
 _METADATA_KEY = "model_card"
+_STATE = {"step": int, "state": dict, "config": dict}  # of state.json
+_MOST_BYTES = 1 << 28  # of a .json file in a checkpoint
 _DIGEST_KEY = "file_sha256"
 _ZEROS = "0" * 64
 
@@ -140,8 +143,8 @@ def _header(path: Path) -> dict[str, Any]:
     """Config, card and digest inside a model file."""
     try:
         with safe_open(path, "pt") as file:
-            inside = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
-    except (SafetensorError, ValueError, RecursionError) as error:
+            inside = parse_json((file.metadata() or {}).get(_METADATA_KEY, "null"), str(path), "fetch it again")
+    except (SafetensorError, ValueError) as error:
         raise UserError(f"{path}: damaged or not a safetensors file ({_one_line(error)}); fetch it again") from error
     if inside is None:
         raise UserError(f"{path}: holds tensors but no config of ours; save it with tokenizer.common.checkpoint")
@@ -312,8 +315,8 @@ def _damage(folder: Path) -> str | None:
         for name, expected in sums.items():
             if file_sha256(folder / name) != expected:
                 return f"{name} differs from its sha256"
-        _read_json(folder / "state.json")["step"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        check_fields(_read_json(folder / "state.json"), _STATE, "state.json", "")
+    except (OSError, ValueError, AttributeError, RecursionError, UserError) as error:
         return _one_line(error)
     return None
 
@@ -321,7 +324,7 @@ def _damage(folder: Path) -> str | None:
 def _step_of(folder: Path) -> int:
     try:
         return int(_read_json(folder / "state.json")["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return -1  # named aloud by newest_good, which finds the same damage
 
 
@@ -396,7 +399,9 @@ def _sync(path: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{path.name} is no file of at most {_MOST_BYTES >> 20} MiB")
+    return json.loads(path.read_bytes())  # of a state, whose loss may be NaN
 
 
 def _shape(tensor: Tensor) -> str:

@@ -243,7 +243,7 @@ def find_sources_of(source: str, num_frames: int, size: Size) -> list[Source]:
         return [BundledClips(*_part(source))]
     if kind in RENDERED_KINDS:
         return [RenderedScenes(kind, *_part(source))]
-    if is_store(kind):
+    if is_store(source) or is_store(source.rpartition(":")[0]):
         return [_stored(source, num_frames, size)]
     if is_shard_source(source):
         return [VideoFiles(Path("/"), shard_table(file)) for file in shard_files(source)]
@@ -294,7 +294,7 @@ def _part(source: str) -> tuple[str, range]:
 
 def _stored(source: str, num_frames: int, size: Size) -> StoredClips:
     """Clips of a packed file, all or those of "FILE:N" or "FILE:A-B"."""
-    path, _, part = source.partition(":")
+    path, _, part = (source, "", "") if is_store(source) else source.rpartition(":")
     store = open_store(path)
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)", part or str(len(store)))
     numbers = range(int(match[1] or 0), int(match[2])) if match else range(0)

@@ -20,7 +20,6 @@ Letters: R videos.
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import os
 import re
@@ -37,6 +36,7 @@ import numpy as np
 
 from tokenizer.common.checkpoint import written_aside
 from tokenizer.common.errors import UserError
+from tokenizer.common.schema import parse_json
 from tokenizer.common.work_units import lock
 from tokenizer.data.files import VIDEO_SUFFIXES, Span, display_name, fingerprint, open_regular, this_is_a_list
 
@@ -320,8 +320,12 @@ def kept_table(origin: Path, content: str, build: Callable[[], VideoTable]) -> V
     If the folder cannot be written, the table stays in memory.
     """
     folder = origin.with_name(f".{origin.name}.index-{_VERSION}-{content}")
-    if folder.is_dir():
-        return VideoTable.load(folder)
+    try:
+        if folder.is_dir():
+            return VideoTable.load(folder)
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        log.warning("%s is damaged (%s); it is built again", display_name(folder), error)
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         with lock(origin.with_name(f".{origin.name}.index.lock")):  # one process builds, the others wait for it
             if not folder.is_dir():
@@ -415,7 +419,7 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
     if not member.name.lower().endswith(".json"):
         return text
     try:
-        facts = json.loads(text)
-    except ValueError:
+        facts = parse_json(text, member.name, "")
+    except UserError:
         return ""
     return str(facts.get("label", "")) if isinstance(facts, dict) else ""

@@ -67,7 +67,7 @@ def _read(path: Path) -> Tensor | None:
         return None
     try:
         return load_file(path)["feature_SE"].float()
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:
         logger.warning("%s is damaged (%s) and is computed again", path, error)
         return None
 

@@ -27,6 +27,7 @@ from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.config import flat
 from tokenizer.common.device import peak_memory
 from tokenizer.common.errors import UserError
+from tokenizer.common.schema import fits, read_json_lines
 from tokenizer.training.train_state import RunConfig
 
 
@@ -49,7 +50,7 @@ class MetricsLog:
 
     def read(self) -> list[dict[str, Any]]:
         """All lines so far, without a last one that a kill cut short."""
-        return _read_rows(self.path) if self.path.exists() else []
+        return read_log(self.path) if self.path.exists() else []
 
     def rewind(self, step: int) -> None:
         """Remove lines after `step`, and a last line that a kill cut short."""
@@ -120,9 +121,9 @@ class Clock:
         return seconds, share
 
 
-def _read_rows(path: str | Path) -> list[dict[str, Any]]:
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last one short
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without a last one that a kill cut short. UserError for any other file."""
+    return read_json_lines(Path(path), {"step": float}, "give the metrics.jsonl of a run")
 
 
 def _step_of(line: bytes) -> float:
@@ -217,7 +218,7 @@ class ReferenceCurve:
 
 def read_curve(path: str | Path, name: str) -> list[tuple[int, float]]:
     """(step, value) of every line of a metrics.jsonl that holds a finite `name`."""
-    return [(row["step"], float(row[name])) for row in _read_rows(path) if isinstance(row.get(name), int | float)]
+    return [(row["step"], float(row[name])) for row in read_log(path) if fits(row.get(name), float)]
 
 
 class Reporter:

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tokenizer.common.checkpoint import Checkpoint, CheckpointStore, atomic_writ
 from tokenizer.common.config import differences, dump_yaml, read_yaml, to_dict, with_defaults
 from tokenizer.common.device import pick_device, set_deterministic, slow_precision
 from tokenizer.common.errors import UserError
+from tokenizer.common.schema import check_fields, fits, parse_json, read_json_value
 from tokenizer.common.work_units import no_locks
 from tokenizer.training.logger import Reporter
 from tokenizer.training.optim import Rewarm, learning_rate
@@ -144,7 +145,9 @@ def follow_schedule(folder: Path, run: RunConfig, state: TrainState) -> Rewarm |
     UserError if the learning rate would jump by more than 1 % and run.rewarm does not say how fast it may change.
     """
     path, config = folder / "schedule.json", folder / "config.yaml"
-    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    entries = read_json_value(path, "choose run.dir=OTHER") if path.exists() else []
+    if not fits(entries, list[list[int]]) or any(len(entry) != len(Rewarm._fields) for entry in entries):
+        raise UserError(f"{path}: damaged: holds no changes of the schedule; choose run.dir=OTHER")
     before = ((read_yaml(config) if config.exists() else {}).get("run") or {}).get("steps", run.steps)
     last = Rewarm(*entries[-1]) if entries else None
     if before == run.steps or not 0 < state.step < run.steps:
@@ -174,13 +177,16 @@ def note_unreadable(folder: Path, batch: Any) -> None:
     met: Mapping[str, str] = getattr(batch, "unreadable", {})
     if not met:
         return
-    with open(folder / "quarantine.jsonl", "a+", encoding="utf-8") as file:
+    with open(folder / "quarantine.jsonl", "a+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX)  # until the file is closed
         except OSError as error:
             raise no_locks(folder, error) from error
         file.seek(0)
-        known = {json.loads(line)["file"] for line in file if line.endswith("}\n")}
+        known = set()
+        for line in file:
+            with suppress(UserError):  # a note that a kill cut short; others may still be written
+                known.add(check_fields(parse_json(line, file.name, ""), {"file": str}, file.name, "")["file"])
         for name, reason in met.items():
             if name not in known:
                 file.write(json.dumps({"file": name, "reason": reason}) + "\n")

@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
 
 from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.schema import fits, read_json_lines
 from tokenizer.viz.page import render
 
 WIDTH, HEIGHT = 480, 280  # of one chart, in SVG units and in points
@@ -264,17 +265,10 @@ def read_curves(runs: dict[str, Path], only: list[str]) -> dict[str, list[Series
     """Logged value -> its curve in each run that logged it, in the order of the log. UserError for an unknown name."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for label, file in runs.items():
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            if not line.endswith("}"):
-                continue  # a kill cut the last line short
-            try:
-                row = json.loads(line)
-                step = float(row["step"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{file}: line {number} is not a line of a metrics.jsonl ({error!r})") from error
+        for row in read_json_lines(file, {"step": float}, "give the metrics.jsonl of a run"):
             for name, value in row.items():
-                if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                    found.setdefault(name, {}).setdefault(label, []).append((step, float(value)))
+                if name != "step" and fits(value, float):
+                    found.setdefault(name, {}).setdefault(label, []).append((float(row["step"]), float(value)))
     unknown = [name for name in only if name not in found]
     if unknown:
         raise UserError(f"--only {unknown[0]}: no run logged it; there are {', '.join(found)}")

@@ -5,7 +5,6 @@ The words and figures are here; reconstruction.html is the page.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.clip_shape import fitted, sides
+from tokenizer.common.schema import read_json, read_json_value
 from tokenizer.viz.frames import FULL_ERROR
 from tokenizer.viz.page import PLAYED_FPS, film_sheet, render
 from tokenizer.viz.plots import Series, area_chart, bar_chart, scatter_chart, to_svg
@@ -30,8 +30,8 @@ Record = Mapping[str, Any]
 def write_report(folder: str | Path) -> Path:
     """Write report.html beside metrics.json, skipped.json and clips/, and return its path."""
     folder = Path(folder)
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    skipped = json.loads((folder / "skipped.json").read_text(encoding="utf-8"))
+    metrics = read_json(folder / "metrics.json", {"clips": list[dict]}, "run the job again")
+    skipped = read_json_value(folder / "skipped.json", "run the job again")
     path = folder / "report.html"
     atomic_write(path, report_page(folder, metrics, skipped).encode())
     return path
