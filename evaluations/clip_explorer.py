@@ -10,6 +10,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
 import numpy as np
 import torch
@@ -182,7 +183,9 @@ def films_html(films: dict[str, np.ndarray], tokens: VideoTokens, longest: int) 
         style = (
             f"{shape};background-image:url({film});background-size:{100 * num_frames}% 100%;animation:ex-play {clock}"
         )
-        cells.append(f'<figure><figcaption>{caption}</figcaption><div class="ex-film" style="{style}"></div></figure>')
+        cells.append(
+            f'<figure><figcaption>{escape(caption)}</figcaption><div class="ex-film" style="{style}"></div></figure>'
+        )
     blocks = []
     for t, code_L in enumerate(tokens.code_L.split(lengths)):
         begin = (t / len(lengths) - 1) * seconds  # negative: every block is on the clock from the start

@@ -61,11 +61,16 @@ class Evaluation:
         self.scorer: Scorer = load_scorer(self.protocol, args, self.device, batch_size)
         self.folder = ShardFolder(args.out, len(self.clips.clips))
 
-    def run(self, system: System) -> None:
-        """Score clips until no shard is free; the process that completes the last one writes the results."""
+    def run(self, system: System, settle: Callable[[Path], None] | None = None) -> None:
+        """Score clips until no shard is free; the process that completes the last one writes the results.
+
+        settle: computes what the whole set decides, and keeps it in the folder for other processes and later runs.
+        """
         which = {"list_sha256": self.clips.sha256, "files_sha256": self.clips.files_sha256}
         facts = {"protocol_hash": self.protocol.hash, **which, **self.scorer.facts()}
         self.folder.start({**facts, "system": system.facts()}, self.args.overwrite)
+        if settle is not None:
+            settle(self.folder.folder)
         card = card_of(
             self.protocol,
             list=self.clips.facts(),

@@ -33,12 +33,14 @@ if __name__ == "__main__":
     answer_help(parse_arguments)  # before torch is imported
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from evaluations.clip_list import ClipList
 from evaluations.job import Evaluation, check_tokenizer, require, token_figures
+from evaluations.shards import PRICE, made_once
 from evaluations.system import Draft, Made, Source
 from tokenizer.budget import Budget, choose_rows, find_price, keeps_quality, parse_budget
 from tokenizer.common.errors import UserError, run_cli
@@ -58,25 +60,30 @@ def main() -> None:
     check_tokenizer(evaluation.protocol, tokenizer)
     budget = parse_budget(args.budget, tokenizer.space)
     router = router_of_flags(args, tokenizer, budget, dash="-")
-    evaluation.run(Reconstruction(tokenizer, router, budget, evaluation.clips))
+    system = Reconstruction(tokenizer, router, budget)
+    evaluation.run(system, lambda folder: system.settle_price(folder, evaluation.clips))
 
 
 class Reconstruction:
     """Encoded and decoded by the tokenizer, with the tokens that the router or the budget gives each clip."""
 
-    def __init__(
-        self, tokenizer: VideoTokenizer, router: TrainedRouter | None, budget: Budget, clips: ClipList
-    ) -> None:
+    def __init__(self, tokenizer: VideoTokenizer, router: TrainedRouter | None, budget: Budget) -> None:
         self.tokenizer, self.router, self.budget = tokenizer, router, budget
-        self.price = None if self.budget.average_tokens is None else self._price_of_the_set(clips)
+        self.price: float | None = None
+
+    def settle_price(self, folder: Path, clips: ClipList) -> None:
+        """For `average:N`: the price that the first process found. Another CPU would find another last digit."""
+        if self.budget.average_tokens is not None:
+            price = made_once(folder / PRICE, lambda: torch.tensor(self._price_of_the_set(clips), dtype=torch.float64))
+            self.price = float(price)
 
     def facts(self) -> dict[str, Any]:
-        """Weights and budget."""
+        """Weights and budget; the price follows from them, once it is settled."""
         return {
             "tokenizer_sha256": self.tokenizer.sha256,
             "router_sha256": self.router.sha256 if self.router and self.budget.needs_router else None,
             "budget": self.budget.text,
-            "price": self.price,
+            **({} if self.price is None else {"price": self.price}),
             "trade_off": self.router.trade_off(self.budget) if self.router and self.budget.needs_router else None,
         }
 
@@ -108,7 +115,7 @@ class Reconstruction:
         ]
 
     def _price_of_the_set(self, clips: ClipList) -> float:
-        """For `average:N` a first pass of the router alone; it is the same in every process."""
+        """A first pass of the router alone."""
         assert self.router is not None
         scores = []
         for clip in clips.clips:

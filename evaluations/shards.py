@@ -81,7 +81,7 @@ class ShardFolder:
                     raise UserError(f"{self.folder}: another process is at work in it; stop it, or give another --out")
                 for name in ("shards", "pictures"):
                     shutil.rmtree(self.folder / name, ignore_errors=True)
-                for name in ("made_from.json", "card.json", "card.txt", "metrics.json", "per_clip.csv"):
+                for name in ("made_from.json", "card.json", "card.txt", "metrics.json", "per_clip.csv", PRICE):
                     (self.folder / name).unlink(missing_ok=True)
         self._at_work.enter_context(lock(at_work, shared=True))
         claim_folder(self.folder, facts, "give another --out, or --overwrite")
@@ -170,6 +170,15 @@ def read_shard(path: Path) -> tuple[Any, dict[str, Tensor]]:
     return records, tensors
 
 
+def made_once(path: Path, make: Callable[[], Tensor]) -> Tensor:
+    """The tensor in `path`, made by the first process that needs it while the others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path.with_suffix(".lock")):
+        if not path.is_file():
+            write_shard(path, [], {"tensor": make().contiguous()})
+    return read_shard(path)[1]["tensor"]
+
+
 def _digest(records: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(records.encode())
     for name in sorted(tensors):
@@ -230,7 +239,7 @@ class Result:
         return self.summary["card"]
 
 
-RUN_AGAIN = "run the evaluation again"
+PRICE = "price.safetensors"  # of average:N
 _METRICS = {
     "card": {"protocol": {"name": str, "miniature": bool, "changed": list[str]}, "protocol_hash": str},
     "num_clips": int,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -23,9 +24,11 @@ from evaluations import protocols, shards
 from evaluations.protocols import PROTOCOLS
 from evaluations.report import write_report
 from evaluations.summary import csv_table, summarise
+from tokenizer.assignment import AssignmentSpace
+from tokenizer.budget import parse_budget
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
-from tokenizer.common.work_units import lock
+from tokenizer.common.work_units import claim_folder, lock
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.video_io import iter_clips, to_uint8, write_video
 from tokenizer.presets import build_tokenizer
@@ -391,6 +394,20 @@ def test_damaged_results_are_one_line(of_folder: Run, tmp_path: Path, capsys: py
         assert words in said and said.count("\n") == 1, said
         (out / "metrics.json").write_text(metrics)
         (out / "per_clip.csv").write_text(table)
+
+
+def test_the_price_of_a_set_is_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another CPU finds another last digit: the first process's price is everybody's, and decides no identity."""
+    from evaluations.reconstruction import Reconstruction  # other tests run it as a command
+
+    router = SimpleNamespace(sha256="b", trade_off=lambda budget: None)
+    for found in (0.25, 0.25000001):
+        monkeypatch.setattr(Reconstruction, "_price_of_the_set", lambda self, clips, found=found: found)
+        budget = parse_budget("average:40", AssignmentSpace((8, 16), 4))
+        system = Reconstruction(SimpleNamespace(sha256="a"), router, budget)
+        claim_folder(tmp_path, system.facts())
+        system.settle_price(tmp_path, [])
+        assert system.price == system.facts()["price"] == 0.25
 
 
 def test_names_are_data(of_folder: Run, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from tokenizer import detokenize, tokenize
 from tokenizer.common.checkpoint import save_model
@@ -208,6 +211,28 @@ def test_a_stream_gives_each_block_with_its_own_frames(folder: Path, model: Vide
     assert sum(1 for _ in model.play(tokens)) == 8
     with pytest.raises(UserError, match="block 2 of a clip came in place of block 1"):
         list(model.play([blocks[0], blocks[2]]))
+
+
+def test_a_damaged_file_shows(tokens_path: Path, tmp_path: Path) -> None:
+    """Another code, time, length or fact, and nonsense; a file of before the sha256 is read."""
+    path = tmp_path / "x.safetensors"
+    with safe_open(tokens_path, "np") as file:
+        tensors, meta = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    for name, tensor in tensors.items():
+        other = tensor.copy()
+        other[-1] = tensor[-1] + 1
+        save_file(tensors | {name: other}, path, meta)
+        with pytest.raises(UserError, match=r"x\.safetensors: is damaged"):
+            TokenFile(path)
+    old = {key: {k: v for k, v in json.loads(text).items() if k != "sha256"} for key, text in meta.items()}
+    for change in ({"fps": 0}, {"fps": None}, {"num_frames": 0}, {"later": 1}, {"budget": 3}):
+        for facts, kind in ((json.loads(meta["evatok.video"]), meta["evatok.tokens"]), (old["evatok.video"], "{}")):
+            save_file(tensors, path, {"evatok.tokens": kind, "evatok.video": json.dumps(facts | change)})
+            with pytest.raises(UserError, match=r"x\.safetensors: ") as refused:
+                TokenFile(path)
+            assert "\n" not in str(refused.value)
+    save_file(tensors, path, {key: json.dumps(facts) for key, facts in old.items()})
+    assert len(TokenFile(path)) == len(TokenFile(tokens_path))
 
 
 def test_mistakes_are_one_line(folder: Path, tokens_path: Path, run: Callable[..., None], tmp_path: Path) -> None:

@@ -73,6 +73,18 @@ def test_files_that_are_no_tokens_are_named(saved: Path, tmp_path: Path) -> None
         VideoTokens.load(tmp_path / "cut.safetensors")
 
 
+def test_a_flipped_code_and_another_fact_show(tmp_path: Path) -> None:
+    VideoTokens(torch.full((18,), 5), LENGTHS[:1], 16, 32, 64, "abc").save(tmp_path / "whole.safetensors")
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    assert len(VideoTokens.load(tmp_path / "whole.safetensors")) == 1
+    flipped = bytearray(whole)
+    flipped[whole.rindex(b"\x05")] ^= 1
+    for data in (bytes(flipped), whole.replace(b"abc", b"abd")):
+        (tmp_path / "x.safetensors").write_bytes(data)
+        with pytest.raises(UserError, match="damaged: its tokens differ from their sha256"):
+            VideoTokens.load(tmp_path / "x.safetensors")
+
+
 def test_tokens_are_checked_before_they_are_used(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     good = {"codes": torch.zeros(18, dtype=torch.int32), "lengths": LENGTHS[:1].int()}

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.clip_shape import plain_size
-from tokenizer.common.config import differences
+from tokenizer.common.config import defaults_of, differences
 from tokenizer.common.errors import UserError
 from tokenizer.common.schema import check_fields, parse_json, read_json
-from tokenizer.tokens import VideoTokens
+from tokenizer.tokens import VideoTokens, digest
 
 _KIND, _VIDEO = "evatok.tokens", "evatok.video"  # keys of the metadata; the first is that of VideoTokens
 _WAY_OUT = "make it again with python -m tokenizer.tokenize"
@@ -98,7 +98,10 @@ class TokenWriter:
             ("codes", {2: "I16", 4: "I32"}[self.facts.code_type.itemsize], [codes], self._files["codes"]),
         )
         facts = {key: getattr(self.facts, key) for key in ("num_frames", "size", "codebook_size", "tokenizer_sha256")}
-        meta = {_KIND: json.dumps(facts), _VIDEO: json.dumps(asdict(self.facts))}
+        facts["sha256"] = digest(facts, _chunks(self._files["codes"], self._files["lengths"]))
+        known = asdict(self.facts)
+        known["sha256"] = digest(known | facts, _chunks(parts[0][-1]))
+        meta = {_KIND: json.dumps(facts), _VIDEO: json.dumps(known)}
         header: dict[str, Any] = {"__metadata__": meta}
         end = 0
         for name, kind, shape, file in parts:
@@ -126,7 +129,7 @@ class TokenWriter:
         file, mine = self.folder / "facts.json", asdict(self.facts)
         if not file.exists():
             atomic_write(file, json.dumps(mine).encode())
-        before = read_json(file, get_type_hints(VideoFacts), f"remove {self.folder}")
+        before = defaults_of(VideoFacts) | read_json(file, {}, f"remove {self.folder}")  # older runs lack some
         if before != mine:
             raise UserError(
                 f"{self.path}: an unfinished run used other settings (then / now: "
@@ -155,12 +158,21 @@ class TokenWriter:
         return num_clips
 
 
+def _chunks(*files: Path) -> Iterator[bytes]:
+    for file in files:
+        with open(file, "rb") as part:
+            while chunk := part.read(_COPIED_AT_ONCE):
+                yield chunk
+
+
 class TokenFile:
     """An opened file of tokens; codes are read when a range of clips is asked for."""
 
     def __init__(self, path: str | Path) -> None:
         """Raises UserError for a missing, damaged or foreign file."""
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_file():
+            raise UserError(f"{path}: is not a regular file")
         try:
             self._file = safe_open(str(path), framework="pt")
             meta = self._file.metadata() or {}
@@ -169,13 +181,10 @@ class TokenFile:
             self.length_BN: Tensor = self._file.get_tensor("lengths").long()
             self.second_F: np.ndarray = self._file.get_tensor("seconds").numpy()
             self._codes = self._file.get_slice("codes")
+            code_L = self._file.get_tensor("codes")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: cannot be read as video tokens: {error}") from error
-        facts = parse_json(meta[_VIDEO], str(path), _WAY_OUT)
-        if isinstance(facts, dict):
-            facts.setdefault("trade_off", None)  # not in the first files
-        self.facts = VideoFacts(**check_fields(facts, get_type_hints(VideoFacts), str(path), _WAY_OUT))
-        plain_size(self.facts.size, f"{path}: is damaged: size")
+        self.facts = self._checked(meta, code_L)
         self._end_B = [0, *self.length_BN.sum(dim=1).cumsum(0).tolist()]
         num_clips = -(-len(self.second_F) // self.facts.num_frames)
         if self._codes.get_shape() != [self._end_B[-1]] or len(self) != num_clips or not num_clips:
@@ -183,6 +192,27 @@ class TokenFile:
                 f"{path}: is damaged: {self._codes.get_shape()} codes, lengths that add up to {self._end_B[-1]}, "
                 f"{len(self)} clips for {len(self.second_F)} frames; {_WAY_OUT}"
             )
+
+    def _checked(self, meta: dict[str, str], code_L: Tensor) -> VideoFacts:
+        """What made the tokens, once all that the file holds has the sha256 that it states; older files have none."""
+        origin = str(self.path)
+        kind, known = (
+            check_fields(parse_json(meta[key], origin, _WAY_OUT), {}, origin, _WAY_OUT) for key in (_KIND, _VIDEO)
+        )
+        stated, stated_known = kind.pop("sha256", None), known.pop("sha256", None)
+        tokens = digest(kind, (code_L.numpy().tobytes(), self._file.get_tensor("lengths").numpy().tobytes()))
+        if stated is not None and (stated, stated_known) != (
+            tokens, digest(known | kind | {"sha256": stated}, (self.second_F.tobytes(),))
+        ):  # fmt: skip
+            raise UserError(f"{origin}: is damaged: what it holds differs from its sha256; {_WAY_OUT}")
+        hints = get_type_hints(VideoFacts)
+        facts = check_fields(defaults_of(VideoFacts) | known, hints, origin, _WAY_OUT)
+        if strange := sorted(facts.keys() - hints.keys()):
+            raise UserError(f"{origin}: of another version: holds {strange[0]!r}; {_WAY_OUT}")
+        plain_size(facts["size"], f"{origin}: is damaged: size")
+        if min(facts["num_frames"], facts["num_blocks"]) < 1 or facts["fps"] <= 0:
+            raise UserError(f"{origin}: is damaged: frames, blocks and fps must be above 0; {_WAY_OUT}")
+        return VideoFacts(**facts)
 
     def __len__(self) -> int:
         """Number of clips."""

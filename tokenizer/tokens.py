@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,13 +65,16 @@ class VideoTokens:
     def save(self, path: str | Path) -> None:
         """Write one .safetensors file (written aside, then renamed)."""
         # One metadata key: safetensors writes several in random order, and equal tokens shall give equal bytes.
-        meta = {_KIND: json.dumps({name: getattr(self, name) for name in _FACTS})}
+        facts = {name: getattr(self, name) for name in _FACTS}
         tensors = {"codes": self.code_L.cpu().to(torch.int32), "lengths": self.length_BN.cpu().to(torch.int32)}
+        meta = {_KIND: json.dumps(facts | {"sha256": digest(facts, map(_bytes_of, tensors.values()))})}
         atomic_write(Path(path), save(tensors, metadata=meta))
 
     @staticmethod
     def load(path: str | Path) -> VideoTokens:
         """Read what `save` wrote. Raises UserError in one line for a missing, damaged or foreign file."""
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"{path}: is not a regular file")
         try:
             with safe_open(str(path), framework="pt") as file:
                 meta = file.metadata() or {}
@@ -89,11 +95,26 @@ class VideoTokens:
             )
         if lengths.numel() == 0 or int(lengths.min()) < 1:
             raise UserError(f"{path}: is damaged: a block has fewer than 1 token")
-        facts = check_fields(parse_json(meta[_KIND], str(path), _WAY_OUT), _FACTS, str(path), _WAY_OUT)
+        found = check_fields(parse_json(meta[_KIND], str(path), _WAY_OUT), _FACTS, str(path), _WAY_OUT)
+        facts = {name: found[name] for name in _FACTS}
+        if found.get("sha256", "") not in ("", digest(facts, map(_bytes_of, (codes, lengths)))):  # "": older files
+            raise UserError(f"{path}: is damaged: its tokens differ from their sha256; {_WAY_OUT}")
         try:
-            return VideoTokens(codes.long(), lengths.long(), **{name: facts[name] for name in _FACTS})
+            return VideoTokens(codes.long(), lengths.long(), **facts)
         except UserError as error:
             raise UserError(f"{path}: is damaged: {error}") from error
+
+
+def digest(facts: Mapping[str, Any], parts: Iterable[bytes]) -> str:
+    """sha256 of what a file says and holds."""
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.numpy().tobytes()
 
 
 def _form(tensor: Tensor) -> str:

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from evaluations.quality_cost.clips import CurveClips
 from evaluations.quality_cost.flags import BUDGET_STRATEGIES, QUALITY_WEIGHTS, STRATEGIES, TABLE_STRATEGIES
-from evaluations.quality_cost.sweep import Measure, made_once
+from evaluations.quality_cost.sweep import Measure
+from evaluations.shards import made_once
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.budget import choose_rows, find_price, parse_budget
 from tokenizer.common.errors import UserError

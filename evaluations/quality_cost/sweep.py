@@ -36,7 +36,7 @@ from evaluations.quality_cost.video_codecs import CODECS, RateSearch, decode
 from evaluations.scoring import Scorer
 from evaluations.shards import read_shard, write_shard
 from tokenizer.common.errors import UserError
-from tokenizer.common.work_units import WorkUnits, claim_folder, lock
+from tokenizer.common.work_units import WorkUnits, claim_folder
 from tokenizer.data.video_io import to_uint8
 from tokenizer.model import VideoTokenizer
 from tokenizer.tokens import VideoTokens
@@ -183,15 +183,6 @@ def claim(folder: Path, clips: CurveClips, measure: Measure) -> None:
     digest = hashlib.sha256(listing.encode()).hexdigest()
     facts = measure.facts() | clips.facts | {"num_clips": len(clips), "clips_sha256": digest}
     claim_folder(folder, facts, "give another --out")
-
-
-def made_once(path: Path, make: Callable[[], Tensor]) -> Tensor:
-    """The tensor in `path`, made by the first process that needs it while the others wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with lock(path.with_suffix(".lock")):
-        if not path.is_file():
-            write_shard(path, [], {"tensor": make().contiguous()})
-    return read_shard(path)[1]["tensor"]
 
 
 class Sweep:

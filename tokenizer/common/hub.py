@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from html import escape
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -142,11 +143,11 @@ class HubModel:
             "---", "library_name: evatok", "license: apache-2.0", f"tags: [video, {self.kind}]", "---", "",
             f"# {self.kind}", "", f"Adaptive-length video tokenization, [EVATok]({_PAPER}), reimplemented.", "",
             "```python", f"from {module} import {name}", "", f'model = {name}.from_pretrained("owner/name")', "```", "",
-            "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()),
+            *_table(rows.items()),
         ]  # fmt: skip
         if figures:
             numbers = ((key, f"{x:.4g}" if isinstance(x, float) else x) for key, x in _listed(figures).items())
-            lines += ["", "## Figures", "", "| | |", "|---|---|", *(f"| {key} | {x} |" for key, x in numbers)]
+            lines += ["", "## Figures", "", *_table(numbers)]
         return "\n".join(lines) + "\n"
 
 
@@ -185,6 +186,12 @@ def local_copy(name: str | Path, revision: str | None = None, local_files_only: 
     if revision is None:
         print(f"note: {repo_id} is commit {folder.name}; pin it: {repo_id}@{folder.name}", file=sys.stderr)
     return folder / "model.safetensors"
+
+
+def _table(rows: Iterable[tuple[str, Any]]) -> list[str]:
+    """Markdown in which no text of a card ends its cell or becomes HTML."""
+    cells = (" | ".join(" ".join(escape(str(x), quote=False).replace("|", r"\|").split()) for x in row) for row in rows)
+    return ["| | |", "|---|---|", *(f"| {cell} |" for cell in cells)]
 
 
 def _listed(data: Mapping[str, Any]) -> dict[str, Any]:
