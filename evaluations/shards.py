@@ -240,6 +240,7 @@ class Result:
 
 
 PRICE = "price.safetensors"  # of average:N
+RUN_AGAIN = "run the evaluation again"
 _METRICS = {
     "card": {"protocol": {"name": str, "miniature": bool, "changed": list[str]}, "protocol_hash": str},
     "num_clips": int,
