@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVarTuple
+
+Args = TypeVarTuple("Args")
 
 
 @dataclass(frozen=True)
@@ -75,19 +77,19 @@ def report(name: str, ratio: float, goal: float, holds: bool, **more: object) ->
     sys.exit(0 if holds else 1)
 
 
-def thread_seconds(run: Callable[..., object], *args: object) -> float:
+def thread_seconds(run: Callable[[*Args], object], *args: *Args) -> float:
     """CPU time of this thread in `run(*args)`: other work on the machine does not count."""
     start = time.thread_time()
     run(*args)
     return time.thread_time() - start
 
 
-def fastest(run: Callable[..., object], *args: object, repeats: int = 3) -> float:
+def fastest(run: Callable[[*Args], object], *args: *Args, repeats: int = 3) -> float:
     """The least CPU time of this thread over some repeats."""
     return min(thread_seconds(run, *args) for _ in range(repeats))
 
 
-def in_fresh_process(function: Callable[..., Any], *args: object) -> Any:
+def in_fresh_process(function: Callable[[*Args], Any], *args: *Args) -> Any:
     """`function(*args)` in a new interpreter, so that its peak memory is its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()

@@ -66,10 +66,10 @@ def main() -> None:
 def step(quick: bool) -> Part:
     layers, num_clips = ((2, 2), 2) if quick else ((6, 12), 4)
     torch.manual_seed(0)
-    run, optim = RunConfig(device="cpu", batch_size=num_clips), OptimConfig()
+    run = RunConfig(device="cpu", batch_size=num_clips)
     encoder, decoder = TransformerConfig(layers[0], 512, 8), TransformerConfig(layers[1], 768, 12)
     model = build_tokenizer("VQ_SB", encoder=encoder, decoder=decoder, codebook_size=1024 if quick else CODES)
-    state = TrainState.start(model, run, optim)
+    state = TrainState.start(model, run, OptimConfig())
     video_BCTHW = torch.rand(num_clips, 3, 16, 128, 128)
     length_BN = model.space.lengths_of(model.space.draw_rows(num_clips, torch.Generator().manual_seed(0)))
     config = LossConfig(perceptual=0.0, perceptual_net="none")
@@ -81,7 +81,7 @@ def step(quick: bool) -> Part:
         train_step(run, state, video_BCTHW, loss)
     seconds, roofs = [], []
     for _ in range(REPEATS):
-        seconds.append(thread_seconds(train_step, run, optim, state, video_BCTHW, loss))
+        seconds.append(thread_seconds(train_step, run, state, video_BCTHW, loss))
         roofs.append(gemm_rate())
     rate, roof = count.total / min(seconds), max(roofs)
     facts = {
@@ -231,9 +231,9 @@ def checkpoint(quick: bool) -> Part:
     """
     preset = "VQ_debug" if quick else "VQ_mini"
     torch.manual_seed(0)
-    run, optim = RunConfig(device="cpu"), OptimConfig()
+    run = RunConfig(device="cpu")
     model = build_tokenizer(preset)
-    state = TrainState.start(model, run, optim)
+    state = TrainState.start(model, run, OptimConfig())
     video_BCTHW = torch.rand(run.batch_size, 3, model.config.num_frames, model.config.size, model.config.size)
     length_BN = model.space.lengths_of(model.space.draw_rows(run.batch_size, torch.Generator().manual_seed(0)))
 
