@@ -36,7 +36,7 @@ from autoregressive.condition import check_condition, class_order, encode_condit
 from autoregressive.sequence import ClipCodes
 from autoregressive.token_archive import ArchivedClip, ArchiveFacts, TokenArchive, save_archive, save_shard
 from tokenizer.assignment import AssignmentSpace
-from tokenizer.budget import Budget, choose_rows, parse_budget, warn_of_missed
+from tokenizer.budget import Budget, parse_budget
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.clip_shape import check_same_shape
 from tokenizer.common.config import defaults_of, to_dict
@@ -286,18 +286,7 @@ def choose_lengths(
         if length_BN[0, : len(prefix)].tolist() != prefix:
             raise UserError(f"budget {budget.text!r} does not begin with condition_lengths = {prefix}")
         return length_BN
-    if not prefix:
-        return router.assign(video_BCTHW, budget)
-    row_R = space.rows_with_prefix(prefix)
-    if budget.max_tokens is not None and int(space.tokens_A[row_R].min()) > budget.max_tokens:
-        raise UserError(f"budget {budget.text!r}: no assignment that begins with {prefix} is that short")
-    score_BA = router.rate(video_BCTHW, budget)  # [B, A]
-    lowest = min(float(score_BA.min()), -(budget.max_distance or 0.0)) - abs(budget.price) * space.max_tokens - 1
-    inside_BA = torch.full_like(score_BA, lowest)  # of other prefixes: never chosen
-    inside_BA[:, row_R] = score_BA[:, row_R]
-    row_B = choose_rows(budget, inside_BA, space)
-    warn_of_missed(budget, inside_BA, row_B)
-    return space.lengths_of(row_B)
+    return router.assign(video_BCTHW, budget, prefix=prefix)
 
 
 def main() -> None:

@@ -108,8 +108,9 @@ class Explorer:
         budget, price = parse_budget(budget_text, self.space), None
         score_BA = self.router.rate(clip.video_BCTHW, budget) if budget.needs_router else None
         if budget.average_tokens is not None and score_BA is not None:
-            price = find_price(score_BA, self.space, budget.average_tokens)
-        return self.space.lengths_of(choose_rows(budget, score_BA, self.space, price))[0].tolist()
+            price = find_price(score_BA, self.space, budget.average_tokens, self.router.search)
+        row_B = choose_rows(budget, score_BA, self.space, price, search=self.router.search)
+        return self.space.lengths_of(row_B)[0].tolist()
 
     @torch.inference_mode()
     def reconstruct(self, clip: OpenClip, lengths: Sequence[int]) -> View:

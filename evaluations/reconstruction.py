@@ -100,7 +100,8 @@ class Reconstruction:
             return []
         video_BCTHW = torch.stack(videos)
         score_BA = self.router.rate(video_BCTHW, self.budget) if self.router and self.budget.needs_router else None
-        row_B = choose_rows(self.budget, score_BA, space, self.price, num_clips=len(drafts))
+        search = self.router.search if self.router else None
+        row_B = choose_rows(self.budget, score_BA, space, self.price, len(drafts), search)
         length_BN = space.lengths_of(row_B)
         ours_BCTHW = self.tokenizer.decode(self.tokenizer.encode(video_BCTHW, length_BN))
         figures = [token_figures(length_N.tolist()) for length_N in length_BN]
@@ -120,12 +121,12 @@ class Reconstruction:
         scores = []
         for clip in clips.clips:
             try:
-                scores.append(self.router.scores(to_model_range(clip.read().frames_THWC)[None]))
+                scores.append(self.router.rate(to_model_range(clip.read().frames_THWC)[None], self.budget))
             except VideoError:
                 continue  # reported when it is scored
         if not scores or self.budget.average_tokens is None:
             raise UserError("not one clip of the list can be read")
-        return find_price(torch.cat(scores), self.tokenizer.space, self.budget.average_tokens)
+        return find_price(torch.cat(scores), self.tokenizer.space, self.budget.average_tokens, self.router.search)
 
 
 if __name__ == "__main__":

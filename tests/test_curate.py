@@ -24,7 +24,7 @@ from tokenizer.model import VideoTokenizer
 from tokenizer.presets import build_tokenizer
 from tokenizer.router import reward as table_module
 from tokenizer.router.curate import CurateConfig, Curation, Scorer
-from tokenizer.router.reward import QualityTable
+from tokenizer.router.reward import QualityTable, stats_of, stats_of_sample
 
 
 def heldout_scenes(num: int) -> torch.Tensor:
@@ -83,6 +83,44 @@ def test_a_thinned_tree_measures_some_rows_of_the_whole_one(proxy: Path, tmp_pat
     assert again.run() and again.table_path.read_bytes() == thin.table_path.read_bytes()
     with pytest.raises(UserError, match="children"):
         curate(proxy, tmp_path / "brute", children=1, method="brute_force")
+
+
+def test_a_beam_of_full_width_is_the_whole_tree_and_a_narrow_one_keeps_the_best_prefixes(
+    proxy: Path, tmp_path: Path
+) -> None:
+    video = heldout_scenes(3)
+    scorer = Scorer(lively_tokenizer(), load_perceptual("stlpips_alex"), 1)
+    tree, space = scorer.tree(video), scorer.space
+    stats = stats_of_sample(tree[0], space)
+    row_BR, wide = scorer.beam(video, width=8, quality_weight=1.2, stats=stats)
+    assert torch.equal(row_BR, torch.arange(16).expand(3, -1))
+    for ours, exact in zip(wide, tree, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+    narrow_BR, narrow = scorer.beam(video, width=2, quality_weight=1.2, stats=stats)
+    assert narrow_BR.shape == (3, 4) and (narrow_BR.diff(dim=1) > 0).all()
+    torch.testing.assert_close(narrow[0], tree[0].gather(1, narrow_BR), rtol=1e-4, atol=1e-5)
+    alone = [scorer.beam(clip[None], 2, 1.2, stats)[0][0] for clip in video]  # a clip's beam is its own
+    assert torch.equal(torch.stack(alone), narrow_BR)
+
+
+def test_a_table_of_a_beam_carries_the_statistics_of_a_sample(proxy: Path, tmp_path: Path) -> None:
+    whole, beam = curate(proxy, tmp_path / "whole"), curate(proxy, tmp_path / "beam", method="beam", beam=2)
+    assert whole.run() and beam.run()
+    with pytest.raises(UserError, match="method=beam"):
+        QualityTable.load(beam.table_path)
+    every, table = QualityTable.load(whole.table_path), QualityTable.load(beam.table_path, beam=True)
+    assert table.lpips_BA.shape == (5, 4) and not table.is_whole
+    torch.testing.assert_close(table.lpips_BA, every.lpips_BA.gather(1, table.rows()), rtol=1e-4, atol=1e-5)
+    exact, sampled = stats_of(every), stats_of(table)
+    assert sampled.tokens_mean == exact.tokens_mean == 12 and sampled.tokens_std == exact.tokens_std
+    assert sampled.lpips_mean == pytest.approx(exact.lpips_mean, rel=0.2)
+    again = curate(proxy, tmp_path / "again", method="beam", beam=2, stats=str(whole.table_path))
+    assert again.run() and stats_of(QualityTable.load(again.table_path, beam=True)) == exact
+    for wrong in ({"beam": 0}, {"quality_weight": 2.1}):
+        with pytest.raises(UserError, match="must be at least 1, and quality_weight"):
+            curate(proxy, tmp_path / "wrong", method="beam", **wrong)
+    with pytest.raises(UserError, match="by method = 'beam' alone"):
+        curate(proxy, tmp_path / "wrong", beam=4)
 
 
 def test_shared_and_killed_work_gives_the_bytes_of_a_serial_run(proxy: Path, tmp_path: Path) -> None:

@@ -201,6 +201,9 @@ def test_a_stream_gives_each_block_with_its_own_frames(folder: Path, model: Vide
         def assign(self, video_BCTHW: torch.Tensor, budget: str = "router", price: float | None = None) -> torch.Tensor:
             return torch.tensor([[2, 8, 4, 2]])
 
+        def live(self, budget: str) -> None:
+            return None
+
     later = list(model.stream(iter(frames), router=Router()))
     assert all(torch.equal(a.code_K, b.code_K) for a, b in zip(blocks, later, strict=True))
     assert [block.num_frames for block in later] == [4, 4, 4, 4, 4, 2]

@@ -19,6 +19,7 @@ Letters: B clips, N temporal blocks, m levels, A assignments (m^N), L tokens of 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -40,7 +41,8 @@ class AssignmentSpace:
     the last row gives every block the largest. The paper has levels (32, 64, 128, 256, 512) and 4 blocks: 625 rows.
 
     Rows are numbers in base m, so drawing rows and converting them to lengths and back need no table and work for any
-    number of blocks. A router and curation score every row; they use `table_AN`, of up to 2^20 rows.
+    number of blocks. What scores every row uses `table_AN`, of up to 2^20 rows; a blockwise router and curation by a
+    beam do not.
     """
 
     levels: tuple[int, ...]
@@ -75,14 +77,32 @@ class AssignmentSpace:
         """Tokens of the last row."""
         return self.levels[-1] * self.num_blocks
 
+    @property
+    def tokens_mean(self) -> float:
+        """Of a row drawn uniformly: its blocks are drawn independently."""
+        return self.num_blocks * sum(self.levels) / len(self.levels)
+
+    @property
+    def tokens_std(self) -> float:
+        """Population standard deviation of the tokens of a row drawn uniformly."""
+        mean = sum(self.levels) / len(self.levels)
+        return math.sqrt(self.num_blocks * sum((level - mean) ** 2 for level in self.levels) / len(self.levels))
+
     # --- rows and lengths, by arithmetic ------------------------------------------------------------------------------
 
     def lengths_of(self, row_B: Tensor) -> Tensor:
         """Rows, int64 [...] -> lengths, int64 [..., N]. Raises IndexError for a row outside the table."""
         if row_B.numel() and not 0 <= int(row_B.min()) <= int(row_B.max()) < self.num_rows:
             raise IndexError(f"rows {int(row_B.min())} .. {int(row_B.max())} of {self.num_rows} assignments")
-        digit_BN = row_B[..., None] // self._place_value_N % len(self.levels)  # [..., N], each 0 .. m - 1
-        return torch.tensor(self.levels)[digit_BN]
+        return torch.tensor(self.levels)[self.places_of(row_B)]
+
+    def places_of(self, row_B: Tensor) -> Tensor:
+        """Rows, int64 [...] -> the place of each block's level among the levels, 0 .. m - 1, int64 [..., N]."""
+        return row_B[..., None] // self._place_value_N % len(self.levels)
+
+    def tokens_of(self, row_B: Tensor) -> Tensor:
+        """Rows, int64 [...] -> tokens of their assignments, int64 [...]."""
+        return self.lengths_of(row_B).sum(dim=-1)
 
     def rows_of(self, length_BN: Tensor) -> Tensor:
         """Lengths, int64 [..., N] -> rows, int64 [...]; the inverse of `lengths_of`.
@@ -155,8 +175,8 @@ class AssignmentSpace:
         if num_rows > MOST_ROWS:
             raise UserError(
                 f"{len(self.levels)} levels over {self.num_blocks} blocks give {self.num_rows} assignments, too many "
-                f"to score each (at most {MOST_ROWS}): give the lengths (fixed:.., uniform:K), or use fewer levels or "
-                "blocks"
+                f"to score each (at most {MOST_ROWS}): give the lengths (fixed:.., uniform:K), use method=beam and "
+                "model.kind=blockwise, or fewer levels or blocks"
             )
 
 

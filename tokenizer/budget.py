@@ -17,6 +17,8 @@ A clip without such a row gets the row of the least predicted distance; `keeps_q
 Of equal rows the one with the fewest tokens wins, then the smallest row number. A choice depends on no other clip of
 the batch.
 
+A router without scores of every row (kind = "blockwise") brings a `Search` of its own, which applies the first rule.
+
 Letters: B clips of a batch, S clips of a whole set, A assignments (rows).
 """
 
@@ -24,7 +26,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +38,14 @@ from tokenizer.common.cli import BUDGET_FORMS as FORMS
 from tokenizer.common.errors import UserError
 
 BISECTION_STEPS = 100  # halves the interval past float64 resolution
+
+
+class Search(Protocol):
+    """row_B: the best row of each clip by what its router returned for it, at a price, within a limit."""
+
+    def __call__(
+        self, rated: Tensor, price: float = ..., max_tokens: int | None = ..., prefix: Sequence[int] = ...
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -96,13 +108,17 @@ def choose_rows(
     space: AssignmentSpace,
     price: float | None = None,
     num_clips: int = 1,
+    search: Search | None = None,
+    prefix: Sequence[int] = (),
 ) -> Tensor:
     """The row of each clip under `budget`: int64 of shape (B,), on the CPU.
 
     score_BA: what the router's `rate` returns for this budget, higher is better: scores, or for `quality:Q` the
     negative predicted distance. May be None for `fixed` and `uniform`, which then answer for `num_clips` clips.
-    price: what `find_price` returned for the whole set, needed by `average:N` alone.
-    Raises UserError if the scores or the price are missing, and for scores that are not finite.
+    price: what `find_price` returned for the whole set, needed by `average:N` alone. search: the router's own, which
+    reads what its `rate` returned. prefix: lengths that the first blocks must have.
+    Raises UserError if the scores or the price are missing, for scores that are not finite, and if the prefix leaves
+    no row within the limit.
     """
     if budget.fixed_row is not None:
         return torch.full((num_clips if score_BA is None else len(score_BA),), budget.fixed_row)
@@ -112,7 +128,13 @@ def choose_rows(
         price = budget.price
     elif price is None:
         raise UserError(f"budget {budget.text!r} needs one price for the whole set of clips: find it with find_price")
+    if search is not None:
+        return search(_finite(score_BA), price, budget.max_tokens, prefix)
     score_BA = _checked_scores(score_BA, space)
+    if prefix:
+        inside_R = space.rows_with_prefix(prefix)
+        check_prefix(space, prefix, budget.max_tokens)
+        score_BA = torch.full_like(score_BA, -torch.inf).index_copy(1, inside_R, score_BA[:, inside_R])
     if budget.max_distance is not None:
         fits_BA = score_BA >= -budget.max_distance
         tokens_BA = space.tokens_A.double().where(fits_BA, torch.inf)
@@ -138,25 +160,37 @@ def warn_of_missed(budget: Budget, score_BA: Tensor, row_B: Tensor) -> None:
         )
 
 
-def find_price(score_SA: Tensor, space: AssignmentSpace, average_tokens: float) -> float:
+def check_prefix(space: AssignmentSpace, prefix: Sequence[int], max_tokens: int | None) -> None:
+    """Raises UserError if no assignment that begins with `prefix` has at most `max_tokens` tokens."""
+    shortest = sum(prefix) + (space.num_blocks - len(prefix)) * space.levels[0]
+    if max_tokens is not None and shortest > max_tokens:
+        raise UserError(f"budget 'tokens:{max_tokens}': no assignment that begins with {list(prefix)} is that short")
+
+
+def find_price(score_SA: Tensor, space: AssignmentSpace, average_tokens: float, search: Search | None = None) -> float:
     """The price at which the clips of a whole set spend at most `average_tokens` each on average, and as close to it as
     one price can.
 
     The mean falls in steps as the price rises; the bisection ends on the lowest price whose mean is not above the wish.
     It is negative if the wish is above what the router would spend by itself. At a step all clips that tie take the
-    cheaper row, so identical clips are treated alike, and the mean may stay below the wish.
+    cheaper row, so identical clips are treated alike, and the mean may stay below the wish. search: see `choose_rows`.
     """
     _check_reachable(f"average:{average_tokens:g}", average_tokens, space)
-    score_SA = _checked_scores(score_SA, space)
+    if search is None:
+        score_SA = _checked_scores(score_SA, space)
     budget = Budget(f"average:{average_tokens:g}", average_tokens=average_tokens)
 
     def mean_tokens(price: float) -> float:
-        return space.tokens_A[choose_rows(budget, score_SA, space, price)].double().mean().item()
+        return space.tokens_of(choose_rows(budget, score_SA, space, price, search=search)).double().mean().item()
 
-    # Token counts differ by 1 or more: beyond this price no difference of scores pays for a token.
-    bound = (score_SA.amax(dim=1) - score_SA.amin(dim=1)).max().item() + 1.0
-    low, high = -bound, bound  # the most tokens at `low`, the fewest at `high`
-    if mean_tokens(low) <= average_tokens:
+    # At a price that is high enough no difference of scores pays for a token, at one that is low enough any does.
+    bound = 1.0
+    while mean_tokens(bound) > average_tokens:
+        bound *= 2
+    while (most := mean_tokens(-bound)) <= average_tokens and most < space.max_tokens:
+        bound *= 2
+    low, high = -bound, bound
+    if most <= average_tokens:
         return low
     for _ in range(BISECTION_STEPS):
         middle = (low + high) / 2
@@ -170,9 +204,13 @@ def find_price(score_SA: Tensor, space: AssignmentSpace, average_tokens: float) 
 def _checked_scores(score_BA: Tensor, space: AssignmentSpace) -> Tensor:
     if score_BA.ndim != 2 or score_BA.shape[1] != space.num_rows or len(score_BA) == 0:
         raise UserError(f"scores of shape {tuple(score_BA.shape)} do not rate the {space.num_rows} rows of each clip")
-    if not score_BA.isfinite().all():
+    return _finite(score_BA).detach().cpu().double()  # float64: a price must not round two rows together
+
+
+def _finite(score: Tensor) -> Tensor:
+    if not score.isfinite().all():
         raise UserError("a router's scores are not all finite; its weights are damaged or its input is")
-    return score_BA.detach().cpu().double()  # float64: a price must not round two rows together
+    return score
 
 
 def _check_reachable(text: str, tokens: float, space: AssignmentSpace) -> None:

@@ -13,8 +13,9 @@ Letters: B clips, C T H W, N blocks, M patches of a clip, L packed tokens, P num
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -176,6 +177,8 @@ class ChoosesLengths(Protocol):
     """The part of a router that `encode` uses; see `tokenizer.router.predict.load_router`."""
 
     def assign(self, video_BCTHW: Tensor, budget: str = ..., price: float | None = ...) -> Tensor: ...
+
+    def live(self, budget: str) -> Callable[[], Callable[[Tensor], int]] | None: ...
 
 
 class VideoTokenizer(HubModel, nn.Module):
@@ -346,17 +349,14 @@ class VideoTokenizer(HubModel, nn.Module):
     ) -> Iterator[BlockTokens]:
         """Tokenize an endless stream of frames [3, H, W] in [0, 1]; yields the tokens of one temporal block at a time.
 
-        Lengths as in `encode`. With a router a block waits for the end of its clip, else for its own.
+        Lengths as in `encode`, where tokens:N looks ahead. With a router of whole clips a block waits for its clip.
         """
-        from tokenizer.streaming import stream_blocks
+        from tokenizer.streaming import known_lengths, stream_blocks
 
-        def choose(video_BCTHW: Tensor | None) -> list[int] | None:
-            if video_BCTHW is None and router is not None:
-                return None
-            clip = torch.empty(1) if video_BCTHW is None else video_BCTHW  # only their number matters
-            return self._chosen_lengths(clip, router, budget)[0].tolist()
-
-        return stream_blocks(self, frames, choose)
+        choose = partial(self._chosen_lengths, router=router, budget=budget)
+        if router is None:
+            return stream_blocks(self, frames, choose, known_lengths(choose(torch.empty(1))[0].tolist()))
+        return stream_blocks(self, frames, choose, router.live(budget or "router"))
 
     def play(self, tokens: VideoTokens | Iterable[BlockTokens]) -> Iterator[Tensor]:
         """Decode tokens as they arrive: frames [3, T, H, W] in [0, 1] of one temporal block at a time.

@@ -38,6 +38,10 @@ class ClipPatches:
     cells: list[Tensor]  # per block: pooled start values of the queries, [B, cells, D]
     references: list[list[KeysValues]]  # per block t, per layer: cross-attention keys and values of blocks <= t
 
+    def of_clips(self, index: Tensor) -> ClipPatches:
+        """Some clips of the batch, int64 [B']."""
+        return ClipPatches([cell[index] for cell in self.cells], _of_clips(self.references, index))
+
 
 @dataclass(frozen=True)
 class Past:
@@ -51,6 +55,14 @@ class Past:
     def empty(model: VideoTokenizer) -> Past:
         """Before block 0."""
         return Past([[] for _ in model.encoder], [[] for _ in model.decoder], [[] for _ in model.decoder])
+
+    def of_clips(self, index: Tensor) -> Past:
+        """Some clips of the batch, int64 [B']."""
+        return Past(*(_of_clips(cache, index) for cache in (self.encoder, self.decoder, self.tokens)))
+
+
+def _of_clips(cache: Cache, index: Tensor) -> Cache:
+    return [[(k[index], v[index]) for k, v in each] for each in cache]
 
 
 def read_patches(model: VideoTokenizer, video_BCTHW: Tensor) -> ClipPatches:
@@ -150,19 +162,32 @@ def blocks_of(tokens: VideoTokens, num_blocks: int) -> Iterator[BlockTokens]:
         yield BlockTokens(code_K, i % num_blocks, in_block, tokens.tokenizer_sha256)
 
 
+def known_lengths(lengths: Sequence[int]) -> Callable[[], Callable[[Tensor], int]]:
+    """For `stream_blocks`: the same lengths for every clip, whatever its frames show."""
+
+    def new_clip() -> Callable[[Tensor], int]:
+        rest = iter(lengths)
+        return lambda block_BCTHW: next(rest)
+
+    return new_clip
+
+
 @torch.no_grad()
 def stream_blocks(
-    model: VideoTokenizer, frames: Iterable[Tensor], choose_lengths: Callable[[Tensor | None], Sequence[int] | None]
+    model: VideoTokenizer,
+    frames: Iterable[Tensor],
+    choose_lengths: Callable[[Tensor], Tensor],
+    new_clip: Callable[[], Callable[[Tensor], int]] | None,
 ) -> Iterator[BlockTokens]:
     """Frames [3, H, W] in [0, 1] -> tokens, block after block; clips follow one another.
 
-    choose_lengths(None): the lengths of a clip that is not there yet, or None if they depend on its frames. Then a
-    block leaves when the clip is complete, else as soon as its own frames are there.
+    new_clip(): what chooses the length of each block of a clip from its frames [1, 3, T, H, W]; a block then leaves as
+    soon as they are there. None: choose_lengths(clip) needs the whole clip, and blocks leave when it is complete.
     """
     c = model.config
     frames = iter(frames)
     while first := list(itertools.islice(frames, c.patch_frames)):
-        chosen = choose_lengths(None)
+        choose = new_clip and new_clip()
         clip, real, past = [], [], Past.empty(model)
         for t in range(c.num_blocks):
             block = first if t == 0 else list(itertools.islice(frames, c.patch_frames))
@@ -170,14 +195,16 @@ def stream_blocks(
                 break
             real.append(len(block))
             clip += block + block[-1:] * (c.patch_frames - len(block))
-            if chosen is not None:  # patches of earlier blocks are computed again: little beside the layers
-                patches = read_patches(model, _as_clip(model, clip))
-                code_BK, encoder = encode_block(model, patches, t, chosen[t], past)
+            if choose is not None:
+                video_BCTHW = _as_clip(model, clip)
+                length = choose(video_BCTHW[:, :, -c.patch_frames :])
+                patches = read_patches(model, video_BCTHW)  # of earlier blocks again: little beside the layers
+                code_BK, encoder = encode_block(model, patches, t, length, past)
                 past = replace(past, encoder=encoder)
                 yield BlockTokens(code_BK[0].cpu(), t, real[-1], model.sha256)
-        if chosen is None:
+        if choose is None:
             padded = _as_clip(model, clip + clip[-1:] * (c.num_frames - len(clip)))
-            tokens = model.encode(padded, torch.tensor([choose_lengths(padded)]))
+            tokens = model.encode(padded, choose_lengths(padded))
             for block_tokens, num_real in zip(blocks_of(tokens, c.num_blocks), real, strict=False):
                 yield replace(block_tokens, num_frames=num_real)
 

@@ -156,7 +156,8 @@ class Job:
                 rated_BA = None
                 if self.router and self.budget.needs_router:
                     rated_BA = self.router.rate(video_BCTHW, self.budget)  # [B, A]
-                row_B = choose_rows(self.budget, rated_BA, self.model.space, num_clips=len(batch))
+                search = self.router.search if self.router else None
+                row_B = choose_rows(self.budget, rated_BA, self.model.space, None, len(batch), search)
                 if rated_BA is not None:
                     missed += int((~keeps_quality(self.budget, rated_BA, row_B)).sum())
                 tokens = self.model.encode(video_BCTHW, self.model.space.lengths_of(row_B))

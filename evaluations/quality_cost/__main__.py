@@ -263,7 +263,7 @@ def write_results(
 
 def _assignment(key: str, space: AssignmentSpace) -> str:
     kind, _, row = key.partition(":")
-    return " ".join(map(str, space.table_AN[int(row)].tolist())) if kind == "row" else ""
+    return " ".join(map(str, space.lengths_of(torch.tensor(int(row))).tolist())) if kind == "row" else ""
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,13 +27,14 @@ from evaluations.quality_cost.flags import BUDGET_STRATEGIES, QUALITY_WEIGHTS, S
 from evaluations.quality_cost.sweep import Measure
 from evaluations.shards import made_once
 from tokenizer.assignment import AssignmentSpace
-from tokenizer.budget import choose_rows, find_price, parse_budget
+from tokenizer.budget import Budget, Search, choose_rows, find_price, parse_budget
 from tokenizer.common.errors import UserError
 from tokenizer.router.curate import Scorer
 from tokenizer.router.predict import TrainedRouter
 from tokenizer.router.reward import QualityTable, RewardStats, reward, stats_of, threshold_labels
 
 NUM_THRESHOLDS = 9
+ARGMAX = Budget("router")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,9 @@ def default_budgets(space: AssignmentSpace, kind: str) -> list[str]:
     return [f"{kind}:{total}" for total in (totals[:-1] if kind == "tokens" else totals)]
 
 
-def budget_points(score_SA: Tensor, space: AssignmentSpace, budgets: Iterable[str]) -> list[Point]:
+def budget_points(
+    score_SA: Tensor, space: AssignmentSpace, budgets: Iterable[str], search: Search | None = None
+) -> list[Point]:
     """A router's choice under each budget; its strategy is the budget's form, its setting the number.
 
     score_SA: the router's scores, or under quality:Q its negative distances.
@@ -86,8 +90,8 @@ def budget_points(score_SA: Tensor, space: AssignmentSpace, budgets: Iterable[st
         budget = parse_budget(text, space)
         form, _, value = text.partition(":")
         average = budget.average_tokens
-        price = None if average is None else find_price(score_SA, space, average)
-        points.append(Point(form, value, choose_rows(budget, score_SA, space, price)))
+        price = None if average is None else find_price(score_SA, space, average, search)
+        points.append(Point(form, value, choose_rows(budget, score_SA, space, price, search=search)))
     return points
 
 
@@ -147,13 +151,13 @@ class StrategyInputs:
         if name == "router":
             labels = [f"{i + 1}" for i in range(len(self.routers))] if len(self.routers) > 1 else ["argmax"]
             return [
-                Point("router", label, self.space.best_row(self.scores(router)))
+                Point("router", label, choose_rows(ARGMAX, self.scores(router), self.space, search=router.search))
                 for label, router in zip(labels, self.routers, strict=True)
             ]
         for text in self._budgets(name):
             self.routers[0].check_budget(parse_budget(text, self.space))
         rated_SA = self.scores(self.routers[0], distances=name == "quality")
-        return budget_points(rated_SA, self.space, self._budgets(name))
+        return budget_points(rated_SA, self.space, self._budgets(name), self.routers[0].search)
 
     def _budgets(self, kind: str) -> list[str]:
         if self.budgets:
@@ -166,7 +170,8 @@ class StrategyInputs:
         def run() -> Tensor:
             indices = tqdm(range(len(self.clips)), desc="running the router", unit="clip")
             videos = (self.clips.read(i)[None] for i in indices)
-            return torch.cat([-router.distances(video) if distances else router.scores(video) for video in videos])
+            rate = (lambda video: -router.distances(video)) if distances else partial(router.rate, budget=ARGMAX)
+            return torch.cat([rate(video) for video in videos])
 
         kind = "-distances" if distances else ""
         return made_once(self.folder / "scores" / f"{router.sha256[:16]}{kind}.safetensors", run)

@@ -153,7 +153,7 @@ class Measure:
             bytes_B = clip_bytes(length_BN, codebook_size, len(space.levels)).tolist()
             entropy_B = (gpt_bits(self.gpt.model, tokens) / 8).ceil().long().tolist() if self.gpt else None
             for b, row in enumerate(some):
-                sizes: Figures = {"tokens": int(space.tokens_A[row]), "bytes": bytes_B[b]}
+                sizes: Figures = {"tokens": int(space.tokens_of(torch.tensor(row))), "bytes": bytes_B[b]}
                 if entropy_B is not None:
                     sizes["entropy_bytes"] = entropy_B[b]
                 yield row_key(row), to_uint8(ours_BCTHW[b]), sizes

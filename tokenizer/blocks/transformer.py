@@ -5,7 +5,8 @@ read, never updated. One set of weights is run in two ways: `forward` takes a pa
 reconstruction); `step` takes one temporal block and the keys and values of the blocks before it (streaming, curation's
 prefix tree).
 
-In a plain layer every position sees every other. The router and the patch discriminator are stacks of it.
+In a plain layer every position sees every other. The router and the patch discriminator are stacks of it; a blockwise
+router takes one temporal block at a time through its `step`.
 
 Letters: L queries, S reference rows (both packed), D width, B clips, K queries of one block, M positions, h heads, e
 head width.
@@ -91,7 +92,7 @@ def concat_blocks(blocks: list[KeysValues]) -> KeysValues:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention: every position sees every other."""
+    """Multi-head self-attention: every position sees every other; in `step` those of earlier blocks too."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -102,6 +103,12 @@ class SelfAttention(nn.Module):
     def forward(self, x_BMD: Tensor) -> Tensor:
         q, k, v = rearrange(self.to_qkv(x_BMD), "B M (three h e) -> three B h M e", three=3, h=self.heads)
         return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "B h M e -> B M (h e)"))
+
+    def step(self, x_BMD: Tensor, past: list[KeysValues]) -> tuple[Tensor, KeysValues]:
+        """One temporal block after those of `past` -> [B, M, D], and its own (keys, values)."""
+        q, k, v = rearrange(self.to_qkv(x_BMD), "B M (three h e) -> three B M h e", three=3, h=self.heads)
+        mixed_BMhe = attend_prefix(q, *concat_blocks([*past, (k, v)]))
+        return self.to_out(rearrange(mixed_BMhe, "B M h e -> B M (h e)")), (k, v)
 
 
 class ViTLayer(nn.Module):
@@ -121,3 +128,9 @@ class ViTLayer(nn.Module):
         """[B, M, D] -> [B, M, D]"""
         x_BMD = x_BMD + self.attention(self.norm_attention(x_BMD))
         return x_BMD + self.mlp(self.norm_mlp(x_BMD))
+
+    def step(self, x_BMD: Tensor, past: list[KeysValues]) -> tuple[Tensor, KeysValues]:
+        """One temporal block -> [B, M, D], and the (keys, values) that later blocks read."""
+        mixed_BMD, own = self.attention.step(self.norm_attention(x_BMD), past)
+        x_BMD = x_BMD + mixed_BMD
+        return x_BMD + self.mlp(self.norm_mlp(x_BMD)), own

@@ -68,12 +68,17 @@ class HubModel:
         if cls.config_key not in file.config.get("model", {}):
             raise UserError(f"{name}: these weights are {file.card.get('kind', 'something')!r}, not a {cls.kind}")
         config: Any = from_dict(cls.config_class, file.config["model"], f"{name} (config inside)")
-        module = without_init(lambda: cast("nn.Module", cls(config)))  # type: ignore[call-arg]
+        module = without_init(lambda: cast("nn.Module", cls.build(config)))
         load_strict(module, file.tensors, str(name))
         model = cast("Self", module.eval().to(device))
         model.sha256, model.file_config, model.card = file.sha256, file.config, file.card
         model.file_path = path / "final" / "model.safetensors" if path.is_dir() else path
         return model
+
+    @classmethod
+    def build(cls, config: Any) -> HubModel:
+        """The untrained model of a config; a class with several kinds chooses here."""
+        return cls(config)  # type: ignore[call-arg]
 
     def save_pretrained(self, folder: str | Path, *, figures: Mapping[str, Any] | str | Path | None = None) -> str:
         """Write model.safetensors, SHA256SUMS and README.md into `folder`; returns the sha256 of the weights.

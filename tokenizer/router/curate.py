@@ -16,7 +16,13 @@ With `children` below the number of levels, each node of the tree continues with
 node and unit: 2 of 5 leave 16 of 625 assignments for 30 of 780 steps. The other cells of the table are NaN. A router
 that learns `labels=quality` needs no whole rows, and learns more from many clips than from many assignments.
 
-Letters: B clips, A assignments (rows), F images.
+A clip of 8 blocks has 390,625 assignments, too many for a table. `method=beam` walks the tree level by level and keeps,
+after each block, the `beam` prefixes of the highest partial reward of each clip: at most N * beam * m block steps. The
+reward is a sum over blocks, because the distance of a block depends on its prefix alone. Its means and deviations are
+those of a sample of clips under a few rows drawn uniformly, measured before the first beam. The table holds the
+beam * m assignments of each clip that were walked to the end, and serves one `quality_weight`.
+
+Letters: B clips, A assignments (rows), R measured rows of a clip, N blocks, m levels, F images.
 """
 
 from __future__ import annotations
@@ -31,8 +37,9 @@ if __name__ == "__main__":
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +50,45 @@ from torch import Tensor
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.clip_shape import check_same_shape
-from tokenizer.common.config import to_dict
+from tokenizer.common.config import from_dict, to_dict
 from tokenizer.common.device import autocast, generator_for, pick_device, pick_dtype
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.image_quality import psnr_of_mse
-from tokenizer.common.work_units import WorkUnits, claim_folder
+from tokenizer.common.schema import read_json
+from tokenizer.common.work_units import WorkUnits, claim_folder, lock
 from tokenizer.data.clips import NO_FILE, ClipDataset, ClipSample, DataConfig, build_dataset, to_video
 from tokenizer.losses.perceptual import PerceptualDistance, check_frames_fit, load_perceptual
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
-from tokenizer.router.reward import QualityTable, reward, stats_of
+from tokenizer.router.reward import TOTAL_WEIGHT, QualityTable, RewardStats, reward, stats_of, stats_of_sample
 from tokenizer.streaming import ClipPatches, Past, read_patches, step_block
 from tokenizer.training.cli import parse_work_arguments
 
 Scores = tuple[Tensor, Tensor, Tensor]
-"""(perceptual distance, PSNR in dB, MSE), float32 [B, A] each, on the CPU."""
+"""(perceptual distance, PSNR in dB, MSE), float32 [B, A] each, on the CPU; of a beam [B, R]."""
+
+STATS_CLIPS, STATS_ROWS = 128, 4  # the sample that standardises the reward of a beam: clips, and rows of each
+
+
+@dataclass(frozen=True, eq=False)
+class _Node:
+    """A prefix, and the clips whose beams hold it. Sums over its blocks: distance and MSE, float [B]."""
+
+    row: int  # of the prefix, in base m
+    tokens: int
+    clip_B: Tensor  # int64, ascending
+    past: Past
+    distance_B: Tensor
+    mse_B: Tensor
+
+    def of_clips(self, index: Tensor) -> _Node:
+        return replace(
+            self,
+            clip_B=self.clip_B[index],
+            past=self.past.of_clips(index),
+            distance_B=self.distance_B[index],
+            mse_B=self.mse_B[index],
+        )
 
 
 class Scorer:
@@ -97,15 +128,52 @@ class Scorer:
     @torch.inference_mode()
     def brute_force(self, video_BCTHW: Tensor) -> Scores:
         """Each assignment on its own, by the tokenizer's ordinary forward: the oracle for `tree`."""
-        leaves = []
-        for length_N in self.space.table_AN:  # [N], for all clips
-            ours = self.tokenizer(video_BCTHW, length_N.expand(len(video_BCTHW), -1)).video_BCTHW.clamp(0, 1)
-            pairs = zip(*(x.chunk(self.space.num_blocks, dim=2) for x in (ours, video_BCTHW)), strict=True)
-            per_block = [
-                self.perceptual(self._images(a), self._images(b)).view(len(a), -1).mean(dim=1) for a, b in pairs
-            ]
-            leaves.append((torch.stack(per_block).mean(dim=0), _mse(ours, video_BCTHW)))
-        return _collect(leaves)
+        num = len(video_BCTHW)
+        return _collect([self.under(video_BCTHW, length_N.expand(num, -1)) for length_N in self.space.table_AN])
+
+    @torch.inference_mode()
+    def under(self, video_BCTHW: Tensor, length_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Distance and MSE, [B] each, of every clip under its own assignment."""
+        ours = self.tokenizer(video_BCTHW, length_BN).video_BCTHW.clamp(0, 1)
+        pairs = zip(*(x.chunk(self.space.num_blocks, dim=2) for x in (ours, video_BCTHW)), strict=True)
+        per_block = [self.perceptual(self._images(a), self._images(b)).view(len(a), -1).mean(dim=1) for a, b in pairs]
+        return torch.stack(per_block).mean(dim=0), _mse(ours, video_BCTHW)
+
+    @torch.inference_mode()
+    def beam(self, video_BCTHW: Tensor, width: int, quality_weight: float, stats: RewardStats) -> tuple[Tensor, Scores]:
+        """The assignments that a beam of `width` prefixes reaches: row_BR, ascending, and their scores.
+
+        Every child of a prefix that is kept is measured; the children after the last block are returned.
+        """
+        blocks, device = video_BCTHW.chunk(self.space.num_blocks, dim=2), video_BCTHW.device
+        patches = read_patches(self.tokenizer, video_BCTHW)
+        nothing_B = torch.zeros(len(video_BCTHW), device=device)
+        clip_B = torch.arange(len(video_BCTHW), device=device)
+        nodes = [_Node(0, 0, clip_B, Past.empty(self.tokenizer), nothing_B, nothing_B)]
+
+        def reward_of(node: _Node) -> Tensor:  # so far, [B]; up to a constant
+            return reward(node.distance_B / len(blocks), torch.tensor(node.tokens), quality_weight, stats)
+
+        for t, block in enumerate(blocks):
+            real = self.perceptual.features(self._images(block))
+            if t > 0:
+                nodes = _best(nodes, len(video_BCTHW), width, reward_of)
+            nodes = [child for node in nodes for child in self._children(node, t, patches, block, real)]
+        return _leaves(nodes, len(video_BCTHW), self.space.num_blocks)
+
+    def _children(
+        self, node: _Node, t: int, patches: ClipPatches, block_BCTHW: Tensor, real: list[Tensor]
+    ) -> Iterator[_Node]:
+        """Block t under every level, for the clips of a node in one batch."""
+        own, here_BCTHW = patches.of_clips(node.clip_B), block_BCTHW[node.clip_B]
+        theirs = [rearrange(x, "(B f) C H W -> B f C H W", B=len(block_BCTHW))[node.clip_B].flatten(0, 1) for x in real]
+        for place, length in enumerate(self.space.levels):
+            frames, after = self._step(own, t, length, node.past)
+            ours = self.perceptual.features(self._images(frames))
+            distance_B = self.perceptual.distance(ours, theirs).view(len(frames), -1).mean(dim=1)
+            row = node.row * len(self.space.levels) + place
+            sums = (node.distance_B + distance_B, node.mse_B + _mse(frames, here_BCTHW))
+            yield _Node(row, node.tokens + length, node.clip_B, after, *sums)
 
     def _step(self, patches: ClipPatches, t: int, length: int, past: Past) -> tuple[Tensor, Past]:
         _, frames, after = step_block(self.tokenizer, patches, t, length, past)
@@ -114,6 +182,35 @@ class Scorer:
     def _images(self, block_BCTHW: Tensor) -> Tensor:
         """The frames of one block that the perceptual network looks at, [F, C, H, W]."""
         return rearrange(block_BCTHW[:, :, self.seen_frames], "B C T H W -> (B T) C H W")
+
+
+def _best(nodes: list[_Node], num_clips: int, width: int, value_of: Callable[[_Node], Tensor]) -> list[_Node]:
+    """The `width` nodes of the highest value of each clip, without the clips that keep others; ties: fewer tokens."""
+    nodes = sorted(nodes, key=lambda node: (node.tokens, node.row))
+    value_BK = _columns(nodes, num_clips, value_of, -torch.inf)
+    rank_BK = value_BK.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    kept = ((node, (rank_BK[node.clip_B, k] < width).nonzero()[:, 0]) for k, node in enumerate(nodes))
+    return [node.of_clips(index_B) for node, index_B in kept if len(index_B)]
+
+
+def _leaves(nodes: list[_Node], num_clips: int, num_blocks: int) -> tuple[Tensor, Scores]:
+    """Whole assignments -> row_BR and scores; every clip has as many."""
+    nodes = sorted(nodes, key=lambda node: node.row)
+    distance_BK, mse_BK = (
+        _columns(nodes, num_clips, value_of, torch.nan)
+        for value_of in (lambda node: node.distance_B / num_blocks, lambda node: node.mse_B / num_blocks)
+    )
+    node_BR = (~distance_BK.isnan()).nonzero()[:, 1].view(num_clips, -1)
+    distance_BR, mse_BR = (x_BK.gather(1, node_BR).float().cpu() for x_BK in (distance_BK, mse_BK))
+    return torch.tensor([node.row for node in nodes])[node_BR.cpu()], (distance_BR, psnr_of_mse(mse_BR), mse_BR)
+
+
+def _columns(nodes: list[_Node], num_clips: int, value_of: Callable[[_Node], Tensor], absent: float) -> Tensor:
+    """[B, K]: a column for each node, `absent` for the clips that it does not hold."""
+    value_BK = torch.full((num_clips, len(nodes)), absent, dtype=torch.double, device=nodes[0].clip_B.device)
+    for k, node in enumerate(nodes):
+        value_BK[node.clip_B, k] = value_of(node).double()
+    return value_BK
 
 
 def _drawn_places(num_levels: int, children: int, generator: torch.Generator | None) -> list[int]:
@@ -140,7 +237,11 @@ class CurateConfig:
     perceptual_net: str = "lpips_vgg"
     frames_per_block: int = 0  # frames of each block that the perceptual distance looks at, evenly spread; 0 = all
     children: int = 0  # levels drawn at random below each node of the tree; 0 = all, the whole table
-    method: str = "tree"  # or "brute_force": every assignment on its own, the oracle that the tree is checked against
+    method: str = "tree"  # or "brute_force": every assignment on its own, the oracle that the tree is checked against;
+    # or "beam": the best prefixes of each clip alone, for clips of many blocks
+    beam: int = 16  # of method "beam": prefixes that a clip keeps after each block
+    quality_weight: float = 1.2  # of method "beam": w_q of the reward that steers it
+    stats: str = ""  # of method "beam": another table, whose means and deviations to use; else those of a sample
     clips_per_unit: int = 16  # clips that go through the tree in lockstep
     device: str = "auto"
     precision: str = "none"  # of the proxy: none (fp32), bf16 or fp16; the share of equal choices is printed
@@ -151,8 +252,15 @@ class CurateConfig:
         pick_dtype(self.precision)
         if self.data.augment:
             raise UserError("data.augment must be false: a table holds clips that can be found again")
-        if self.method not in ("tree", "brute_force"):
-            raise UserError(f"method = {self.method!r}: choose 'tree' or 'brute_force'")
+        if self.method not in ("tree", "brute_force", "beam"):
+            raise UserError(f"method = {self.method!r}: choose 'tree', 'brute_force' or 'beam'")
+        if self.method != "beam" and (self.beam, self.quality_weight, self.stats) != (16, 1.2, ""):
+            raise UserError(f"beam, quality_weight and stats are read by method = 'beam' alone, not {self.method!r}")
+        if self.beam < 1 or not 0 <= self.quality_weight <= TOTAL_WEIGHT:
+            raise UserError(
+                f"beam = {self.beam} must be at least 1, and quality_weight = {self.quality_weight} within "
+                f"[0, {TOTAL_WEIGHT:g}]"
+            )
         if self.children < 0 or (self.children and self.method != "tree"):
             raise UserError(f"children = {self.children} must be at least 0, and goes with method = 'tree' only")
         if not self.proxy:
@@ -174,6 +282,8 @@ class Curation:
         self.tokenizer = load_tokenizer(config.proxy, device)
         check_same_shape(config.data, "data", self.tokenizer.config, config.proxy)
         self.scorer = Scorer(self.tokenizer, load_perceptual(config.perceptual_net).to(device), config.frames_per_block)
+        if config.method != "beam":
+            self.space.check_table(self.space.num_rows)
         self.units = WorkUnits(self.folder / "units", -(-len(self.dataset) // config.clips_per_unit))
         # units of another tokenizer, clip list or metric must not end up in one table
         claim_folder(self.folder, {**self._meta(), "data": config.data, "clips_per_unit": config.clips_per_unit})
@@ -189,19 +299,19 @@ class Curation:
 
     def merge(self) -> None:
         """Put the finished units together, in order."""
-        tables = [QualityTable.load(path) for path in self.units.paths]
+        tables = [QualityTable.load(path, beam=True) for path in self.units.paths]
         names = [name for table in tables for name in table.names]
         files = [file for table in tables for file in table.files or [NO_FILE] * len(table)]
         self._check_unchanged(dict(zip(names, files, strict=True)))
         lpips_BA, psnr_BA, mse_BA = (
             torch.cat([getattr(table, key) for table in tables]) for key in ("lpips_BA", "psnr_BA", "mse_BA")
         )
-        self._table((lpips_BA, psnr_BA, mse_BA), names, files).save(self.table_path)
+        rows = [table.row_BR for table in tables if table.row_BR is not None]
+        row_BR = torch.cat(rows) if rows else None
+        self._table((lpips_BA, psnr_BA, mse_BA), names, files, row_BR).save(self.table_path)
         missing = sorted(set(self.dataset.names) - set(names))
         atomic_write(self.folder / "skipped.json", json.dumps(missing, indent=1).encode())
-        print(
-            f"{self.table_path}: {len(names)} clips x {self.space.num_rows} assignments; {len(missing)} clips skipped"
-        )
+        print(f"{self.table_path}: {len(names)} clips x {lpips_BA.shape[1]} assignments; {len(missing)} clips skipped")
 
     @property
     def space(self) -> AssignmentSpace:
@@ -224,25 +334,59 @@ class Curation:
         """Score one unit. Clips that cannot be read are left out here and counted when the table is merged."""
         names, files = [clip.name for clip, _ in read], [file for _, file in read]
         if not read:
-            nothing = torch.empty(0, self.space.num_rows)
-            return self._table((nothing, nothing, nothing), names, files)
+            is_beam = self.config.method == "beam"
+            num_rows = beam_rows(self.space, self.config.beam) if is_beam else self.space.num_rows
+            nothing = torch.empty(0, num_rows)
+            return self._table((nothing, nothing, nothing), names, files, nothing.long() if is_beam else None)
         video_BCTHW = to_video(torch.stack([clip.frames_CTHW for clip, _ in read]), self.tokenizer.device)
         with autocast(self.tokenizer.device, self.config.precision):
-            table = self._table(self._score(video_BCTHW, unit), names, files)
+            table = self._score(video_BCTHW, unit, names, files)
         if self.config.precision != "none" and self._unchecked:
             self._unchecked = False
-            line = equal_choices(table, self._table(self._score(video_BCTHW, unit), names, files))
+            line = equal_choices(table, self._score(video_BCTHW, unit, names, files), self.config.quality_weight)
             print(f"{self.config.precision} against fp32, {line}", flush=True)
         return table
 
-    def _score(self, video_BCTHW: Tensor, unit: int) -> Scores:
-        if self.config.method == "brute_force":
-            return self.scorer.brute_force(video_BCTHW)
-        # of the unit alone, so that the table has the same bytes however the work was shared
-        return self.scorer.tree(video_BCTHW, self.config.children, generator_for(0, "children", unit))
+    def _score(self, video_BCTHW: Tensor, unit: int, names: list[str], files: list[str]) -> QualityTable:
+        c, row_BR = self.config, None
+        if c.method == "brute_force":
+            scores = self.scorer.brute_force(video_BCTHW)
+        elif c.method == "beam":
+            row_BR, scores = self.scorer.beam(video_BCTHW, c.beam, c.quality_weight, self.reward_stats)
+        else:
+            # of the unit alone, so that the table has the same bytes however the work was shared
+            scores = self.scorer.tree(video_BCTHW, c.children, generator_for(0, "children", unit))
+        return self._table(scores, names, files, row_BR)
 
-    def _table(self, scores: Scores, names: list[str], files: list[str]) -> QualityTable:
-        return QualityTable(*scores, names, self.space.levels, self.space.num_blocks, self._meta(), files)
+    def _table(self, scores: Scores, names: list[str], files: list[str], row_BR: Tensor | None) -> QualityTable:
+        meta = self._meta()
+        if row_BR is not None:
+            meta["reward_stats"] = asdict(self.reward_stats)
+        return QualityTable(*scores, names, self.space.levels, self.space.num_blocks, meta, files, row_BR)
+
+    @cached_property
+    def reward_stats(self) -> RewardStats:
+        """The statistics that steer a beam: of `stats`, or of a sample, measured by the first process that asks."""
+        c = self.config
+        if c.stats:
+            return stats_of(QualityTable.load(c.stats, beam=True))
+        path = self.folder / "reward_stats.json"
+        with lock(self.folder / ".reward_stats.lock"):
+            if not path.exists():
+                atomic_write(path, json.dumps(asdict(self._measured_stats())).encode())
+        return from_dict(RewardStats, read_json(path, {}, f"remove it and {self.units.folder}"), str(path))
+
+    def _measured_stats(self) -> RewardStats:
+        """Of up to STATS_CLIPS clips spread over the set, each under STATS_ROWS rows drawn uniformly."""
+        num = min(STATS_CLIPS, len(self.dataset))
+        generator, distances = generator_for(0, "reward_stats"), []
+        for _, clip in self.dataset.readable([i * len(self.dataset) // num for i in range(num)]):
+            length_BN = self.space.lengths_of(self.space.draw_rows(STATS_ROWS, generator))
+            video_BCTHW = clip.video_CTHW.to(self.tokenizer.device).expand(STATS_ROWS, -1, -1, -1, -1)
+            distances.append(self.scorer.under(video_BCTHW, length_BN)[0].cpu())
+        if not distances:
+            raise UserError(f"not one of {num} clips of {', '.join(self.config.data.sources)} can be read")
+        return stats_of_sample(torch.cat(distances), self.space)
 
     def _check_unchanged(self, rated: dict[str, str]) -> None:
         """UserError if a file is not the one that was scored. rated: name -> fingerprint."""
@@ -260,20 +404,29 @@ class Curation:
             "frames_per_block": c.frames_per_block,
             "method": c.method,
             **({"children": c.children} if c.children else {}),
+            **({"beam": c.beam, "quality_weight": c.quality_weight, "stats": c.stats} if c.method == "beam" else {}),
             **({"precision": c.precision} if c.precision != "none" else {}),
             "data": to_dict(c.data),
             "clips_sha256": hashlib.sha256(names).hexdigest(),
         }
 
 
+def beam_rows(space: AssignmentSpace, width: int) -> int:
+    """R, the assignments of a clip that a beam measures: all children of the prefixes kept before the last block."""
+    return min(width, len(space.levels) ** (space.num_blocks - 1)) * len(space.levels)
+
+
 def equal_choices(ours: QualityTable, exact: QualityTable, quality_weight: float = 1.2) -> str:
     """How far the scores of the same clips in two precisions agree, in words: equal best rows, largest difference."""
-    stats, tokens_A = stats_of(exact), exact.space.tokens_A
+    stats = stats_of(exact)
+    rewards = [reward(x.lpips_BA, x.space.tokens_of(x.rows()), quality_weight, stats) for x in (ours, exact)]
     best_B, exact_B = (
-        reward(x.lpips_BA, tokens_A, quality_weight, stats).nan_to_num(-torch.inf).argmax(dim=1) for x in (ours, exact)
+        x.rows().gather(1, reward_BA.nan_to_num(-torch.inf).argmax(dim=1, keepdim=True))
+        for x, reward_BA in zip((ours, exact), rewards, strict=True)
     )
     num, equal = len(exact_B), int((best_B == exact_B).sum())
-    gap = (ours.lpips_BA - exact.lpips_BA).abs().nan_to_num().max().item()
+    both_BA = ours.rows() == exact.rows()  # beams may hold different rows
+    gap = (ours.lpips_BA - exact.lpips_BA).abs().where(both_BA, 0).nan_to_num().max().item()
     return (
         f"first {num} clips: equal best assignment (w_q = {quality_weight}) for {equal} ({equal / num:.0%}), "
         f"perceptual distances differ by at most {gap:.2g}"

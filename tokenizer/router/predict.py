@@ -4,7 +4,8 @@
     length_BN = router.assign(video_BCTHW, "tokens:512")
 
 A router trained with labels=quality predicts the quality of every row. From one set of weights it serves every
-trade-off (`quality_weight`) and every budget, `quality:Q` among them.
+trade-off (`quality_weight`) and every budget, `quality:Q` among them. A blockwise router (model.kind=blockwise) serves
+all budgets but that one, and decides each block of a live stream as soon as its frames are there (`live`).
 
 Letters: B clips, C T H W, N temporal blocks, A assignments (rows).
 """
@@ -12,6 +13,8 @@ Letters: B clips, C T H W, N temporal blocks, A assignments (rows).
 from __future__ import annotations
 
 import argparse
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,14 @@ import torch
 from torch import Tensor
 
 from tokenizer.assignment import AssignmentSpace
-from tokenizer.budget import Budget, choose_rows, parse_budget, warn_of_missed
+from tokenizer.budget import Budget, Search, choose_rows, parse_budget, warn_of_missed
 from tokenizer.common.clip_shape import check_same_shape, sides
 from tokenizer.common.config import differences, from_dict, load_section, to_dict
 from tokenizer.common.device import autocast
 from tokenizer.common.errors import UserError
 from tokenizer.model import TokenizerConfig, VideoTokenizer
-from tokenizer.router.model import Router, RouterConfig
+from tokenizer.router.blockwise import BEAM, LiveChoice, Rule, search, worth_of
+from tokenizer.router.model import BlockwiseRouter, Router, RouterConfig
 from tokenizer.router.reward import TOTAL_WEIGHT, TableStats, distance, reward_of_quality
 from tokenizer.router.stem import build_stem
 
@@ -33,10 +37,14 @@ from tokenizer.router.stem import build_stem
 class TrainedRouter:
     """A frozen router with its assignments. Made by `load_router`.
 
+    search: None, if `rate` gives a score for every row; else what reads that of a blockwise router.
+
     quality_weight: the w_q of a router that predicts qualities (labels=quality), within [0, 2]; it may be set anew at
     any time. None of one that has learned a single trade-off.
     stats: of the table that a router of qualities learned from; its predictions are distances by them.
     """
+
+    search: Search | None = None
 
     def __init__(
         self,
@@ -49,7 +57,7 @@ class TrainedRouter:
         """Raises UserError if a router on V-JEPA 2 does not find the weights it learned with."""
         self.quality_weight, self.stats = quality_weight, stats
         self.model = model.eval().requires_grad_(False)
-        self.stem = build_stem(model.config, model.head.weight.device)
+        self.stem = build_stem(model.config, next(model.parameters()).device)
         self.stem.check(model, origin)
         self.sha256 = sha256
         self.origin = origin
@@ -89,6 +97,15 @@ class TrainedRouter:
         if budget.max_distance is not None:
             return -self.distances(video_BCTHW, together)
         return self.scores(video_BCTHW, together)
+
+    def values_of(self, rated_BA: Tensor, row_BR: Tensor, price: float = 0.0) -> Tensor:
+        """What a budget at `price` compares of some rows, float64 [B, R]; rated_BA: from `rate`."""
+        return rated_BA.double().gather(1, row_BR) - price * self.space.tokens_of(row_BR)
+
+    def live(self, budget: str) -> Callable[[], Callable[[Tensor], int]] | None:
+        """Without look-ahead: call it at the start of each clip; what it returns takes the frames of the next block and
+        returns its length. None if the router must see the whole clip."""
+        return None
 
     def trade_off(self, budget: Budget) -> float | None:
         """The w_q that a choice under `budget` depends on; None for quality:Q and for a router of one trade-off."""
@@ -137,19 +154,77 @@ class TrainedRouter:
         budget: str | Budget = "router",
         price: float | None = None,
         together: bool = False,
+        prefix: Sequence[int] = (),
     ) -> Tensor:
         """length_BN, int64 on the CPU: the assignment of each clip under `budget` (forms: see tokenizer.budget).
 
         `price` goes with `average:N`: what `find_price` returned for the scores of the whole set. `together`: see
-        `predict`. Warns of clips for which no row is predicted to keep Q of `quality:Q`: they get the best predicted.
+        `predict`. prefix: lengths that the first blocks must have. Warns of clips for which no row is predicted to keep
+        Q of `quality:Q`: they get the best predicted.
         """
         if isinstance(budget, str):
             budget = parse_budget(budget, self.space)
         score_BA = self.rate(video_BCTHW, budget, together) if budget.needs_router else None
-        row_B = choose_rows(budget, score_BA, self.space, price, num_clips=len(video_BCTHW))  # [B]
+        row_B = choose_rows(budget, score_BA, self.space, price, len(video_BCTHW), self.search, prefix)  # [B]
         if score_BA is not None:
             warn_of_missed(budget, score_BA, row_B)
         return self.space.lengths_of(row_B)
+
+
+class TrainedBlockwise(TrainedRouter):
+    """A frozen router that rates the levels of one block after the other (blockwise.py).
+
+    `rate` gives the states of the blocks, [B, N, D], which `search` reads. Without a limit each block is decided by
+    itself, as in a live stream; within tokens:N a beam looks ahead in the clip.
+    """
+
+    model: BlockwiseRouter
+
+    def __init__(
+        self,
+        model: BlockwiseRouter,
+        sha256: str,
+        origin: str,
+        quality_weight: float | None = None,
+        stats: TableStats | None = None,
+    ) -> None:
+        super().__init__(model, sha256, origin, quality_weight, stats)
+        self._head = copy.deepcopy(model.block_head).double().cpu()
+        self.search = self._search
+
+    def scores(self, video_BCTHW: Tensor, together: bool = False) -> Tensor:
+        raise UserError(f"{self.origin} rates blocks, not whole assignments: this needs model.kind=table")
+
+    def rate(self, video_BCTHW: Tensor, budget: Budget, together: bool = False) -> Tensor:
+        self.check_budget(budget)
+        return self.predict(video_BCTHW, together)
+
+    def check_budget(self, budget: Budget) -> None:
+        if budget.max_distance is not None:
+            raise UserError(
+                f"budget {budget.text!r}: {self.origin} decides block by block and predicts no distance of a whole "
+                "assignment; give a router of model.kind=table trained with labels=quality"
+            )
+
+    def values_of(self, rated_BA: Tensor, row_BR: Tensor, price: float = 0.0) -> Tensor:
+        return worth_of(rated_BA, self._head, self._rule(price), row_BR)
+
+    @torch.no_grad()
+    def live(self, budget: str) -> Callable[[], Callable[[Tensor], int]] | None:
+        parsed = parse_budget(budget, self.space)
+        if not parsed.needs_router or parsed.average_tokens is not None:
+            return None
+        self.check_budget(parsed)
+        return lambda: LiveChoice(self.model, self._head, self._rule(parsed.price, parsed.max_tokens))
+
+    def _rule(self, price: float, max_tokens: int | None = None, prefix: Sequence[int] = ()) -> Rule:
+        return Rule(self.space, self.quality_weight, price, max_tokens, prefix)
+
+    def _search(
+        self, rated: Tensor, price: float = 0.0, max_tokens: int | None = None, prefix: Sequence[int] = ()
+    ) -> Tensor:
+        width = 1 if max_tokens is None else BEAM
+        return search(rated, self._head, self._rule(price, max_tokens, prefix), width)[:, 0]
 
 
 def load_router(
@@ -184,6 +259,8 @@ def load_router(
         quality_weight = file_config["quality_weight"] if quality_weight is None else quality_weight
         stored: Any = file_config.get("table_stats")  # absent from files of the first routers of qualities
         stats = from_dict(TableStats, stored, f"{path} (table_stats)") if stored else None
+    if isinstance(model, BlockwiseRouter):
+        return TrainedBlockwise(model.to(device), model.sha256, str(path), quality_weight, stats)
     return TrainedRouter(model.to(device), model.sha256, str(path), quality_weight, stats)
 
 

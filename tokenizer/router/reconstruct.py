@@ -124,7 +124,7 @@ def price_of_the_set(walk: ClipWalk, router: TrainedRouter | None, budget: Budge
         if clip.decoded is None:
             continue
         names.append(clip.name)
-        scores.append(router.scores(to_model_range(clip.decoded.frames_THWC)[None])[0])  # [A], 2.5 KB for 625 rows
+        scores.append(router.rate(to_model_range(clip.decoded.frames_THWC)[None], budget)[0])  # [A]: 2.5 KB for 625
         num_bytes += clip.decoded.frames_THWC.nbytes
         if num_bytes > _MOST_KEPT:
             kept = None  # too much for memory: the second pass decodes again
@@ -133,7 +133,7 @@ def price_of_the_set(walk: ClipWalk, router: TrainedRouter | None, budget: Budge
     if not scores:
         return PricedSet()
     score_SA = torch.stack(scores)  # S x [A] -> [S, A]
-    price = find_price(score_SA, router.space, budget.average_tokens)
+    price = find_price(score_SA, router.space, budget.average_tokens, router.search)
     folder.save_scores(made_from, price, names, score_SA)
     return PricedSet(price, dict(zip(names, score_SA, strict=True)), kept)
 
@@ -295,19 +295,20 @@ class Reconstructor:
         video_BCTHW = torch.stack([to_model_range(clip.frames_THWC) for clip in clips])  # float32 in [0, 1]
         if score_BA is None and self.router:
             score_BA = self.router.rate(video_BCTHW, self.budget)  # [B, A]
-        row_B = choose_rows(self.budget, score_BA, space, self.price, num_clips=len(clips))  # [B]
+        search = self.router.search if self.router else None
+        row_B = choose_rows(self.budget, score_BA, space, self.price, len(clips), search)  # [B]
         tokens = self.tokenizer.encode(video_BCTHW, space.lengths_of(row_B))  # lengths [B, N] -> codes [L]
         ours_BCTHW = self.tokenizer.decode(tokens)  # float32 in [0, 1]
         measured = self._measure(ours_BCTHW, video_BCTHW.to(ours_BCTHW.device))  # key -> [B]
         uniform_BCTHW: Tensor | None = None
         uniform_figures: list[dict[str, Any]] = [{} for _ in clips]
         if self.compare_uniform:
-            uniform_BCTHW, uniform_figures = self._at_uniform(video_BCTHW, space.tokens_A[row_B])
+            uniform_BCTHW, uniform_figures = self._at_uniform(video_BCTHW, space.tokens_of(row_B))
         results = []
         for b, clip in enumerate(clips):
             figures: dict[str, Any] = {
                 "assignment": tokens.length_BN[b].tolist(),
-                "tokens": int(space.tokens_A[row_B[b]]),
+                "tokens": int(space.tokens_of(row_B[b])),
             }
             figures |= {key: None if value_B is None else float(value_B[b]) for key, value_B in measured.items()}
             figures |= motion_figures(clip.frames_THWC, space.num_blocks) | uniform_figures[b]
@@ -344,19 +345,21 @@ class Reconstructor:
         The gap compares what the budget compares: score minus price times tokens. Under quality:Q instead: the
         predicted distance, and whether it keeps Q.
         """
-        space = self.tokenizer.space
+        space, router = self.tokenizer.space, self.router
+        assert router is not None
         if self.budget.max_distance is not None:
             kept = keeps_quality(self.budget, score_A[None], torch.tensor([row]))
             return {"predicted_distance": -float(score_A[row]), "keeps_quality": bool(kept)}
         price = self.budget.price if self.price is None else self.price
-        value_A = score_A.double() - price * space.tokens_A.double()  # [A], logits
         limit = self.budget.max_tokens or space.max_tokens
-        uniform = {level: space.uniform_row(level) for level in space.levels if level * space.num_blocks <= limit}
-        best_level = max(uniform, key=lambda level: float(value_A[uniform[level]]))
+        levels = [level for level in space.levels if level * space.num_blocks <= limit]
+        row_1R = torch.tensor([[row, *map(space.uniform_row, levels)]])
+        ours, *uniform = router.values_of(score_A[None], row_1R, price)[0].tolist()
+        own_row_B = choose_rows(Budget("router"), score_A[None], space, search=router.search)
         return {
-            "router_tokens": int(space.tokens_A[space.best_row(score_A)]),
-            "best_uniform": best_level,
-            "score_gap": float(value_A[row] - value_A[uniform[best_level]]),
+            "router_tokens": int(space.tokens_of(own_row_B)[0]),
+            "best_uniform": levels[uniform.index(max(uniform))],
+            "score_gap": ours - max(uniform),
         }
 
 

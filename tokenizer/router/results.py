@@ -190,7 +190,7 @@ class ResultsFolder:
             raise UserError(f"{self._scores}: is damaged ({error}); {_START_AGAIN}") from error
         fields = {"made_from": str, "price": float, "names": list[str]}
         check_fields(facts, fields, str(self._scores), _START_AGAIN)
-        if score_SA.ndim != 2 or len(score_SA) != len(facts["names"]) or not score_SA.isfinite().all():
+        if score_SA.ndim < 2 or len(score_SA) != len(facts["names"]) or not score_SA.isfinite().all():
             raise UserError(
                 f"{self._scores}: is damaged: scores do not fit its {len(facts['names'])} clips; {_START_AGAIN}"
             )

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.checkpoint import atomic_write
+from tokenizer.common.config import from_dict
 from tokenizer.common.errors import UserError
 from tokenizer.common.schema import check_fields, parse_json
 from tokenizer.data.clips import RENDERED
@@ -62,20 +63,23 @@ def table_stats(table: QualityTable) -> TableStats:
 
 
 def stats_of(table: QualityTable) -> RewardStats:
-    """The statistics of a table over all measured pairs of clip and assignment. UserError if LPIPS has no spread."""
-    lpips_BA = table.lpips_BA.double()
-    lpips_BA = lpips_BA[lpips_BA.isfinite()]  # NaN: not measured
-    tokens_A = table.space.tokens_A.double()  # [A]; every row counts once, as if rows were drawn uniformly
-    stats = RewardStats(
-        lpips_mean=lpips_BA.mean().item(),
-        lpips_std=lpips_BA.std(correction=0).item(),
-        tokens_mean=tokens_A.mean().item(),
-        tokens_std=tokens_A.std(correction=0).item(),
-    )
+    """The statistics of a table over all measured pairs of clip and assignment. UserError if LPIPS has no spread.
+
+    A table of a beam holds good assignments only; it carries the statistics that its beam was steered by.
+    """
+    if table.row_BR is not None:
+        return from_dict(RewardStats, table.meta.get("reward_stats", {}), "a table of a beam (reward_stats)")
+    return stats_of_sample(table.lpips_BA[table.lpips_BA.isfinite()], table.space)  # NaN: not measured
+
+
+def stats_of_sample(lpips: Tensor, space: AssignmentSpace) -> RewardStats:
+    """The statistics from distances of random clips under rows drawn uniformly, in any shape; the tokens' are exact."""
+    lpips = lpips.double()
+    stats = RewardStats(lpips.mean().item(), lpips.std(correction=0).item(), space.tokens_mean, space.tokens_std)
     if not (stats.lpips_std > 0 and stats.tokens_std > 0):
         raise UserError(
-            f"a quality table of {len(table)} clips x {len(tokens_A)} assignments has an LPIPS deviation of "
-            f"{stats.lpips_std:g} and a token deviation of {stats.tokens_std:g}; a reward needs both above 0"
+            f"{lpips.numel()} measured pairs of clip and assignment have an LPIPS deviation of {stats.lpips_std:g} and "
+            f"a token deviation of {stats.tokens_std:g}; a reward needs both above 0"
         )
     return stats
 
@@ -101,7 +105,7 @@ def distance(quality_BA: Tensor, stats: RewardStats) -> Tensor:
 def reward_of_quality(quality_BA: Tensor, space: AssignmentSpace, quality_weight: float) -> Tensor:
     """reward_BA, float64, of a predicted quality, for routers trained with labels=quality."""
     tokens_A = space.tokens_A.double().to(quality_BA.device)
-    return _weigh(quality_BA.double(), (tokens_A - tokens_A.mean()) / tokens_A.std(correction=0), quality_weight)
+    return _weigh(quality_BA.double(), (tokens_A - space.tokens_mean) / space.tokens_std, quality_weight)
 
 
 def _weigh(quality_BA: Tensor, length_A: Tensor, quality_weight: float) -> Tensor:
@@ -141,8 +145,8 @@ _KIND = "evatok.quality_table"
 class QualityTable:
     """float32 [B, A] each: perceptual distance (lower is better), PSNR in dB and MSE of pixels in [0, 1].
 
-    B clips, named; A rows of the assignment space in its own order. `meta`: its origin, such as the sha256 of
-    the tokenizer and the name of the perceptual network.
+    B clips, named; A rows of the assignment space in its own order, or in a table of a beam the R rows of `row_BR`.
+    `meta`: its origin, such as the sha256 of the tokenizer and the name of the perceptual network.
     """
 
     lpips_BA: Tensor
@@ -155,9 +159,10 @@ class QualityTable:
     files: list[str] = field(
         default_factory=list
     )  # fingerprint of each clip's file, "" for clips without a file; may be empty
+    row_BR: Tensor | None = None  # int64: the assignments that a beam measured, for each clip its own; None: all
 
     def __post_init__(self) -> None:
-        want = (len(self.names), self.space.num_rows)
+        want = (len(self.names), self.space.num_rows if self.row_BR is None else self.row_BR.shape[1])
         if self.files and len(self.files) != len(self.names):
             raise UserError(f"quality table: {len(self.files)} fingerprints for {len(self.names)} clips")
         for name in ("lpips_BA", "psnr_BA", "mse_BA"):
@@ -174,7 +179,13 @@ class QualityTable:
     @property
     def is_whole(self) -> bool:
         """Whether every assignment of every clip was measured; see `children` of stage 2."""
-        return not bool(self.lpips_BA.isnan().any())
+        return self.row_BR is None and not bool(self.lpips_BA.isnan().any())
+
+    def rows(self) -> Tensor:
+        """int64 [B, A or R]: the assignment of each measurement."""
+        if self.row_BR is not None:
+            return self.row_BR
+        return torch.arange(self.space.num_rows).expand(len(self), -1)
 
     def save(self, path: str | Path) -> None:
         """Write one .safetensors file, complete or not at all; equal tables give equal bytes."""
@@ -184,6 +195,8 @@ class QualityTable:
             facts["files"] = self.files
         facts["scenes"] = SCENES
         tensors = {"lpips": self.lpips_BA, "psnr": self.psnr_BA, "mse": self.mse_BA}
+        if self.row_BR is not None:
+            tensors["row"] = self.row_BR
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         facts["tensors_sha256"] = _digest(tensors)
         # one metadata key: safetensors writes several in random order, and equal tables would differ in their bytes
@@ -191,8 +204,8 @@ class QualityTable:
         atomic_write(Path(path), save(tensors, metadata=header))
 
     @staticmethod
-    def load(path: str | Path) -> QualityTable:
-        """Read what `save` wrote.
+    def load(path: str | Path, beam: bool = False) -> QualityTable:
+        """Read what `save` wrote; a table of a beam only if `beam`.
 
         Raises UserError for a missing, damaged or foreign file, and for scenes that are now rendered differently.
         """
@@ -203,12 +216,13 @@ class QualityTable:
                 header = file.metadata() or {}
                 if _KIND not in header:
                     raise UserError(f"{path}: not a quality table; it holds {', '.join(header) or 'bare tensors'}")
-                lpips, psnr, mse = (file.get_tensor(name) for name in ("lpips", "psnr", "mse"))
+                wanted = ["lpips", "psnr", "mse", *({"row"} & {*file.keys()})]
+                tensors = {name: file.get_tensor(name) for name in wanted}
         except SafetensorError as error:
             raise UserError(f"{path}: damaged quality table: {error}") from error
         again = "scripts/train/2_curate_router_data.sh makes it again"
         facts = check_fields(parse_json(header[_KIND], str(path), again), _FIELDS, str(path), again)
-        if facts.pop("tensors_sha256", None) not in (None, _digest({"lpips": lpips, "psnr": psnr, "mse": mse})):
+        if facts.pop("tensors_sha256", None) not in (None, _digest(tensors)):
             raise UserError(f"{path}: damaged: its tensors differ from their sha256; {again}")
         if strange := sorted(facts.keys() - {field.name for field in fields(QualityTable)} - {"scenes"}):
             raise UserError(f"{path}: damaged, or of another version: holds {strange[0]!r}; {again}")
@@ -219,7 +233,9 @@ class QualityTable:
                 f"{path} rates rendered scenes of version {scenes}, and this code renders version {SCENES} under the "
                 "same names: make the table again (scripts/train/2_curate_router_data.sh)"
             )
-        return QualityTable(lpips, psnr, mse, **facts)
+        if "row" in tensors and not beam:
+            raise UserError(f"{path} holds what a beam measured (method=beam), not whole rows: stage 3 alone reads it")
+        return QualityTable(tensors["lpips"], tensors["psnr"], tensors["mse"], **facts, row_BR=tensors.get("row"))
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -4,9 +4,10 @@
     python -m tokenizer.router.train configs/mini/router.yaml quality_weight=1.0 labels=soft run.dir=results/router/1.0
 
 The table holds no labels, only the LPIPS of every (clip, assignment): the trade-off, `quality_weight`, is chosen here.
-Rerun with the same run.dir to resume, to the same result.
+Rerun with the same run.dir to resume, to the same result. A blockwise router (model.kind=blockwise) learns from the
+same tables, and from those of a beam.
 
-Letters: B clips of a batch, S clips of a table, C T H W, A assignments (rows).
+Letters: B clips of a batch, S clips of a table, C T H W, A assignments (rows), R measured rows of a clip, G drawn ones.
 
 Views of a clip under which the same assignment stays best, or nearly: what a router learns from a small table.
 
@@ -24,6 +25,7 @@ ABOUT = "Stage 3: train a router on a quality table."
 if __name__ == "__main__":
     answer_help(lambda: training_parser(ABOUT).parse_intermixed_args())  # before torch is imported
 
+import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -47,6 +49,7 @@ from tokenizer.data.loader import ClipBatch, batches
 from tokenizer.data.video_io import VideoError
 from tokenizer.frozen.encoders import marked
 from tokenizer.model import parameters_by_part
+from tokenizer.router.blockwise import Rule, block_targets, draw_rows, measure_rows, search
 from tokenizer.router.model import Router, RouterConfig
 from tokenizer.router.reward import (
     QualityTable,
@@ -143,6 +146,7 @@ class RouterTrainConfig:
     threshold: float = 0.0  # of labels "threshold", a baseline: the fewest tokens at this LPIPS or less, else the most
     turns: bool = False  # small tables: clips also upside down and along the diagonal
     colours: bool = False  # small tables: colours in any order, and negatives
+    prefixes: int = 16  # of model.kind "blockwise": measured rows of a clip that a step learns from
     seen_patches: float = 1.0  # share of the patches that a training step shows; small tables: 0.1 to 0.25
     feature_cache: str = ""  # with model.stem = vjepa2: a folder for the features, 4 MiB a clip
     clip_cache: str = ""  # folder for the decoded clips, 768 KiB each at 16x128x128; default run.dir/clips
@@ -152,6 +156,18 @@ class RouterTrainConfig:
     def __post_init__(self) -> None:
         if self.labels not in ("hard", "soft", "threshold", "quality"):
             raise UserError(f"labels = {self.labels!r}: choose 'hard', 'soft', 'threshold' or 'quality'")
+        if self.model.kind == "blockwise" and self.labels == "threshold":
+            raise UserError("labels = 'threshold' needs model.kind = 'table': choose 'hard', 'soft' or 'quality'")
+        if self.run.compile and self.model.kind == "blockwise":
+            raise UserError(
+                "run.compile compiles whole passes, and model.kind = 'blockwise' goes block by block: leave it"
+            )
+        if self.temperature <= 0:
+            raise UserError(f"temperature = {self.temperature} must be above 0")
+        if self.prefixes < 1 or (self.model.kind != "blockwise" and self.prefixes != 16):
+            raise UserError(
+                f"prefixes = {self.prefixes} must be at least 1, and goes with model.kind = 'blockwise' only"
+            )
         if (self.threshold > 0) != (self.labels == "threshold"):
             raise UserError(f"threshold = {self.threshold} goes with labels = 'threshold', not {self.labels!r}")
         if not 0 < self.seen_patches <= 1:
@@ -225,22 +241,18 @@ class RouterTraining:
         config.table_sha256 = found
         self.clips = TableClips(config.data, run.seed, table, config.table)
         self.val_clips = TableClips(config.val_data, run.seed, val_table, config.val_table)
-        for path, each, whole in (
-            (config.table, table, config.labels != "quality"),
-            (config.val_table, val_table, True),
-        ):
-            if whole and not each.is_whole:
-                raise UserError(f"{path} lacks assignments (children): only the training table of labels=quality may")
-        self.table_stats = stats = table_stats(
-            table
-        )  # those of training rate both sets, or a weight would mean two things
+        check_rows(config, table, val_table)
+        # those of training rate both sets, or a weight would mean two things
+        self.table_stats = stats = table_stats(table)
+        self.val_rows, self.rows_SR = val_table.rows(), table.rows()
         self.reward_SA, self.val_reward_SA = (
-            reward(each.lpips_BA, self.space.tokens_A, config.quality_weight, stats) for each in (table, val_table)
+            reward(each.lpips_BA, self.space.tokens_of(each.rows()), config.quality_weight, stats)
+            for each in (table, val_table)
         )
         self.lpips_SA, self.quality_SA = table.lpips_BA, quality(table.lpips_BA, stats).float()
         self.row_of = {name: row for row, name in enumerate(table.names)}
         self.stem = build_stem(config.model, start_run(run), config.feature_cache)
-        router = Router(config.model)
+        router = Router.build(config.model)
         self.source_sha256 = init_from(router, config.init_from) if config.init_from else ""
         self.stem.sign(router)
         kind = marked("router", ["V-JEPA 2"] if self.stem.is_random else [])
@@ -267,6 +279,10 @@ class RouterTraining:
         if config.seen_patches < 1:
             seen_BK = draw_patches(config.model.num_places, config.seen_patches, generator, shard).to(device)
         clip_B = [self.row_of[name] for name in batch.names]
+        if config.model.kind == "blockwise":
+            random_BR = shard.pick(torch.rand(shard.total, self.rows_SR.shape[1], generator=generator))
+            loss, agreement = self._block_loss(video_BCTHW, seen_BK, clip_B, random_BR)
+            return loss, {"agreement": agreement}
         logits_BA = self.state.model(self.stem(video_BCTHW), seen_BK).float()
         if config.labels == "quality":
             return quality_loss(logits_BA, self.quality_SA[clip_B].to(device)), {**self.mark}
@@ -274,26 +290,61 @@ class RouterTraining:
         figures = {"percentile": _percentile(logits_BA, self.reward_SA[clip_B], self.space)}
         return loss, figures | self.mark
 
+    def _block_loss(
+        self, video_BCTHW: Tensor, seen_BK: Tensor | None, clip_B: list[int], random_BR: Tensor
+    ) -> tuple[Tensor, float]:
+        """The loss of a blockwise router, and how often its best level is that of the labels."""
+        config, device, num_levels = self.config, self.state.device, len(self.space.levels)
+        place_BRN = self.space.places_of(self.rows_SR[clip_B])
+        measured_BR = ~self.quality_SA[clip_B].isnan()
+        index_BG = draw_rows(measured_BR, config.prefixes, random_BR)
+        drawn_BGN = place_BRN.take_along_dim(index_BG[..., None], dim=1)
+        if config.labels == "quality":
+            value_BR, reduce = self.quality_SA[clip_B], "mean"
+        else:
+            value_BR, reduce = self.reward_SA[clip_B], "max"
+            if config.labels == "soft":
+                value_BR, reduce = value_BR / config.temperature, "logsumexp"
+        target_BGNm = block_targets(value_BR, place_BRN, index_BG, num_levels, reduce).to(device)
+        out_BGNm = self.state.model(self.stem(video_BCTHW), seen_BK, drawn_BGN.to(device)).float()
+        wanted_BGN = target_BGNm.nan_to_num(-torch.inf).argmax(dim=-1)
+        agreement = (out_BGNm.argmax(dim=-1) == wanted_BGN).float().mean().item()
+        if config.labels == "quality":
+            return quality_loss(out_BGNm.flatten(1), target_BGNm.float().flatten(1)), agreement
+        labels = wanted_BGN.flatten() if reduce == "max" else target_BGNm.softmax(dim=-1).float().flatten(0, 2)
+        return F.cross_entropy(out_BGNm.flatten(0, 2), labels), agreement
+
     def validate(self, step: int) -> dict[str, float]:
         """What the router does on the clips of the validation table, see `measure`."""
         num, at_once = len(self.val_clips), portion(self.config.run)
         own = distributed.own_part(num)
         readable: list[int] = []
-        scores: list[Tensor] = [torch.zeros(0, self.space.num_rows)]
+        scores: list[Tensor] = []
         for start in range(own.start, own.stop, at_once):
             clips = self._validation_clips(range(start, min(start + at_once, own.stop)))
             if clips:
                 readable += clips
                 seen = self.stem(torch.stack([*clips.values()]).to(self.state.device))
                 scores.append(self.state.model(seen).float().cpu())
-        score_SA = distributed.rows_of_all(torch.cat(scores))  # [own clips, A] -> [S, A]
+        c = self.config.model
+        shape = (c.num_blocks, c.width) if c.kind == "blockwise" else (self.space.num_rows,)
+        score_SA = distributed.rows_of_all(torch.cat([torch.zeros(0, *shape), *scores]))  # [own clips, ..] -> [S, ..]
         readable = distributed.rows_of_all(torch.tensor(readable, dtype=torch.long)).tolist()
         if not readable:
             raise UserError(f"val_data: not one of {num} clips can be read; make it name the clips of val_table")
         lost = {"unreadable": float(num - len(readable))} if len(readable) < num else {}
+        reward_SA = self.val_reward_SA[readable]
+        if c.kind == "blockwise":
+            return measure_rows(self._best_rows(score_SA), self.val_rows[readable], reward_SA, self.space) | lost
         if self.config.labels == "quality":
             score_SA = reward_of_quality(score_SA, self.space, self.config.quality_weight)
-        return measure(score_SA, self.val_reward_SA[readable], self.space) | lost | self.mark
+        return measure(score_SA, reward_SA, self.space) | lost | self.mark
+
+    def _best_rows(self, state_SND: Tensor) -> Tensor:
+        """row_S of a blockwise router, each block decided without look-ahead."""
+        w_q = self.config.quality_weight if self.config.labels == "quality" else None
+        head: Any = copy.deepcopy(self.state.model.head)
+        return search(state_SND, head.double().cpu(), Rule(self.space, w_q), width=1)[:, 0]
 
     def fit(self) -> None:
         """Train to `run.steps`, from the newest checkpoint in `run.dir` if there is one."""
@@ -320,7 +371,7 @@ class RouterTraining:
         return {place: clip.video_CTHW for place, clip in self.val_clips.readable(places)}
 
     def _read_table(self, path: str) -> QualityTable:
-        table = QualityTable.load(path)
+        table = QualityTable.load(path, beam=self.config.model.kind == "blockwise")
         if tuple(table.levels) != self.space.levels or table.num_blocks != self.space.num_blocks:
             raise UserError(
                 f"{path} rates levels {list(table.levels)} for {table.num_blocks} blocks, but model.levels are "
@@ -348,6 +399,23 @@ def quality_loss(quality_BA: Tensor, wanted_BA: Tensor) -> Tensor:
     mean_B1 = gap_BA.sum(dim=1, keepdim=True) / num_B1
     within = (torch.where(there_BA, gap_BA - mean_B1, 0.0).square().sum(dim=1, keepdim=True) / num_B1).mean()
     return WITHIN_WEIGHT * within + mean_B1.square().mean()
+
+
+def check_rows(config: RouterTrainConfig, table: QualityTable, val_table: QualityTable) -> None:
+    """Raises UserError if a table lacks rows that the labels or the validation need."""
+    thinned = (table.row_BR is None and not table.is_whole, val_table.row_BR is None and not val_table.is_whole)
+    if (thinned[0] and config.labels != "quality") or thinned[1]:
+        path = config.val_table if thinned[1] else config.table
+        raise UserError(f"{path} lacks assignments (children): only the training table of labels=quality may")
+    if table.row_BR is None:
+        return
+    if config.labels == "quality":
+        raise UserError(f"{config.table} holds the best assignments alone (method=beam): choose labels=soft or hard")
+    if (steered := table.meta.get("quality_weight")) != config.quality_weight:
+        raise UserError(
+            f"{config.table} was curated by a beam at quality_weight = {steered}, not {config.quality_weight}: curate "
+            "it again, or change quality_weight"
+        )
 
 
 def measure(score_SA: Tensor, reward_SA: Tensor, space: AssignmentSpace) -> dict[str, float]:
