@@ -48,10 +48,6 @@ from tokenizer.training.trainer import fit, portion, start_run
 _CLASS_DROPOUT = 0.1
 
 
-def _default_optim() -> OptimConfig:
-    return OptimConfig(lr=1e-4, min_lr=0.0, weight_decay=0.05, schedule="wsd")
-
-
 @dataclass
 class TokenFacts(ArchiveFacts):
     """Of the archive that a GPT learns from, stored with its weights."""
@@ -65,7 +61,9 @@ class GPTTrainConfig:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: GPTConfig = field(default_factory=GPTConfig)
-    optim: OptimConfig = field(default_factory=_default_optim)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=1e-4, min_lr=0.0, weight_decay=0.05, schedule="wsd")
+    )
     tokenizer: str = ""  # the one that made the tokens: .safetensors file or run folder
     archive: str = ""  # the tokens, from stage 5a
     val_archive: str = ""  # those of held-out clips

@@ -162,7 +162,8 @@ class Evaluation:
                 records[each.source.clip.index] |= scores
         if self.scorer.extractor:
             unknown = [e.source for e in good if e.source.clip.index not in known]
-            for source, feature_F in zip(unknown, self._real_features(unknown), strict=True):
+            reals = [source.real.frames_THWC for source in unknown if source.real]
+            for source, feature_F in zip(unknown, self.scorer.features(reals), strict=True):
                 features[source.clip.index]["real"] = feature_F
             for each, feature_F in zip(good, self.scorer.features(ours), strict=True):
                 index = each.source.clip.index
@@ -170,9 +171,6 @@ class Evaluation:
                 if index in known:
                     features[index]["real"] = known[index]
         return [Scored(records[index], features[index]) for index in records]
-
-    def _real_features(self, sources: Sequence[Source]) -> list[Tensor]:
-        return self.scorer.features([source.real.frames_THWC for source in sources if source.real])
 
     def _finish(self, system: System, card: dict[str, Any], kept: RealCache) -> None:
         records, features = self.folder.read()

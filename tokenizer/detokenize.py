@@ -47,7 +47,7 @@ from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.work_units import progress_bar
 from tokenizer.data.clip_stream import find_sources
 from tokenizer.data.safe_decode import decode_video
-from tokenizer.data.video_io import DecodedClip, VideoWriter, resize, resize_center_crop, to_uint8
+from tokenizer.data.video_io import VideoWriter, resize, resize_center_crop, to_uint8
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
 from tokenizer.token_file import TokenFile
@@ -114,12 +114,8 @@ def read_originals(file: TokenFile, args: argparse.Namespace, wanted: range) -> 
     clips = decode_video(args.source, T, None, facts.read_at, facts.backend, skip=first)
     with contextlib.closing(clips):
         for clip in clips:
-            yield _cut(clip, wanted)
-
-
-def _cut(clip: DecodedClip, wanted: range) -> np.ndarray:
-    begin = clip.start
-    return clip.frames_THWC[max(0, wanted.start - begin) : min(len(clip.seconds), wanted.stop - begin)]
+            begin, num_shown = clip.start, len(clip.seconds)
+            yield clip.frames_THWC[max(0, wanted.start - begin) : min(num_shown, wanted.stop - begin)]
 
 
 def check_source(file: TokenFile, path: str) -> None:

@@ -203,10 +203,6 @@ def _fast(rng: np.random.Generator) -> tuple[float, ...]:
     return (float(rng.uniform(*FAST_SPEED)),) * NUM_BLOCKS
 
 
-def _calm(rng: np.random.Generator) -> tuple[float, ...]:
-    return _still(rng) if rng.random() < 0.5 else _slow(rng)
-
-
 def _mixed(rng: np.random.Generator) -> tuple[float, ...]:
     """Fast in one, two or three blocks, still in the others."""
     moving = rng.permutation(NUM_BLOCKS) < rng.integers(1, NUM_BLOCKS)
@@ -214,7 +210,8 @@ def _mixed(rng: np.random.Generator) -> tuple[float, ...]:
 
 
 _SPEEDS: dict[str, Callable[[np.random.Generator], tuple[float, ...]]] = {
-    "still": _still, "slow": _slow, "shapes": _fast, "mixed": _mixed, "fast": _fast, "cuts": _calm,
+    "still": _still, "slow": _slow, "shapes": _fast, "mixed": _mixed, "fast": _fast,
+    "cuts": lambda rng: _still(rng) if rng.random() < 0.5 else _slow(rng),
 }  # fmt: skip
 
 

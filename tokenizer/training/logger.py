@@ -39,8 +39,9 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line for the state after `step` updates."""
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | {name: _finite(value) for name, value in values.items()}) + "\n")
+            file.write(json.dumps({"step": step} | plain) + "\n")
 
     def sync(self) -> None:
         """Flush to disk; called before a checkpoint, so that no checkpoint is newer than its lines."""
@@ -131,10 +132,6 @@ def _step_of(line: bytes) -> float:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line cut short by a kill is dropped with the later ones
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _WINDOW = 10  # discriminator updates that are averaged: one batch is noisy

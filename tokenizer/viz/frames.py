@@ -178,12 +178,8 @@ def contact_sheet(clips: Sequence[ShownClip], longest: int) -> Image.Image:
     rows = []
     for clip in clips:
         num_frames, _, width = clip.frames_THWC.shape[:3]
-        films = [rearrange(row[:: _every(num_frames, width)], "T H W C -> H (T W) C") for row in clip.rows]
+        every = 2 ** max(0, math.ceil(math.log2(num_frames * width / _WIDEST)))  # so many fit into a row
+        films = [rearrange(row[::every], "T H W C -> H (T W) C") for row in clip.rows]
         strip = token_strip(films[0].shape[1], clip.lengths, longest)
         rows += [*films, strip, np.full((_GAP, strip.shape[1], 3), _PAPER, np.uint8)]
     return Image.fromarray(np.concatenate(rows[:-1]))
-
-
-def _every(num_frames: int, width: int) -> int:
-    """1, 2, 4 ..: which frames of a clip fit into a row of the sheet."""
-    return 2 ** max(0, math.ceil(math.log2(num_frames * width / _WIDEST)))
