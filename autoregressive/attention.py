@@ -90,8 +90,8 @@ def attend_by_slot(q_SGhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, live: Seque
     attend = F.scaled_dot_product_attention if q_SGhe.dtype == torch.float32 else attend_one
     for s, num in enumerate(live):
         if num:
-            q_Gh1e, k, v = q_SGhe[s].unsqueeze(2), k_SGhQe[s, :, :, :num], v_SGhQe[s, :, :, :num]
-            mixed_SGhe[s] = attend(q_Gh1e, k, v).squeeze(2)
+            q_Gh1e, k, v = q_SGhe[s].unsqueeze(2), k_SGhQe[s, :, :, :num].to(q_SGhe.dtype), v_SGhQe[s, :, :, :num]
+            mixed_SGhe[s] = attend(q_Gh1e, k, v.to(q_SGhe.dtype)).squeeze(2)
     return mixed_SGhe
 
 
@@ -106,9 +106,24 @@ def attend_one(q_Gh1e: Tensor, k_GhQe: Tensor, v_GhQe: Tensor) -> Tensor:
 def attend_to_longest(q_SGhe: Tensor, k_SGhQe: Tensor, v_SGhQe: Tensor, position_S: Tensor, longest: int) -> Tensor:
     """All slots in one call over their first `longest` places, of which a slot sees those up to its position."""
     there_S11Q = (torch.arange(longest, device=q_SGhe.device) <= position_S[:, None])[:, None, None]
-    q, k, v = (x.flatten(0, 1) for x in (q_SGhe.unsqueeze(3), k_SGhQe[:, :, :, :longest], v_SGhQe[:, :, :, :longest]))
+    cached = (x_SGhQe[:, :, :, :longest].to(q_SGhe.dtype) for x_SGhQe in (k_SGhQe, v_SGhQe))
+    q, k, v = (x.flatten(0, 1) for x in (q_SGhe.unsqueeze(3), *cached))
     mask = there_S11Q.repeat_interleave(q_SGhe.shape[1], dim=0)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).squeeze(2).unflatten(0, q_SGhe.shape[:2])
+
+
+FP8 = torch.float8_e4m3fn  # of a cache in 8 bits: 4 of exponent, 3 of mantissa, up to 448
+FP8_MOST = 448.0
+
+
+def _to_cache(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As the cache keeps it; torch would make what exceeds the range of 8 bits a nan."""
+    return x.clamp(-FP8_MOST, FP8_MOST).to(FP8).view(torch.uint8) if dtype == FP8 else x
+
+
+def _bytes(cached: Tensor) -> Tensor:
+    """The same memory as a type that can be written by index."""
+    return cached.view(torch.uint8) if cached.dtype == FP8 else cached
 
 
 _MEMINFO = Path("/proc/meminfo")  # Linux; elsewhere all memory counts as free
@@ -138,15 +153,14 @@ class KVCache:
         if not isinstance(live, int) and cpu_kernel.takes_cache(k_SGhQe):
             return cpu_kernel.attend(q_Rhe, k_Rhe, v_Rhe, k_SGhQe, v_SGhQe, torch.tensor(live))
         q_SGhe, k_SGhe, v_SGhe = (x.unflatten(0, k_SGhQe.shape[:2]) for x in (q_Rhe, k_Rhe, v_Rhe))
-        k_SGhQe[self.slot_S, :, :, position_S] = k_SGhe
-        v_SGhQe[self.slot_S, :, :, position_S] = v_SGhe
+        for cached, new in ((k_SGhQe, k_SGhe), (v_SGhQe, v_SGhe)):
+            _bytes(cached)[self.slot_S, :, :, position_S] = _to_cache(new, cached.dtype)
         return attend_cached(q_SGhe, k_SGhQe, v_SGhQe, position_S, live).flatten(0, 1)
 
     def fill(self, layer: int, slot: int, k_Qhe: Tensor, v_Qhe: Tensor) -> None:
         """Write the first places of a slot at once, in all its streams."""
-        num = len(k_Qhe)
-        self.k_SGhQe[layer][slot, :, :, :num] = rearrange(k_Qhe, "Q h e -> h Q e")
-        self.v_SGhQe[layer][slot, :, :, :num] = rearrange(v_Qhe, "Q h e -> h Q e")
+        for cached, x_Qhe in ((self.k_SGhQe[layer], k_Qhe), (self.v_SGhQe[layer], v_Qhe)):
+            _bytes(cached)[slot, :, :, : len(x_Qhe)] = rearrange(_to_cache(x_Qhe, cached.dtype), "Q h e -> h Q e")
 
 
 def bytes_per_slot(layers: int, width: int, streams: int, places: int, dtype: torch.dtype) -> int:

@@ -24,6 +24,13 @@ if has_triton():
     import triton.language as tl
 
     @triton.jit
+    def _kept(new_e, cache):
+        """A new key or value as the cache keeps it."""
+        if cache.dtype.element_ty == tl.float8e4nv:
+            new_e = tl.clamp(new_e.to(tl.float32), -448.0, 448.0)
+        return new_e.to(cache.dtype.element_ty)
+
+    @triton.jit
     def _attend_split(  # type: ignore[no-untyped-def]
         q, k, v, cached_k, cached_v, position, part_mixed, part_top, part_total,
         heads, streams, places, q_stride, k_stride, v_stride, scale,
@@ -45,8 +52,8 @@ if has_triton():
             total = 0.0
             mixed_e = tl.zeros([padded_width], dtype=tl.float32)
             if place < begin + keys_per_split:  # the new token belongs to this stretch: it is written and counted here
-                new_k_e = tl.load(k + row * k_stride + head * width + e, mask=inside, other=0.0)
-                new_v_e = tl.load(v + row * v_stride + head * width + e, mask=inside, other=0.0)
+                new_k_e = _kept(tl.load(k + row * k_stride + head * width + e, mask=inside, other=0.0), cached_k)
+                new_v_e = _kept(tl.load(v + row * v_stride + head * width + e, mask=inside, other=0.0), cached_v)
                 tl.store(cached_k + first + place * width + e, new_k_e, mask=inside)
                 tl.store(cached_v + first + place * width + e, new_v_e, mask=inside)
                 top = tl.sum(new_k_e.to(tl.float32) * q_e, axis=0)
@@ -102,9 +109,9 @@ def attend_decode(
 ) -> Tensor:
     """Write keys and values of new tokens into the cache at their slots' positions, int64 [S], and attend up to there.
 
-    -> [R, h, e]. All in one precision; the cache is contiguous.
+    -> [R, h, e]. All in one precision, but for a cache in 8 bits; the cache is contiguous.
     """
-    assert k_SGhQe.is_contiguous() and v_SGhQe.is_contiguous() and q_Rhe.dtype == k_SGhQe.dtype
+    assert k_SGhQe.is_contiguous() and v_SGhQe.is_contiguous() and k_SGhQe.dtype in (q_Rhe.dtype, torch.float8_e4m3fn)
     rows, heads, width = q_Rhe.shape
     streams, places = k_SGhQe.shape[1], k_SGhQe.shape[3]
     splits, padded_width = triton.cdiv(places, KEYS_PER_SPLIT), triton.next_power_of_2(width)

@@ -41,6 +41,8 @@ def add_sampler_flags(parser: Parser) -> None:
     names, precision = " | ".join(PRECISION_NAMES), os.environ.get("PRECISION", "none")
     add("--precision", default=precision, help=f"of the GPT: {names} (default: PRECISION, else none)")
     add("--compile", action="store_true", help="torch.compile the step: slower to start, for many clips")
+    add("--no-fused-draw", action="store_true", help="on a GPU: draw ids by many kernels, not by one")
+    add("--fp8-cache", action="store_true", help="keep keys and values in 8 bits; what that costs is printed")
 
 
 def parse(parser: Parser, required: Sequence[str]) -> argparse.Namespace:

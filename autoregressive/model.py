@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoregressive.attention import KVCache, Live, attend_causal, bytes_per_slot
+from autoregressive.attention import FP8, KVCache, Live, attend_causal, bytes_per_slot
 from autoregressive.cpu_kernel import linear as few_rows
 from autoregressive.sequence import SequenceLayout, block_positions
 from tokenizer.common.errors import UserError
@@ -181,15 +181,16 @@ class GPT(HubModel, nn.Module):
         x_QD = self._embed(id_Q, position_Q, self._inner(id_Q, position_Q))
         self._hidden(x_QD, lambda layer: partial(attend, layer))
 
-    def new_cache(self, slots: int, streams: int, places: int | None = None) -> KVCache:
-        """Room for sequences of `places` ids (default: of any length), in the precision of the weights."""
+    def new_cache(self, slots: int, streams: int, places: int | None = None, fp8: bool = False) -> KVCache:
+        """Room for sequences of `places` ids (default: of any length), in the precision of the weights or in 8 bits."""
         c, weight = self.config, self.head.weight
         places = places or self.layout.max_length
-        return KVCache(c.layers, c.heads, c.width // c.heads, slots, streams, places, weight.dtype, weight.device)
+        dtype = FP8 if fp8 else weight.dtype
+        return KVCache(c.layers, c.heads, c.width // c.heads, slots, streams, places, dtype, weight.device)
 
-    def cache_bytes_per_slot(self, streams: int, places: int | None = None) -> int:
+    def cache_bytes_per_slot(self, streams: int, places: int | None = None, fp8: bool = False) -> int:
         """What one slot of `new_cache` takes."""
-        places, dtype = places or self.layout.max_length, self.head.weight.dtype
+        places, dtype = places or self.layout.max_length, FP8 if fp8 else self.head.weight.dtype
         return bytes_per_slot(self.config.layers, self.config.width, streams, places, dtype)
 
     @property

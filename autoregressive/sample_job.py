@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from autoregressive.flags import parse_lengths
 from autoregressive.presets import TrainedGPT, check_tokenizer_fits, load_gpt, size_name
 from autoregressive.sample_folder import SampleFolder
 from autoregressive.sample_grid import tokens_of
-from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig
+from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig, cost_of_fp8_cache
 from autoregressive.sequence import length_rule, longest_sequence
 from tokenizer.common.device import pick_device, pick_dtype
 from tokenizer.common.distributed import adopt_slurm
@@ -80,8 +80,10 @@ class SamplingModels:
         self.rule = length_rule(self.layout, forced, args.max_tokens)
         self.config = SamplingConfig(
             args.per_proc_batch_size, args.seed, guidance, args.temperature, args.top_k, args.top_p,
-            args.check_special_token_mask, args.compile,
+            args.check_special_token_mask, args.compile, not args.no_fused_draw, args.fp8_cache,
         )  # fmt: skip
+        if args.fp8_cache:
+            print(cost_of_fp8_cache(self.gpt.model), flush=True)
 
 
 class SampleJob(SamplingModels):
@@ -97,8 +99,7 @@ class SampleJob(SamplingModels):
 
     def start(self, **more_settings: Any) -> None:
         """Make the results folder ready; settings that decide a clip must be those of the clips that are there."""
-        decisive = {key: value for key, value in asdict(self.config).items() if key != "slots"}
-        decisive["guidance"] = list(self.config.guidance)
+        decisive = {key: value for key, value in self.config.facts().items() if key != "slots"}
         self.settings = {
             "tokenizer_sha256": self.tokenizer.sha256,
             "gpt_sha256": self.gpt.sha256,

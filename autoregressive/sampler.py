@@ -18,16 +18,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from autoregressive.attention import Live, check_memory
 from autoregressive.cuda_graph import CudaGraphs, GraphedStep, weak_method
+from autoregressive.draw_kernel import draw_fused
 from autoregressive.logits import draw_ids, guide, gumbel, id_words, key_words
 from autoregressive.model import GPT
-from autoregressive.sequence import ClipCodes, Grammar, LengthRule, SequenceLayout, block_positions, longest_sequence
+from autoregressive.sequence import (
+    ClipCodes,
+    Grammar,
+    LengthRule,
+    SequenceLayout,
+    block_positions,
+    length_rule,
+    longest_sequence,
+)
 from tokenizer.common.device import compile_layers, has_triton
 from tokenizer.common.errors import UserError
 
@@ -87,6 +97,8 @@ class SamplingConfig:
     top_p: float = 1.0
     check_grammar: bool = True
     compile: bool = False
+    fused_draw: bool = True  # on a GPU with Triton: draw by one kernel (draw_kernel.py)
+    fp8_cache: bool = False  # keys and values in 8 bits (attention.FP8), half the memory and traffic of bf16
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.top_k < 0:
@@ -97,6 +109,12 @@ class SamplingConfig:
             raise UserError(f"top_p = {self.top_p}: must lie above 0 and not above 1 (1 keeps all)")
         if not self.guidance or not all(0 <= scale < math.inf for scale in self.guidance):
             raise UserError(f"guidance = {list(self.guidance)}: give numbers of at least 0 (1 is no guidance)")
+
+    def facts(self) -> dict[str, Any]:
+        """All settings as JSON has them; later ones only if not at their defaults, so that earlier results resume."""
+        later = {f.name: f.default for f in fields(self) if f.name in ("fused_draw", "fp8_cache")}
+        known = {key: value for key, value in asdict(self).items() if key not in later or value != later[key]}
+        return known | {"guidance": list(self.guidance)}
 
     @property
     def streams(self) -> int:
@@ -153,9 +171,9 @@ class Sampler:
         assert not model.training, "call model.eval() first: dropout would change the samples"
         self.model, self.layout, self.config, self.counts = model, layout, config, SamplerCounts()
         self.places = places or layout.max_length
-        self.cache_bytes = slots * model.cache_bytes_per_slot(streams, self.places)
+        self.cache_bytes = slots * model.cache_bytes_per_slot(streams, self.places, config.fp8_cache)
         check_memory(slots, self.cache_bytes // slots, model.device)
-        self._cache = model.new_cache(slots, streams, self.places)
+        self._cache = model.new_cache(slots, streams, self.places, config.fp8_cache)
 
         device = model.device
         self._slots: list[_Slot | None] = [None] * slots
@@ -176,6 +194,7 @@ class Sampler:
         if config.compile:
             compile_layers(model, device, "--compile", "sample without it")
         self._kernel_sees = device.type == "cuda" and has_triton()
+        self._fuses_draw = self._kernel_sees and config.fused_draw
         self._run_step: Callable[[Live], None] = weak_method(self._advance)
         if device.type == "cuda":
             self._run_step = GraphedStep(self._run_step, self._step_state, CudaGraphs(device))
@@ -287,10 +306,13 @@ class Sampler:
         """The device's part of a step: fixed shapes, all state in place."""
         c, position_S = self.config, self._position_S
         logits_RV = self.model.step(self._input_SG.flatten(), position_S, live, self._cache, self._inner_S)
-        logits_SV = guide(logits_RV.unflatten(0, self._input_SG.shape), self._scale_S)  # [R, V] -> [S, V]
-        # arg max of logits + Gumbel noise is a draw from their softmax; the noise depends on (key, position) alone
-        noise_SV = gumbel(self._key_S2, position_S, self._word_V)
-        next_S = draw_ids(logits_SV, self._bias_SV, noise_SV, c.temperature, c.top_k, c.top_p)  # [S]
+        logits_SGV, cuts = logits_RV.unflatten(0, self._input_SG.shape), (c.temperature, c.top_k, c.top_p)
+        if self._fuses_draw:
+            next_S = draw_fused(logits_SGV, self._scale_S, self._bias_SV, self._key_S2, position_S, *cuts)
+        else:
+            # arg max of logits + Gumbel noise is a draw from their softmax; the noise depends on (key, position) alone
+            noise_SV = gumbel(self._key_S2, position_S, self._word_V)
+            next_S = draw_ids(guide(logits_SGV, self._scale_S), self._bias_SV, noise_SV, *cuts)  # [S]
         self._input_SG.copy_(next_S[:, None].expand_as(self._input_SG))  # both streams of a slot read the same id
         self._inner_S.copy_(self._block_positions.after(self._inner_S, next_S))
         self._sequence_SQ.scatter_(1, position_S[:, None] + 1, next_S[:, None])
@@ -345,3 +367,30 @@ class Sampler:
         self.counts.clips += 1
         self.counts.broken += broken is not None
         return Sample(slot.request, id_Q, slot.grammar.lengths, broken)
+
+
+@torch.inference_mode()
+def cost_of_fp8_cache(model: GPT) -> str:
+    """What keys and values in 8 bits change in the logits of a clip that was sampled with exact ones, in words."""
+    layout, device = model.layout, model.device
+    given = layout.condition_tokens
+    condition_L = torch.randint(layout.codebook_size, (given,), generator=torch.Generator().manual_seed(0))
+    request = Request(("cost of 8 bits",), 0 if layout.num_classes else None, condition_L, length_rule(layout))
+    (sample,) = Sampler(model, SamplingConfig(slots=1)).run([request])
+    id_Q, position_Q = sample.id_Q, torch.arange(len(sample.id_Q), device=device)
+    inner_Q = block_positions(layout, device).of(id_Q, position_Q)
+    on_device = device.type == "cuda" and has_triton()
+    kinds = []
+    for fp8 in (False, True):
+        cache = model.new_cache(1, 1, len(id_Q), fp8)
+        if given:
+            model.prefill(id_Q[:given], 0, cache)
+        logits = []
+        for q in range(given, len(id_Q) - 1):
+            id_R, position_S, inner_S = (x[q : q + 1] for x in (id_Q, position_Q, inner_Q))
+            logits.append(model.step(id_R, position_S, None if on_device else [q + 1], cache, inner_S))
+        kinds.append(torch.cat(logits).float())
+    exact_QV, ours_QV = (logits_QV.log_softmax(dim=1) for logits_QV in kinds)
+    nats = (exact_QV.exp() * (exact_QV - ours_QV)).sum(dim=1).mean()
+    same = (exact_QV.argmax(dim=1) == ours_QV.argmax(dim=1)).float().mean()
+    return f"8-bit keys and values, {len(ours_QV)} ids of a clip: likeliest id equal in {same:.2%}, KL {nats:.2g} nats"

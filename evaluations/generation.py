@@ -6,7 +6,7 @@ Letters: C T H W, K tokens of a block, L codes of the given frames.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class Generator(SamplingModels):
             "precision": self.precision,
             "tokens_per_block": list(self.rule.forced),
             "max_tokens": self.rule.max_tokens,
-            **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.config).items()},
+            **self.config.facts(),
         }
 
     @torch.inference_mode()

@@ -14,9 +14,11 @@ import torch
 from resuming import assert_same_weights, fit_and_die
 from torch import Tensor
 
-from autoregressive.attention import KVCache, attend_by_length
+from autoregressive.attention import FP8, KVCache, attend_by_length
 from autoregressive.attention import attend_varlen as attend_varlen_causal
 from autoregressive.cuda_graph import GraphedStep
+from autoregressive.draw_kernel import draw_fused
+from autoregressive.logits import draw_ids, guide, gumbel, id_words
 from autoregressive.model import GPT
 from autoregressive.presets import PRESETS
 from autoregressive.sampler import Request, Sampler, SamplingConfig
@@ -92,6 +94,37 @@ def test_the_kernel_over_the_live_cache_equals_the_loop(width: int, dtype: torch
     assert relative(ours.k_SGhQe[0][2], exact.k_SGhQe[0][2]) < CLOSE[dtype], "the new key is where it belongs"
 
 
+def test_a_cache_of_8_bits_holds_what_the_loop_writes() -> None:
+    live = [1, 300]
+    q, k, v = torch.randn(4, 3, 3, 64, device=CUDA).unbind(1)
+    k[0] = 1e4  # beyond the range of 8 bits
+    exact, ours = (KVCache(1, 3, 64, 2, 2, 600, FP8, CUDA) for _ in range(2))
+    position_S = torch.tensor(live, device=CUDA) - 1
+    wanted, mixed = exact.step(0, q, k, v, position_S, live), ours.step(0, q, k, v, position_S, None)
+    assert relative(mixed, wanted) < CLOSE[torch.float32]
+    for mine, theirs in zip((*ours.k_SGhQe, *ours.v_SGhQe), (*exact.k_SGhQe, *exact.v_SGhQe), strict=True):
+        assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cuts", [(1.0, 0, 1.0), (0.8, 50, 1.0), (1.0, 0, 0.9), (1.2, 100, 0.5)])
+def test_the_fused_draw_is_that_of_the_cpu(cuts: tuple[float, int, float], dtype: torch.dtype) -> None:
+    """At the size of the paper's head, 8197 ids in padded rows of 8200."""
+    generator, slots, num_ids = torch.Generator().manual_seed(0), 64, 8197
+    logits_SGV = (3 * torch.randn(slots, 2, 8200, generator=generator)).to(dtype)[:, :, :num_ids]
+    bias_SV = torch.zeros(slots, num_ids)
+    bias_SV[: slots // 2, 8192:] = bias_SV[slots // 2 :, :8192] = -torch.inf
+    key_S2 = torch.randint(2**32, (slots, 2), generator=generator)
+    place_S = torch.arange(slots)
+    state = (torch.full((slots,), 2.25), bias_SV, key_S2, place_S)
+    wanted_S = draw_ids(
+        guide(logits_SGV, state[0]), bias_SV, gumbel(key_S2, place_S, id_words(num_ids)), *cuts
+    )  # fmt: skip
+    padded_SGV = torch.nn.functional.pad(logits_SGV, (0, 3)).to(CUDA)[:, :, :num_ids]
+    ours_S = draw_fused(padded_SGV, *(x.to(CUDA) for x in state), *cuts).cpu()
+    assert (ours_S == wanted_S).float().mean() > 0.98, "only a near tie may fall otherwise"
+
+
 def test_tokens_of_a_real_video_are_those_of_the_cpu() -> None:
     files = ["tree_000.mp4", "bottle_000.mp4"]
     frames = [next(iter_clips(ROOT / "tokenizer/data/bundled" / name, num_frames=16, size=64)) for name in files]
@@ -129,8 +162,10 @@ def requests_of(num: int) -> list[Request]:
     return [Request(("clip", i), label=i % 11) for i in range(num)]
 
 
-def test_sampled_clips_are_those_of_the_cpu() -> None:
-    ours, wanted = sample(gpt("cuda"), CONFIG, requests_of(8)), sample(gpt("cpu"), CONFIG, requests_of(8))
+@pytest.mark.parametrize("fused", [False, True])
+def test_sampled_clips_are_those_of_the_cpu(fused: bool) -> None:
+    config = replace(CONFIG, fused_draw=fused)
+    ours, wanted = sample(gpt("cuda"), config, requests_of(8)), sample(gpt("cpu"), config, requests_of(8))
     assert sum(ours[key] == wanted[key] for key in wanted) >= 7, "only a near tie may fall otherwise"
 
 

@@ -1,6 +1,7 @@
 """The sampler: what a clip depends on and what it does not, the grammar, lengths, guidance, and how often it waits."""
 
 import gc
+import re
 import weakref
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from autoregressive.logits import draw_ids, guide, gumbel, id_words, keep_top_k, keep_top_p, key_words
 from autoregressive.model import GPT, GPTConfig
 from autoregressive.presets import PRESETS
-from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig
+from autoregressive.sampler import Request, Sample, Sampler, SamplingConfig, cost_of_fp8_cache
 from autoregressive.sequence import Grammar, LengthRule, length_rule, longest_sequence
 from tokenizer.common.errors import UserError
 
@@ -293,3 +294,17 @@ def test_a_sampler_that_nobody_needs_is_gone_at_once(gpt: GPT) -> None:
         assert watched() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("config", [CLASSES, FRAMES])
+def test_keys_and_values_in_8_bits_cost_little_and_say_how_much(config: GPTConfig) -> None:
+    model = random_gpt(config)
+    eight = SamplingConfig(slots=3, fp8_cache=True)
+    sampler = Sampler(model, eight)
+    assert sampler.cache_bytes * 4 == Sampler(model, SamplingConfig(slots=3)).cache_bytes
+    wanted = requests_of(6) if config is CLASSES else conditions(6)
+    whole = {sample.request.key: sample.id_Q.tolist() for sample in sampler.run(wanted)}
+    assert run(model, eight, wanted[::-1]) == whole, "a clip depends on nothing but its key"
+    found = re.search(r"likeliest id equal in ([\d.]+)%, KL ([\d.e-]+) nats", cost_of_fp8_cache(model))
+    assert found and float(found[1]) > 80 and 0 < float(found[2]) < 0.1
+    assert eight.facts()["fp8_cache"] is True and "fp8_cache" not in SamplingConfig().facts(), "earlier results resume"
