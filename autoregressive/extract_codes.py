@@ -127,7 +127,7 @@ class Extraction:
         device = pick_device(config.device)
         self.tokenizer = load_tokenizer(config.tokenizer, device)
         self._check_fits()
-        self.budget = parse_budget(config.budget, self.tokenizer.space)
+        self.budget = parse_budget(config.budget, self.tokenizer.space, config.trade_off)
         self.router = self._load_router(device)
         self.draws = list(self._list_draws())
         self.facts = self._facts()
@@ -242,7 +242,6 @@ class Extraction:
 
     def _load_router(self, device: torch.device) -> TrainedRouter | None:
         c = self.config
-        self.budget.check_trade_off(c.trade_off)
         if self.budget.average_tokens is not None:
             raise UserError(f"budget = {c.budget!r} needs the whole set at once; use price:P or tokens:N here")
         if bool(c.router) != self.budget.needs_router:

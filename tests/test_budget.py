@@ -143,9 +143,8 @@ def test_a_quality_floor_gets_the_cheapest_row_that_keeps_it() -> None:
 @pytest.mark.parametrize("text", ["uniform:8", "fixed:8,8,8", "quality:0.1"])
 def test_a_trade_off_that_changes_nothing_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="changes nothing"):
-        parse_budget(text, SPACE).check_trade_off(1.0)
-    parse_budget(text, SPACE).check_trade_off(None)
-    parse_budget("average:50", SPACE).check_trade_off(1.0)
+        parse_budget(text, SPACE, trade_off=1.0)
+    parse_budget("average:50", SPACE, trade_off=1.0)
 
 
 def test_missing_scores_missing_price_and_broken_scores_are_refused() -> None:

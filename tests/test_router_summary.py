@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tokenizer.common.errors import UserError
-from tokenizer.router.reconstruct import motion_figures, pick_perceptual
+from tokenizer.common.image_quality import motion_figures
+from tokenizer.router.reconstruct import pick_perceptual
 from tokenizer.router.results import codebook_use, rank_correlation
 from tokenizer.tokens import VideoTokens
 

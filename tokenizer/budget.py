@@ -64,19 +64,17 @@ class Budget:
         """Whether the choice depends on a router's scores."""
         return self.fixed_row is None
 
-    def check_trade_off(self, trade_off: float | None) -> None:
-        """Raises UserError if a w_q is given, but this budget compares no scores."""
-        if trade_off is not None and (self.fixed_row is not None or self.max_distance is not None):
-            raise UserError(f"--trade-off {trade_off:g} changes nothing under the budget {self.text!r}: leave one out")
 
-
-def parse_budget(text: str, space: AssignmentSpace) -> Budget:
+def parse_budget(text: str, space: AssignmentSpace, trade_off: float | None = None) -> Budget:
     """Read one of the forms `router | tokens:N | average:N | price:P | quality:Q | fixed:a,b,c,d | uniform:K`.
 
-    Raises UserError for any other text, for a limit below the smallest assignment and for lengths outside the levels.
+    Raises UserError for any other text, for a limit below the smallest assignment, for lengths outside the levels, and
+    if `trade_off`, a w_q that is asked for, changes nothing because the budget compares no scores.
     Whether a Q can be reached is the router's to know: `TrainedRouter.check_budget`.
     """
     form, colon, value = text.strip().partition(":")
+    if trade_off is not None and form in ("quality", "fixed", "uniform"):
+        raise UserError(f"--trade-off {trade_off:g} changes nothing under the budget {text!r}: leave one out")
     match form, colon:
         case "router", "":
             return Budget(text)

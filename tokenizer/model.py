@@ -33,6 +33,7 @@ from tokenizer.blocks.bottlenecks import (
 )
 from tokenizer.blocks.patches import (
     Grid,
+    grid_of,
     most_queries,
     packed_cells,
     packed_queries,
@@ -43,7 +44,7 @@ from tokenizer.blocks.patches import (
 )
 from tokenizer.blocks.structured_init import patch_filters, start_decoder, start_encoder
 from tokenizer.blocks.transformer import QFormer
-from tokenizer.common.clip_shape import check_whole_patches, grid_of, plain_size, sides
+from tokenizer.common.clip_shape import check_whole_patches, plain_size, sides
 from tokenizer.common.errors import UserError
 from tokenizer.common.hub import HubModel
 
@@ -414,8 +415,7 @@ class VideoTokenizer(HubModel, nn.Module):
         return self.space.lengths_of(torch.full((len(video_BCTHW),), row))
 
     def _checked_packing(self, video_BCTHW: Tensor, length_BN: Tensor) -> Packing:
-        c = self.config
-        want = (3, c.num_frames, *sides(c.size))
+        want = (3, self.config.num_frames, *sides(self.config.size))
         if tuple(video_BCTHW.shape[1:]) != want:
             raise UserError(f"a clip must be {list(want)} (C, T, H, W), got {list(video_BCTHW.shape[1:])}")
         if not video_BCTHW.is_floating_point():

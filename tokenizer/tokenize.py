@@ -99,7 +99,7 @@ class Job:
 
     def __post_init__(self) -> None:
         """Raises UserError if models and budget do not fit each other."""
-        self.budget = parse_budget(self.args.budget, self.model.space)
+        self.budget = parse_budget(self.args.budget, self.model.space, self.args.trade_off)
         if self.budget.average_tokens is not None:
             raise UserError(f"--budget {self.budget.text} needs all clips before the first; use tokens:N or price:P")
         self.router = router_of_flags(self.args, self.model, self.budget)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -140,9 +141,8 @@ def attend_prefix(q_BKhe: Tensor, k_BShe: Tensor, v_BShe: Tensor) -> Tensor:
 def _attend_rectangle(q_Lhe: Tensor, k_She: Tensor, v_She: Tensor, query: Packing, key: Packing) -> Tensor:
     """Equal assignments: N batched calls, one per block."""
     q_blocks = q_Lhe.unflatten(0, (query.num_clips, -1)).split(query.lengths[0], dim=1)  # N of [B, K, h, e]
-    k_blocks, v_blocks = (
-        Prefixes.apply(x.unflatten(0, (key.num_clips, -1)), key.block_ends[0]) for x in (k_She, v_She)
-    )  # N of [B, keys in blocks <= t, h, e]
+    ends = [*accumulate(key.lengths[0])]  # keys in blocks <= t
+    k_blocks, v_blocks = (Prefixes.apply(x.unflatten(0, (key.num_clips, -1)), ends) for x in (k_She, v_She))
     mixed = [attend_prefix(*qkv) for qkv in zip(q_blocks, k_blocks, v_blocks, strict=True)]
     mixed_BKhe = torch.cat(mixed, dim=1)  # [B, L / B, h, e]
     # flatten(0, 1), but no view: torch.compile would look at what it is a view of, and compile anew for other batches

@@ -27,6 +27,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tokenizer.assignment import Packing
+from tokenizer.common.clip_shape import Size, sides
 
 Grid = tuple[int, int]
 """Rows and columns of a block's patches."""
@@ -54,6 +55,12 @@ def unpatchify(patch_BMP: Tensor, patch_frames: int, patch_size: int, grid: Grid
         h=grid[0],
         w=grid[1],
     )
+
+
+def grid_of(size: Size, patch_size: int) -> Grid:
+    """Rows and columns of the patches of a picture."""
+    height, width = sides(size)
+    return height // patch_size, width // patch_size
 
 
 def most_queries(grid: Grid) -> int:

@@ -58,12 +58,6 @@ def size_argument(text: str) -> int | list[int]:
     return plain_size([int(side) for side in text.split("x")] if "x" in text else int(text), "--size")
 
 
-def grid_of(size: Size, patch_size: int) -> tuple[int, int]:
-    """Rows and columns of the patches of a picture."""
-    height, width = sides(size)
-    return height // patch_size, width // patch_size
-
-
 def check_whole_patches(size: Size, patch_size: int, section: str = "") -> None:
     """UserError unless both sides are multiples of a patch's. section: "model." of a config, in front of the keys."""
     nearest = [patch_size * max(1, round(side / patch_size)) for side in sides(size)]

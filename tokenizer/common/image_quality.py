@@ -3,6 +3,8 @@
 Letters: B clips, C channels, T frames, H height, W width, N single-channel images.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -58,6 +60,13 @@ def motion(frames_THWC: np.ndarray) -> float:
     if len(frames_THWC) < 2:
         return 0.0
     return float(np.abs(np.diff(frames_THWC.astype(np.int16), axis=0)).mean())
+
+
+def motion_figures(frames_THWC: np.ndarray, num_blocks: int) -> dict[str, Any]:
+    """Motion of the clip and of each temporal block; a block's first frame is compared with the one before it."""
+    in_block = len(frames_THWC) // num_blocks
+    blocks = [frames_THWC[max(0, t * in_block - 1) : (t + 1) * in_block] for t in range(num_blocks)]
+    return {"motion": motion(frames_THWC), "block_motion": [motion(block) for block in blocks]}
 
 
 def _window_mean(image_N1HW: Tensor) -> Tensor:

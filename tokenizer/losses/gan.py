@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from tokenizer.blocks.patches import patchify, sincos_3d
+from tokenizer.blocks.patches import grid_of, patchify, sincos_3d
 from tokenizer.blocks.transformer import ViTLayer
-from tokenizer.common.clip_shape import Size, grid_of, sides, size_text
+from tokenizer.common.clip_shape import Size, sides, size_text
 from tokenizer.common.device import generator_for
 from tokenizer.common.distributed import BatchShard, mean_over_ranks
 from tokenizer.common.errors import UserError

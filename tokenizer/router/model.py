@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.assignment import AssignmentSpace
-from tokenizer.blocks.patches import cosine_filters, patchify
+from tokenizer.blocks.patches import cosine_filters, grid_of, patchify
 from tokenizer.blocks.transformer import ViTLayer
-from tokenizer.common.clip_shape import check_whole_patches, grid_of, plain_size
+from tokenizer.common.clip_shape import check_whole_patches, plain_size
 from tokenizer.common.errors import UserError
 from tokenizer.common.hub import HubModel
 from tokenizer.frozen.encoders import FrozenConfig

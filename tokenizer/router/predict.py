@@ -283,7 +283,6 @@ def router_of_flags(
     Raises UserError if the budget needs one, and if it does not fit the tokenizer or cannot serve the budget. dash: how
     the command spells its flags.
     """
-    budget.check_trade_off(args.trade_off)
     if args.router_ckpt is None:
         if args.router_config is not None:
             raise UserError(f"--router{dash}config without --router{dash}ckpt: give the weights too, or neither")

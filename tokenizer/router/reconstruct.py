@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -27,7 +26,7 @@ from tokenizer.budget import Budget, choose_rows, find_price, keeps_quality, par
 from tokenizer.common.clip_shape import Size
 from tokenizer.common.device import batches_at_once, float32_mode, pick_device
 from tokenizer.common.errors import UserError
-from tokenizer.common.image_quality import PSNR_OF_EQUAL, motion, psnr, ssim
+from tokenizer.common.image_quality import PSNR_OF_EQUAL, motion_figures, psnr, ssim
 from tokenizer.common.work_units import map_ahead
 from tokenizer.data.clip_stream import ClipRule, ClipWalk, SourceClip, find_sources
 from tokenizer.data.video_io import DecodedClip, display_name, to_model_range, to_uint8
@@ -61,7 +60,7 @@ def reconstruct_videos(args: argparse.Namespace) -> None:
     folder = ResultsFolder(args.save_dir, videos=not args.no_videos)
     sources = find_sources(args.vid_path, folder.holds)
     tokenizer = load_tokenizer(args.vq_ckpt, device, args.tok_config)
-    budget = parse_budget(args.budget, tokenizer.space)
+    budget = parse_budget(args.budget, tokenizer.space, args.trade_off)
     router = router_of_flags(args, tokenizer, budget)
     trade_off = router.trade_off(budget) if router else None
     perceptual, no_lpips = pick_perceptual(args.perceptual, device, tokenizer.config.size)
@@ -333,11 +332,9 @@ class Reconstructor:
         return uniform_BCTHW, figures
 
     def _measure(self, ours_BCTHW: Tensor, real_BCTHW: Tensor) -> dict[str, Tensor | None]:
-        return {
-            "psnr": psnr(ours_BCTHW, real_BCTHW).clamp(max=PSNR_OF_EQUAL).cpu(),
-            "ssim": ssim(ours_BCTHW, real_BCTHW).cpu(),
-            "lpips": None if self.perceptual is None else self.perceptual.clip_distance(ours_BCTHW, real_BCTHW).cpu(),
-        }
+        lpips_B = None if self.perceptual is None else self.perceptual.clip_distance(ours_BCTHW, real_BCTHW).cpu()
+        psnr_B = psnr(ours_BCTHW, real_BCTHW).clamp(max=PSNR_OF_EQUAL).cpu()
+        return {"psnr": psnr_B, "ssim": ssim(ours_BCTHW, real_BCTHW).cpu(), "lpips": lpips_B}
 
     def _router_figures(self, score_A: Tensor, row: int) -> dict[str, Any]:
         """Tokens of the router's own choice, and by how much its score beats the best uniform row allowed.
@@ -361,13 +358,6 @@ class Reconstructor:
             "best_uniform": levels[uniform.index(max(uniform))],
             "score_gap": ours - max(uniform),
         }
-
-
-def motion_figures(frames_THWC: np.ndarray, num_blocks: int) -> dict[str, Any]:
-    """Motion of the clip and of each temporal block; a block's first frame is compared with the one before it."""
-    in_block = len(frames_THWC) // num_blocks
-    blocks = [frames_THWC[max(0, t * in_block - 1) : (t + 1) * in_block] for t in range(num_blocks)]
-    return {"motion": motion(frames_THWC), "block_motion": [motion(block) for block in blocks]}
 
 
 def pick_perceptual(name: str, device: torch.device, size: Size) -> tuple[PerceptualDistance | None, str | None]:
