@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 from autoregressive.flags import REQUIRED, add_common_flags, parse, parse_guidance
-from tokenizer.common.cli import Parser, answer_help, at_least, positive
+from tokenizer.common.cli import Parser, answer_help, at_least, frame_rate
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -23,7 +23,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--class-idx", metavar="C,C,..", help="numbers (from 0) or names; double quotes keep a comma (default: all)")
     add("--qual-num", type=at_least(1), default=1, metavar="N", help="samples of each class (default: 1)")
     add("--cfg-scale", default="2.25", metavar="S", help="guidance, one number or one a block; 1: none (default: 2.25)")
-    add("--fps", type=positive, default=25.0, help="frame rate of the videos that are written (default: 25, UCF-101's)")
+    add(
+        "--fps",
+        type=frame_rate,
+        default=25.0,
+        help="frame rate of the videos that are written (default: 25, UCF-101's)",
+    )
     return parse(parser, REQUIRED)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 
 from autoregressive.flags import REQUIRED, add_common_flags, parse, parse_lengths
-from tokenizer.common.cli import Parser, answer_help, at_least, positive
+from tokenizer.common.cli import Parser, answer_help, at_least, frame_rate
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--fixed-prefix", metavar="K,K,..", help="tokens of each block of given frames (default: the model's)")
     add("--condition-mode", choices=("padding",), default="padding", help="repeat the last given frame in its block")
     add("--condition-frames", type=at_least(1), metavar="N", help="frames given (default: 1 into the last block: 5)")
-    add("--fps", type=positive, help="frame rate to read at (default: each file's own)")
+    add("--fps", type=frame_rate, help="frame rate to read at (default: each file's own)")
     add("--num-workers", type=at_least(0), default=1, metavar="N", help="processes that decode ahead (default: 1)")
     return parse(parser, REQUIRED)
 

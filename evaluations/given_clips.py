@@ -94,7 +94,7 @@ def read_frames(path: Path, num_frames: int, force: bool = False) -> np.ndarray:
 def why_lossy(path: Path) -> str | None:
     """Why a video may not hold the frames that were written into it; None for a lossless one."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path.absolute()), options={"protocol_whitelist": "file"}) as container:
             stream = container.streams.video[0]
             codec, pixels = stream.codec_context.name, stream.codec_context.pix_fmt or "unknown"
             packet = next(iter(container.demux(stream)))

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,6 +114,24 @@ class VideoReader:
         time.sleep(0.7)
         return Frame()
 """
+
+
+@pytest.mark.parametrize(
+    ("states", "polls", "expected"),
+    [
+        ([(True, 1.0), (True, 1.1), (True, 1.2)], [False, False, True], True),  # others have the CPU
+        ([(True, 1.0), (False, 1.0)], [False], False),  # it waits: a disk that does not answer
+        ([(True, 1.0), (True, 61.0)], [False], False),  # it computes and comes to nothing
+        ([(True, 1.0)] * 99, [False] * 99, False),
+    ],
+)
+def test_a_machine_that_is_busy_makes_no_hang(
+    monkeypatch: pytest.MonkeyPatch, states: list[tuple[bool, float]], polls: list[bool], expected: bool
+) -> None:
+    seen, answers = iter(states), iter(polls)
+    monkeypatch.setattr(safe_decode, "_ready_and_seconds", lambda pid: next(seen))
+    worker = SimpleNamespace(pid=1, _connection=SimpleNamespace(poll=lambda limit: next(answers)))
+    assert safe_decode._Worker._has_answer(worker, 60.0) is expected
 
 
 def test_a_slow_file_is_no_hang(tmp_path: Path, video: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def test_sigterm_ends_an_entry_like_ctrl_c(capsys: pytest.CaptureFixture[str]) -
     assert stop.value.code == 130 and "finished work is kept" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("fault", [errno.EROFS, errno.EACCES, errno.ENAMETOOLONG])
+@pytest.mark.parametrize("fault", [errno.EROFS, errno.EACCES, errno.ENAMETOOLONG, errno.ENOENT, errno.EEXIST])
 def test_a_path_that_cannot_be_used_is_one_line(fault: int, capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> None:
         raise OSError(fault, os.strerror(fault), "/some/" + 400 * "x")

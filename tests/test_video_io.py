@@ -1,5 +1,6 @@
 """Real files of many kinds, written with PyAV, through tokenizer/data/video_io.py with both decoders."""
 
+import argparse
 import importlib.util
 import os
 import tracemalloc
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
+from tokenizer.common.cli import frame_rate
 from tokenizer.common.errors import UserError
 from tokenizer.data import video_io
 from tokenizer.data.video_io import VideoError, resize_center_crop
@@ -145,6 +147,29 @@ def test_short_file_repeats_its_last_frame_and_says_so(tmp_path: Path, num_frame
         assert clip.num_padded == 16 - num_frames
         assert numbers_of(clip.frames_THWC) == [min(t, num_frames - 1) for t in range(16)]
     assert len(streamed) == 1
+
+
+def test_control_characters_of_a_name_are_printed_as_text() -> None:
+    assert video_io.display_name("a\nb\x1b[31m\x7f é 漢.mp4") == r"a\nb\x1b[31m\x7f é 漢.mp4"
+
+
+def test_a_video_is_written_into_a_new_folder_and_under_a_name_with_a_colon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    frames_THWC = numbered_frames(3, 32, 32)
+    with video_io.VideoWriter("new:folder/12:30.mp4", 10) as writer:
+        writer.add(frames_THWC, [0.0, 0.1, 0.2])
+    video_io.write_video("12:30.mp4", frames_THWC, 10)
+    for name in ("new:folder/12:30.mp4", "12:30.mp4"):
+        assert numbers_of(all_frames(Path(name))) == [0, 1, 2]
+
+
+def test_a_mistyped_frame_rate_is_refused() -> None:
+    assert frame_rate("23.976") == 23.976
+    for text in ("0", "-3", "nan", "inf", "1e9", "x"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            frame_rate(text)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from autoregressive.flags import GPT_SIZES
 from evaluations.flags import MIN_CLIPS
-from tokenizer.common.cli import EXTRACTORS, Parser, at_least, positive
+from tokenizer.common.cli import EXTRACTORS, Parser, at_least, frame_rate
 
 TABLE_STRATEGIES = ("threshold", "max-reward")
 BUDGET_STRATEGIES = ("tokens", "average", "price", "quality")
@@ -57,7 +57,7 @@ def _add_inputs(parser: Parser) -> None:
     add("--count", type=at_least(1), metavar="N", help="with --protocol: another number of clips, marked as changed")
     sources = "clips without a protocol: folders, files, manifests, bundled:heldout (default: those of --table)"
     add("--sources", nargs="+", metavar="SOURCE", help=sources)
-    add("--fps", type=positive, help="frame rate to read --sources at (default: each file's own)")
+    add("--fps", type=frame_rate, help="frame rate to read --sources at (default: each file's own)")
     add("--max-clips", type=at_least(1), metavar="N", help="the first N clips of --sources only")
 
 

@@ -20,6 +20,7 @@ BUDGET_FORMS = (
     "router | tokens:N | average:N | price:P | quality:Q | fixed:a,b,c,d | uniform:K"  # see tokenizer/budget.py
 )
 TRADE_OFF_HELP = "w_q of a router trained with labels=quality, within [0, 2] (default: that of its training)"
+MOST_FPS = 1000
 EXTRACTORS = ("i3d", "videomae", "effnet")  # of video features, for Frechet distances
 PRECISION_NAMES = ("none", "bf16", "fp16")  # none is float32
 
@@ -65,6 +66,14 @@ def positive(text: str) -> float:
     return number
 
 
+def frame_rate(text: str) -> float:
+    """An argparse type: frames a second, above 0; a mistyped one would repeat every picture without end."""
+    rate = positive(text)
+    if rate > MOST_FPS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no frame rate: at most {MOST_FPS} a second")
+    return rate
+
+
 def add_tokenizing_flags(parser: argparse.ArgumentParser) -> None:
     """Weights, reading and device, for the commands that take videos to tokens."""
     add = parser.add_argument
@@ -72,7 +81,7 @@ def add_tokenizing_flags(parser: argparse.ArgumentParser) -> None:
     add("--router_ckpt", help="weights of the router; not needed for the budgets fixed and uniform")
     add("--tok_config", help="YAML of the tokenizer, checked against its weights")
     add("--router_config", help="YAML of the router, checked against its weights")
-    add("--fps", type=positive, help="frame rate to read at (default: each file's own)")
+    add("--fps", type=frame_rate, help="frame rate to read at (default: each file's own)")
     add("--batch-size", type=at_least(1), default=4, metavar="N", help="clips that go through the models together")
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N (default: auto)")
     add("--backend", choices=("pyav", "decord"), default="pyav", help="video reader (default: pyav)")

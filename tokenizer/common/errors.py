@@ -15,8 +15,8 @@ EXIT_INTERRUPTED = 130
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 # Faults of a path or a mount, not of the code.
 _BAD_PATH = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EIO,
-    errno.ESTALE,
+    errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR,
+    errno.EISDIR, errno.EIO, errno.ESTALE,
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 import numpy as np
 import torch
 
+from tokenizer.common.cli import MOST_FPS
 from tokenizer.common.clip_shape import plain_size, sides
 from tokenizer.common.device import rng_for
 from tokenizer.common.errors import UserError
@@ -311,8 +312,10 @@ def _check(cfg: DataConfig) -> None:
         raise UserError(f"data.crop_scale={cfg.crop_scale} must lie above 0 and not above 1.0 (1.0 is the centre crop)")
     if cfg.num_frames < 1:
         raise UserError(f"data.num_frames={cfg.num_frames} must be at least 1")
-    if cfg.fps is not None and not cfg.fps > 0:
-        raise UserError(f"data.fps={cfg.fps} must be above 0; leave it out for the rate of the files")
+    if cfg.fps is not None and not 0 < cfg.fps <= MOST_FPS:
+        raise UserError(
+            f"data.fps={cfg.fps} must be above 0 and at most {MOST_FPS}; leave it out for the rate of the files"
+        )
 
 
 def _augment(frames_THWC: np.ndarray, cfg: DataConfig, rng: np.random.Generator) -> np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tokenizer.common.cli import Parser, answer_help, at_least, positive
+from tokenizer.common.cli import Parser, answer_help, at_least, frame_rate
 from tokenizer.common.clip_shape import size_argument
 
 
@@ -21,7 +21,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sources", nargs="+", required=True, help="data.sources of a config, see scripts/README.md")
     parser.add_argument("--size", type=size_argument, default=64, help="side, or 96x160: height x width (default: 64)")
     parser.add_argument("--num-frames", type=at_least(1), default=16, help="frames of a clip (default: 16)")
-    parser.add_argument("--rate", type=positive, default=8.0, help="frames a second when played (default: 8)")
+    parser.add_argument("--rate", type=frame_rate, default=8.0, help="frames a second when played (default: 8)")
     parser.add_argument("--lossless", action="store_true", help="every pixel as it is; few players show such files")
     return parser.parse_args()
 

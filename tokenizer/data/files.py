@@ -58,8 +58,12 @@ class Span(NamedTuple):
 
 
 def display_name(path: str | os.PathLike[str]) -> str:
-    r"""A printable form of any file name: bytes that are not UTF-8 appear as \xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    r"""A printable form of any file name: bytes that are not UTF-8 and control characters appear as \xNN.
+
+    A line feed would break a one-line message, and an escape sequence would command the terminal.
+    """
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def file_slug(text: str, most: int = 60) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tokenizer.common.cli import Parser, answer_help, at_least, positive
+from tokenizer.common.cli import Parser, answer_help, at_least, frame_rate
 
 DATASETS = ("ucf101", "k600", "webvid", "folder")
 
@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     check.add_argument("--against", type=Path, metavar="OTHER.csv", help="another split; no file may be in both")
     check.add_argument("--same-name", action="store_true", help="with --against: equal names in other folders, too")
     check.add_argument("--num-frames", type=at_least(1), default=16, help="a shorter video is too short (default: 16)")
-    check.add_argument("--fps", type=positive, help="count frames at this rate (default: each file's own)")
+    check.add_argument("--fps", type=frame_rate, help="count frames at this rate (default: each file's own)")
     check.add_argument("--decode", choices=("none", "first", "all"), default="first", help="how much to decode")
     check.add_argument("--sha256", action="store_true", help="hash every file: altered ones, copies under other names")
     check.add_argument("--backend", choices=("pyav", "decord"), default="pyav", help="video reader")

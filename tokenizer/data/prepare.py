@@ -14,7 +14,7 @@ import argparse
 import os
 from pathlib import Path
 
-from tokenizer.common.cli import Parser, answer_help, at_least, positive
+from tokenizer.common.cli import Parser, answer_help, at_least, frame_rate
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -22,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("manifest", type=Path)
     parser.add_argument("--out", required=True, type=Path, help="folder of the copies and their manifest.csv")
     parser.add_argument("--short-side", type=at_least(16), default=128, help="pixels; never enlarged (default: 128)")
-    parser.add_argument("--fps", type=positive, help="frame rate of the copies (default: each file's own)")
+    parser.add_argument("--fps", type=frame_rate, help="frame rate of the copies (default: each file's own)")
     parser.add_argument("--crf", type=at_least(0), default=16, help="H.264 quality, lower is better (default: 16)")
     parser.add_argument("--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N", help="videos at once")
     parser.add_argument("--backend", choices=("pyav", "decord"), default="pyav", help="video reader")
@@ -126,7 +126,7 @@ def _encode(
     height, width = _even_size(first.frames_THWC, rule.short_side)
     # fastdecode leaves out the parts that are slow to decode: deblocking, CABAC, weighted prediction
     options = {"crf": str(rule.crf), "preset": "medium", "tune": "fastdecode", "g": str(KEYFRAME_EVERY), "bf": "0"}
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+    with av.open(str(path.absolute()), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=exact_rate(first.fps), options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.codec_context.thread_count = 1

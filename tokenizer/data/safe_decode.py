@@ -31,6 +31,7 @@ from tokenizer.data.files import Span, VideoError
 from tokenizer.data.video_io import DecodedClip, assemble
 
 TIME_LIMIT_S = 60.0  # without a sign of progress
+_RESPITES = 10  # limits in a row that pass while other processes have the CPU
 _START_LIMIT_S = 120.0  # a busy machine
 _ROOT = str(Path(__file__).parents[2])
 # -P: the current folder is not searched, where a file `random.py` of the user's would take the place of Python's own
@@ -180,7 +181,7 @@ class _Worker:
         with self._guarded(path):
             answer = {"beat": True}
             while "beat" in answer:
-                if not self._connection.poll(time_limit_s):
+                if not self._has_answer(time_limit_s):
                     raise TimeoutError(f"{time_limit_s:g} s")
                 answer = json.loads(self._connection.recv_bytes())
             if "picture" in answer:
@@ -192,6 +193,20 @@ class _Worker:
         if "bug" in answer:
             raise RuntimeError(f"defect in the decoding process, not in {os.fspath(path)!r}:\n{answer['bug']}")
         return answer
+
+    def _has_answer(self, time_limit_s: float) -> bool:
+        """Whether an answer comes within the limit, in which a process that others keep from computing has a respite.
+
+        Such a one is ready to run and has used less CPU time than the limit; a decoder that hangs waits or has used it.
+        """
+        before = _ready_and_seconds(self.pid)[1]
+        for _ in range(_RESPITES):
+            if self._connection.poll(time_limit_s):
+                return True
+            is_ready, seconds = _ready_and_seconds(self.pid)
+            if not is_ready or seconds - before >= time_limit_s / 2:
+                return False
+        return False
 
     @contextlib.contextmanager
     def _guarded(self, path: str | os.PathLike[str]) -> Iterator[None]:
@@ -239,6 +254,16 @@ def stop_idle_workers() -> None:
     """End the waiting processes of this one; the next file starts a new one."""
     for worker in _idle.pop(os.getpid(), []):
         worker.stop()
+
+
+def _ready_and_seconds(pid: int) -> tuple[bool, float]:
+    """Whether a process computes or is ready to, and its CPU seconds so far; (False, 0) without /proc."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+    except OSError:
+        return False, 0.0
+    return fields[0] == "R", (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _how_it_ended(code: int) -> str:

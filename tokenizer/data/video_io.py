@@ -275,7 +275,7 @@ def write_video(
     lossless=True: RGB with quantiser 0, comes back bit for bit; for anything that is measured.
     Raises OSError if the disk is full.
     """
-    target = Path(path)
+    target = Path(path).absolute()  # a relative a:b.mp4 would be taken for a protocol
     frames_THWC = frames_THWC if lossless else with_even_sides(frames_THWC)
     codec, pixels = ("libx264rgb", "rgb24") if lossless else ("libx264", "yuv420p")
     options = {"qp": "0"} if lossless else {"crf": "18"}
@@ -315,7 +315,8 @@ class VideoWriter:
         sound: str | Path | None = None,
         span: tuple[float, float] = (0.0, float("inf")),
     ) -> None:
-        self._path = Path(path)
+        self._path = Path(path).absolute()  # a relative a:b.mp4 would be taken for a protocol
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._aside = self._path.with_name(f".writing-{os.getpid()}-{self._path.name}")
         self._rate, self._crf = exact_rate(fps), crf
         self._sound = None if sound is None else _Sound(sound, span)
