@@ -99,7 +99,8 @@ def _read_pickle(path: Path) -> Any:
         except Exception as error:
             text = " ".join(str(error).split())
             found = re.search(r"(?:GLOBAL|global:?) ([\w.]+)", text)
-            reason = f"refused, because its pickle names {found[1]}" if found else f"cannot be read ({text[:160]})"
+            cause = "cannot be read: it is no pickled checkpoint, or damaged"
+            reason = f"refused, because its pickle names {found[1]}" if found else cause
             raise UserError(f"{path}: {reason}") from error
 
 
