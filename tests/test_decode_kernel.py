@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,3 +85,28 @@ def test_a_kernel_equals_the_reference(code: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+def test_kernels_build_for_a_gpu_that_is_not_here() -> None:
+    """sm_90: the interpreter accepts what the compiler does not. The cache in 8 bits, and a draw that cuts nothing."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from autoregressive import decode_kernel, draw_kernel
+
+    kinds = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "cached_k": "*fp8e4nv", "cached_v": "*fp8e4nv", "scale": "fp32"}
+    kinds |= dict.fromkeys(("part_mixed", "part_top", "part_total"), "*fp32") | {"position": "*i64"}
+    sizes = {"width": 64, "padded_width": 64, "keys_at_once": 64, "keys_per_split": 256}
+    build(triton, decode_kernel._attend_split, kinds, sizes, GPUTarget("cuda", 90, 32))
+    kinds = {"logits": "*bf16", "scale": "*fp32", "bias": "*fp32", "temperature": "fp32", "top_p": "fp32"}
+    kinds |= dict.fromkeys(("key", "position", "drawn"), "*i64")
+    sizes = {"streams": 2, "block": 1024, "cuts_k": False, "cuts_p": False}
+    build(triton, draw_kernel._draw, kinds, sizes, GPUTarget("cuda", 90, 32))
+
+
+def build(triton: Any, kernel: Any, kinds: dict[str, str], sizes: dict[str, int], target: Any) -> None:
+    """kinds: of the arguments that are no int32."""
+    signature = {name: "constexpr" if name in sizes else kinds.get(name, "i32") for name in kernel.arg_names}
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=sizes)
+    assert triton.compile(source, target=target, options={"num_warps": 4}).asm["cubin"]
