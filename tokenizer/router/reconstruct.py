@@ -296,19 +296,17 @@ class Reconstructor:
             score_BA = self.router.rate(video_BCTHW, self.budget)  # [B, A]
         search = self.router.search if self.router else None
         row_B = choose_rows(self.budget, score_BA, space, self.price, len(clips), search)  # [B]
+        tokens_B = space.tokens_of(row_B)
         tokens = self.tokenizer.encode(video_BCTHW, space.lengths_of(row_B))  # lengths [B, N] -> codes [L]
         ours_BCTHW = self.tokenizer.decode(tokens)  # float32 in [0, 1]
         measured = self._measure(ours_BCTHW, video_BCTHW.to(ours_BCTHW.device))  # key -> [B]
         uniform_BCTHW: Tensor | None = None
         uniform_figures: list[dict[str, Any]] = [{} for _ in clips]
         if self.compare_uniform:
-            uniform_BCTHW, uniform_figures = self._at_uniform(video_BCTHW, space.tokens_of(row_B))
+            uniform_BCTHW, uniform_figures = self._at_uniform(video_BCTHW, tokens_B)
         results = []
         for b, clip in enumerate(clips):
-            figures: dict[str, Any] = {
-                "assignment": tokens.length_BN[b].tolist(),
-                "tokens": int(space.tokens_of(row_B[b])),
-            }
+            figures: dict[str, Any] = {"assignment": tokens.length_BN[b].tolist(), "tokens": int(tokens_B[b])}
             figures |= {key: None if value_B is None else float(value_B[b]) for key, value_B in measured.items()}
             figures |= motion_figures(clip.frames_THWC, space.num_blocks) | uniform_figures[b]
             if score_BA is not None:
