@@ -132,7 +132,8 @@ class VectorQuantizer(Bottleneck):
 @torch.no_grad()
 def _nearest(z_LE: Tensor, codes_VE: Tensor) -> Tensor:
     """Unit latents and codes -> int64 [L], the code with the largest cosine."""
-    return torch.cat([(part_KE @ codes_VE.T).argmax(dim=-1) for part_KE in _parts(z_LE, codes_VE)])
+    # max, not argmax: on a CPU it takes half the time; both return the first of equal codes
+    return torch.cat([(part_KE @ codes_VE.T).max(dim=-1).indices for part_KE in _parts(z_LE, codes_VE)])
 
 
 def entropy_term(z_LE: Tensor, codes_VE: Tensor) -> Tensor:
