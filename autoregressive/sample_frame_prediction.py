@@ -39,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     answer_help(parse_arguments)  # before torch is imported
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,8 +157,8 @@ def sources_of(args: argparse.Namespace) -> list[VideoSource]:
     if (args.dataset is None) == (args.vid_path is None):
         raise UserError("give either --dataset k600_val or --vid_path DIR")
     if args.vid_path is not None:
-        own_results = Path(args.sample_dir).resolve()
-        return find_sources(args.vid_path, lambda path: path.resolve().is_relative_to(own_results))
+        own_results = os.path.realpath(args.sample_dir)
+        return find_sources(args.vid_path, lambda path: Path(os.path.realpath(path)).is_relative_to(own_results))
     root, list_file = (path_in_environment(name, INSTEAD) for name in ("K600_ROOT", "K600_VAL_FILE"))
     listed = list(find_kinetics(root, list_file))
     found = [

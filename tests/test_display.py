@@ -19,6 +19,7 @@ from tokenizer.data.files import fingerprint, list_videos
 from tokenizer.data.readers import PyAvReader
 from tokenizer.data.safe_decode import decode_clips
 from tokenizer.data.video_io import VideoError, iter_clips, probe, read_clip_at
+from tokenizer.router.results import ResultsFolder
 
 BACKENDS = ("pyav", "decord") if importlib.util.find_spec("decord") else ("pyav",)
 RATES = ("30000/1001", "24000/1001", "25", "9000000/299971", "119880/1001", "7.5")
@@ -287,14 +288,17 @@ def test_at_a_given_rate_every_frame_of_the_file_is_seen_in_training(tmp_path: P
 def test_special_files_are_refused_without_reading(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "zero.mp4").symlink_to("/dev/zero")
+    (tmp_path / "itself.mp4").symlink_to("itself.mp4")
+    assert not ResultsFolder(tmp_path / "out").holds(tmp_path / "itself.mp4")
     (tmp_path / "gone.mp4").symlink_to(tmp_path / "nowhere")
     for path in list_videos(tmp_path):
-        reason = "does not exist" if path.name == "gone.mp4" else "is not a regular file"
+        reasons = {"gone.mp4": "does not exist", "itself.mp4": "Too many levels of symbolic links"}
+        reason = reasons.get(path.name, "is not a regular file")
         for read in (lambda p: list(iter_clips(p)), lambda p: list(decode_clips(p)), fingerprint):
             with pytest.raises(VideoError, match=reason):
                 read(path)
     skipped = ClipWalk(find_sources(tmp_path, lambda path: False), ClipRule(4, 16), num_readers=2)
-    assert not list(skipped("reading")) and len(skipped.skipped) == 3
+    assert not list(skipped("reading")) and len(skipped.skipped) == 4
 
 
 def test_what_a_folder_holds_besides_videos_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

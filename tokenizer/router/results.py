@@ -97,8 +97,8 @@ class ResultsFolder:
 
     def holds(self, path: Path) -> bool:
         """Whether `path` is a video that this job wrote here."""
-        folder = path.resolve().parent
-        return folder.parent == self.clips.resolve() and (folder / _TOKENS).is_file()
+        folder = Path(os.path.realpath(path)).parent  # Path.resolve fails on a link to itself
+        return folder.parent == Path(os.path.realpath(self.clips)) and (folder / _TOKENS).is_file()
 
     @contextmanager
     def start(self, settings: Mapping[str, Any], overwrite: bool) -> Iterator[None]:
