@@ -1,9 +1,11 @@
 """Training on the CPU: a step, the quantizer, bf16 LPIPS, curation, checkpoints.
 
-    python scripts/bench/training.py [--quick] [--only step,quantizer,perceptual,curation,checkpoint]
+    python scripts/bench/training.py [--quick] [--only step,attention,quantizer,perceptual,curation,checkpoint]
 
 step        a training step at S-B width in fp32 (random assignments, l1, quantizer terms, clipping, AdamW, EMA), as a
             share of the matrix-product roof of the same run. The perceptual network is left out. Goal: 0.65.
+attention   forward and backward of the mini proxy's four attentions in bf16, torch's own backward of a call for each
+            clip and block in float32 over ours; unequal assignments. Goal: 1.3.
 quantizer   peak memory of autograd through the written formula of the entropy term over ours, 16384 codes, 3000
             latents, each side in a fresh process. Goal: 2.
 perceptual  largest change of a clip's distance in bf16 over 1e-3, held-out clips against blurred and noisy copies;
@@ -26,8 +28,9 @@ import torch.nn.functional as F
 from _bench import Part, fastest, in_fresh_process, peak_bytes, run_parts, thread_seconds
 from torch import Tensor
 
-from tokenizer.assignment import pack
+from tokenizer.assignment import Packing, pack, pack_uniform
 from tokenizer.blocks import bottlenecks as quantizer_module
+from tokenizer.blocks.attention import attend_by_clip, block_causal_attention
 from tokenizer.blocks.bottlenecks import ENTROPY_TEMPERATURE, VectorQuantizer
 from tokenizer.common.checkpoint import CheckpointStore
 from tokenizer.common.device import FlopCount
@@ -51,6 +54,7 @@ Terms = tuple[Tensor, dict[str, Tensor]]
 def main() -> None:
     parts: dict[str, Callable[[bool], Part]] = {
         "step": step,
+        "attention": attention,
         "quantizer": quantizer,
         "perceptual": perceptual,
         "curation": curation,
@@ -100,6 +104,32 @@ def gemm_rate(side: int = 1024) -> float:
     """Operations a second of a product of two square matrices: the best of 4."""
     square = torch.rand(side, side)
     return 2 * side**3 / fastest(torch.mm, square, square, repeats=4)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def attention(quick: bool) -> Part:
+    torch.manual_seed(0)
+    clips = 2 if quick else 8
+    tokens = pack(torch.tensor([8, 16, 32, 64, 128])[torch.randint(5, (clips, 4))])
+    patches = pack_uniform(clips, 4, 64)
+    seconds: dict[str, float] = {"ours": 0.0, "torch": 0.0}
+    for query, key, heads in ((tokens, tokens, 3), (tokens, patches, 3), (patches, patches, 4), (patches, tokens, 4)):
+        inputs = [
+            torch.randn(p.num_tokens, heads, 64, dtype=torch.bfloat16, requires_grad=True) for p in (query, key, key)
+        ]
+
+        def ours(inputs: list[Tensor] = inputs, query: Packing = query, key: Packing = key) -> None:
+            block_causal_attention(*inputs, query, key).sum().backward()
+
+        def reference(inputs: list[Tensor] = inputs, query: Packing = query, key: Packing = key) -> None:
+            attend_by_clip(*(x.float() for x in inputs), query, key).bfloat16().sum().backward()
+
+        for name, run in (("ours", ours), ("torch", reference)):
+            seconds[name] += fastest(run)
+    facts = {name: round(value, 4) for name, value in seconds.items()}
+    return Part(seconds["torch"] / seconds["ours"], 1.3, facts=facts | {"clips": clips})
 
 
 # --- the quantizer ----------------------------------------------------------------------------------------------------
