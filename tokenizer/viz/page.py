@@ -21,7 +21,7 @@ from PIL import Image
 from tokenizer.common.errors import UserError
 
 PLAYED_FPS = 8  # slow enough to compare; the mp4 files keep the true rate
-_SHOWN_SIDE = 128  # CSS pixels of a film's longer side; smaller clips are enlarged by a whole number
+_SHOWN_SIDE = 128  # CSS pixels of a film's longer side
 _ENLARGED = 3  # times, by a click
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -44,7 +44,7 @@ def film_sheet(films: Mapping[str, bytes], num_frames: int, num_rows: int) -> di
     """
     with Image.open(io.BytesIO(next(iter(films.values())))) as picture:
         width, height = picture.width // num_frames, picture.height // num_rows
-    shown = width * max(1, _SHOWN_SIDE // max(width, height))
+    shown = round(width * _SHOWN_SIDE / max(width, height))
     return {
         "pictures": {key: base64.b64encode(data).decode() for key, data in films.items()},
         "num_frames": num_frames,

@@ -19,7 +19,8 @@ from tokenizer.viz.frames import FULL_ERROR
 from tokenizer.viz.page import PLAYED_FPS, film_sheet, render
 from tokenizer.viz.plots import Series, area_chart, bar_chart, scatter_chart, to_svg
 
-MOST_FILMS = 60  # 60 films of 128x128 clips are about 12 MB
+MOST_FILMS = 60
+MOST_BYTES = 6 << 20  # of films, which the page holds as base64: 50 clips of 64x64, or 15 of 128x128, in four rows
 NUM_EXTREMES = 3  # a row of the page
 MOST_DOTS = 2000
 MOST_ASSIGNMENTS = 10
@@ -40,7 +41,8 @@ def write_report(folder: str | Path) -> Path:
 def report_page(folder: Path, metrics: Mapping[str, Any], skipped: Sequence[Mapping[str, str]]) -> str:
     """The page. `folder`: where clips/<name>/film.jpg are."""
     records, tok = metrics["clips"], metrics["tokenizer"]
-    groups = grouped(records)
+    largest = max((folder / "clips" / r["name"] / "film.jpg").stat().st_size for r in records)
+    groups = grouped(records, min(MOST_FILMS, max(3 * NUM_EXTREMES, MOST_BYTES // largest)))
     keys = {r["name"]: f"c{i}" for i, r in enumerate(r for _, _, group in groups for r in group)}
     motions = [r["motion"] for r in records]
     cards = [
@@ -72,8 +74,8 @@ def report_page(folder: Path, metrics: Mapping[str, Any], skipped: Sequence[Mapp
     )
 
 
-def grouped(records: Sequence[Record]) -> list[tuple[str, str, list[Record]]]:
-    """(heading, note, clips): the worst, the cheapest, the most expensive, then others up to MOST_FILMS.
+def grouped(records: Sequence[Record], most: int = MOST_FILMS) -> list[tuple[str, str, list[Record]]]:
+    """(heading, note, clips): the worst, the cheapest, the most expensive, then others up to `most` in all.
 
     A clip appears once, in the first group that has it. Few clips are one group, the cheapest first.
     """
@@ -94,7 +96,7 @@ def grouped(records: Sequence[Record]) -> list[tuple[str, str, list[Record]]]:
         seen |= {r["name"] for r in group}
         groups.append((heading, note, group))
     rest = [r for r in by_cost if r["name"] not in seen]
-    shown = evenly(rest, max(0, MOST_FILMS - len(seen)))
+    shown = evenly(rest, max(0, most - len(seen)))
     note = "fewest tokens first"
     if len(shown) < len(rest):
         note = f"{len(shown)} of {len(rest)}, evenly spread from the fewest tokens to the most"
