@@ -48,7 +48,6 @@ from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_data
 from tokenizer.data.loader import ClipBatch, batches
 from tokenizer.data.video_io import VideoError
 from tokenizer.frozen.encoders import marked
-from tokenizer.model import parameters_by_part
 from tokenizer.router.blockwise import Rule, block_targets, draw_rows, measure_rows, search
 from tokenizer.router.model import Router, RouterConfig
 from tokenizer.router.reward import (
@@ -358,6 +357,8 @@ class RouterTraining:
 
     def rehearse(self) -> None:
         """`--dry-run`: a few steps, nothing written."""
+        from tokenizer.model import parameters_by_part  # no training of a router needs a tokenizer
+
         config, parts = self.config, parameters_by_part(self.state.model)
         rehearse(config.run, self.state, self.batches, self.train_step, parts)
 
