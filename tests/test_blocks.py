@@ -65,8 +65,8 @@ def reference_kernel(
     return torch.cat(mixed)
 
 
-def assert_same(ours: Callable[..., Tensor], wanted: Callable[..., Tensor], query: Packing, key: Packing) -> None:
-    """Same output and same gradients."""
+def assert_same(ours: Callable[..., Tensor], wanted: Callable[..., Tensor], query: Packing, key: Packing) -> float:
+    """Same output and same gradients; the largest difference of the output."""
     results = []
     for attend in (ours, wanted):
         q, k, v = tensors(query, key)
@@ -75,11 +75,12 @@ def assert_same(ours: Callable[..., Tensor], wanted: Callable[..., Tensor], quer
         results.append((mixed, q.grad, k.grad, v.grad))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    return float((results[0][0] - results[1][0]).abs().max())
 
 
 @pytest.mark.parametrize("which", PAIRS)
-def test_the_loop_is_block_causal_attention(which: str) -> None:
-    assert_same(attend_by_clip, attend_masked, *PAIRS[which])
+def test_the_loop_is_block_causal_attention(which: str, record_property: Callable[[str, object], None]) -> None:
+    record_property("largest_difference", assert_same(attend_by_clip, attend_masked, *PAIRS[which]))
 
 
 @pytest.mark.parametrize("which", PAIRS)

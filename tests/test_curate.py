@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def curate(proxy: Path, folder: Path, **changes) -> Curation:
     return Curation(CurateConfig(dir=str(folder), proxy=str(proxy), **config))
 
 
-def test_tree_equals_brute_force() -> None:
+def test_tree_equals_brute_force(record_property: Callable[[str, object], None]) -> None:
     video = heldout_scenes(2)
     scorer = Scorer(lively_tokenizer(), load_perceptual("stlpips_alex"))
     tree, brute = scorer.tree(video), scorer.brute_force(video)
@@ -65,6 +66,7 @@ def test_tree_equals_brute_force() -> None:
         assert fast.shape == (2, 16)
         assert slow.std(dim=1).min() > 0, "assignments must differ, or the test shows nothing"
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+    record_property("largest_difference", float((tree[0] - brute[0]).abs().max()))  # of perceptual distances
     assert torch.equal(tree[0].argmin(dim=1), brute[0].argmin(dim=1))
 
 

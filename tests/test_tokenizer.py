@@ -6,6 +6,7 @@ tokens a clip: matrix products of a handful of rows take another path in BLAS, w
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -47,6 +48,10 @@ def video() -> Tensor:
     return torch.rand(3, 3, 16, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
 def run(model: VideoTokenizer, video_BCTHW: Tensor, length_BN: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
     """Frames and, for each clip and block, the codes, by the packed forward."""
     with torch.no_grad():
@@ -75,7 +80,9 @@ def test_codes_and_lengths_alone_give_the_forwards_reconstruction(model: VideoTo
 
 
 @pytest.mark.parametrize("t", [0, 1, 2])
-def test_later_frames_change_nothing_before_them(model: VideoTokenizer, video: Tensor, t: int) -> None:
+def test_later_frames_change_nothing_before_them(
+    model: VideoTokenizer, video: Tensor, t: int, record_property: Callable[[str, object], None]
+) -> None:
     """Bit for bit, and not even NaN gets through."""
     frames, codes = run(model, video, LENGTHS)
     seen = (t + 1) * TINY.patch_frames
@@ -83,6 +90,7 @@ def test_later_frames_change_nothing_before_them(model: VideoTokenizer, video: T
         other = video.clone()
         other[:, :, seen:] = poison
         other_frames, other_codes = run(model, other, LENGTHS)
+        record_property("largest_difference", largest_difference(other_frames[:, :, :seen], frames[:, :, :seen]))
         assert torch.equal(other_frames[:, :, :seen], frames[:, :, :seen])
         assert not torch.equal(other_frames[:, :, seen:], frames[:, :, seen:])
         for clip, other_clip in zip(codes, other_codes, strict=True):
@@ -144,11 +152,14 @@ def test_packed_equals_one_clip_at_a_time_forward_and_gradients(model: VideoToke
 
 
 @pytest.mark.parametrize("lengths", [[4, 32, 8, 16], [32, 4, 4, 4], [16, 16, 16, 16]])
-def test_streaming_equals_forward(model: VideoTokenizer, video: Tensor, lengths: list[int]) -> None:
+def test_streaming_equals_forward(
+    model: VideoTokenizer, video: Tensor, lengths: list[int], record_property: Callable[[str, object], None]
+) -> None:
     frames, codes = run(model, video, torch.tensor(lengths).expand(3, -1))
     stream_frames, stream_codes = reconstruct_streaming(model, video, lengths)
     assert torch.equal(stream_codes, torch.stack([torch.cat(blocks) for blocks in codes]))
     torch.testing.assert_close(stream_frames, frames.clamp(0, 1), rtol=1e-4, atol=1e-5)
+    record_property("largest_difference", largest_difference(stream_frames, frames.clamp(0, 1)))
 
 
 def test_one_block_makes_an_image_tokenizer() -> None:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,9 @@ class KilledAt(TokenizerTraining):
         return super().train_step(batch)
 
 
-def test_a_killed_run_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_with_the_same_bits(
+    whole: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     config = load_config(TokenizerTrainConfig, DEBUG / "proxy.yaml", [f"run.dir={tmp_path}", "run.device=cpu"])
 
     def killed(moment: int) -> None:
@@ -129,7 +132,9 @@ def test_a_killed_run_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> No
     assert len(lines(tmp_path)) < len(lines(whole))
     TokenizerTraining(config).fit()
     assert lines(tmp_path) == lines(whole)
-    assert final_bits(tmp_path) == final_bits(whole)
+    different = sum(a != b for a, b in zip(final_bits(tmp_path), final_bits(whole), strict=True))
+    record_property("largest_difference", different)  # tensors that differ
+    assert different == 0
 
 
 def test_a_worker_that_loads_data_changes_nothing(whole: Path, tmp_path: Path) -> None:

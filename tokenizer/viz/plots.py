@@ -279,17 +279,21 @@ def read_curves(runs: dict[str, Path], only: list[str]) -> dict[str, list[Series
     return {n: [Series(label, points, look=look[label]) for label, points in found[n].items()] for n in names}
 
 
-def curve_panels(curves: dict[str, list[Series]], columns: int = 2) -> Figure:
-    """All logged values in one figure, a panel each."""
+def curve_panels(
+    curves: dict[str, list[Series]], columns: int = 2, x_title: str = "step", marked: bool = False
+) -> Figure:
+    """All values in one figure, a panel each; marked: a dot at every point."""
     rows = -(-len(curves) // columns)
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(columns * WIDTH / 72, rows * HEIGHT / 72), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).flat
         for (name, lines), axes in zip(curves.items(), grid, strict=False):
             for line in lines:
-                axes.plot(*zip(*line.points, strict=True), color=line.colour, linewidth=1.8, label=line.name)
+                x, y = zip(*line.points, strict=True)
+                look = ("o" if marked else "") + ("-" if line.joined else "")
+                axes.plot(x, y, look, color=line.colour, linewidth=1.8, label=line.name)
             axes.set_title(name, loc="left", fontsize=11)
-            axes.set_xlabel("step")
+            axes.set_xlabel(x_title)
             axes.legend()
         for axes in grid:  # cells left without a value
             axes.set_axis_off()
