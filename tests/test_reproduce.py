@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import signal
@@ -57,9 +58,11 @@ def test_the_study_ends_with_a_report_of_every_claim(study: tuple[Path, list[str
     out, begun, said = study
     figures = json.loads((out / "figures.json").read_text())
     page = (out / "report.html").read_text()
+    text = html.unescape(page)
     assert {claim["number"] for claim in figures["claims"].values()} == set(TITLES)
-    assert all(claim["measure"] in page for claim in figures["claims"].values()) and "Debug scale" in page
-    assert page == report_page(figures) and "<script" not in page
+    assert [claim["measure"] for claim in figures["claims"].values() if claim["measure"] not in text] == []
+    assert "Debug scale" in text and "<script" not in page
+    assert (page == report_page(figures)) is True  # without a difference of two long lines
     identities = [claim for claim in figures["claims"].values() if claim["number"] == 8]
     assert len(identities) == 5 and all(claim["holds"] for claim in identities)
 

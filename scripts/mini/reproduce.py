@@ -35,7 +35,7 @@ from tokenizer.common.cli import Parser, answer_help, at_least
 
 ROOT = Path(__file__).parents[2]
 _PRELOADED = ["tokenizer.train", "tokenizer.router.train", "tokenizer.router.curate", "tokenizer.data.pack",
-              "autoregressive.train", "autoregressive.extract_codes", "evaluations.quality_cost.job",
+              "autoregressive.train", "autoregressive.extract_codes", "evaluations.quality_cost.__main__",
               "reproduce_samples", "reproduce_claims"]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from evaluations.metrics.bootstrap import Interval, bootstrap, jackknife_intervals
 from evaluations.metrics.frechet import frechet_of_features
-from evaluations.quality_cost.points import Curve, bd_rate, cost_at
+from evaluations.quality_cost.points import Curve, bd_rate
 from evaluations.shards import read_shard
 from tokenizer.assignment import AssignmentSpace
 
@@ -125,8 +125,8 @@ def saved_at(measured: Measured, metric: str, level: str) -> Statistic:
         point = measured.points["uniform", level]
         value = measured.frechet(point, index_S) if metric == FRECHET else point.mean(metric, index_S)
         tokens_P, value_P = measured.curve("max-reward", metric, index_S)
-        cost = cost_at(Curve(tokens_P, -value_P), -value)
-        return None if cost is None else cost / point.mean("tokens", index_S) - 1
+        at_level = Curve(np.array([point.mean("tokens", index_S)]), np.array([-value]))
+        return bd_rate(at_level, Curve(tokens_P, -value_P))
 
     return statistic
 
