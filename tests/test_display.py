@@ -166,7 +166,7 @@ def test_a_file_with_fewer_pictures_than_its_header_counts_is_noted(tmp_path: Pa
     assert len(notes) == 1 and notes[0].startswith("truncated: the header counts 20 pictures, the file holds 12")
     whole = iter_clips(path, 4, 16, all_clips=True)
     assert len(list(whole)) == 5
-    assert "truncated" in read_clip_at(tmp_path / "cut.avi", 0.0, 4, 16).notes[0]
+    assert any("truncated" in note for note in read_clip_at(tmp_path / "cut.avi", 0.0, 4, 16).notes)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])

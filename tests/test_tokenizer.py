@@ -228,7 +228,7 @@ def test_positions_and_attention_start_near() -> None:
     patch_pos, token_pos = (pos.unflatten(0, (4, -1)) for pos in (fresh.encoder_patch_pos, fresh.encoder_token_pos))
     torch.testing.assert_close(token_pos[:, :2], patch_pos.mean(dim=1, keepdim=True).expand(-1, 2, -1))
     torch.testing.assert_close(token_pos[:, 16:], patch_pos)  # the last group is one query a patch
-    torch.testing.assert_close(token_pos, pooling_pyramid(patch_pos, 4))
+    torch.testing.assert_close(token_pos, pooling_pyramid(patch_pos, (4, 4)))
 
 
 @pytest.mark.parametrize("heads", [1, 4])
