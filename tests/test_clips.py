@@ -2,7 +2,9 @@
 
 import collections
 import itertools
+import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +112,21 @@ def test_unreadable_files_are_named_once_and_replaced_by_the_next(
     with_workers = build_dataset(DataConfig(sources=[str(folder)], augment=False, **SMALL))
     list(batches(with_workers, 5, seed=0, num_workers=1, steps=1))
     assert set(with_workers.quarantine) == set(dataset.quarantine)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_signal_to_the_whole_process_group_leaves_the_workers_at_work() -> None:
+    stream = batches(build_dataset(DataConfig(sources=["bundled:train:8"], augment=False, **SMALL)), 2, 0, num_workers=2)
+    next(stream)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(worker.pid or 0, number)
+    for _ in range(12):  # more than were read ahead
+        next(stream)
+    stream.close()
+    assert not any(worker.is_alive() for worker in workers)
 
 
 def test_exported_clips_come_back_and_unreadable_ones_are_named(folder: Path, tmp_path: Path) -> None:

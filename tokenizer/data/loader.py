@@ -25,6 +25,7 @@ from tokenizer.common.errors import UserError
 from tokenizer.data.clips import ClipDataset, ClipSample, to_video
 
 _BATCHES_AHEAD = 2  # of each worker: the default of DataLoader
+_GRACE_S = 60  # that a worker outlives a SIGTERM, so that the step ends and a checkpoint is written
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,11 @@ def _collate(batch_size: int, placed: list[tuple[int, ClipSample]]) -> ClipBatch
 
 
 def _begin_worker(worker: int) -> None:
-    """The main process answers Ctrl-C and SIGTERM and then ends its workers; they must not answer on their own."""
+    """Leave signals to the main process, which ends its workers once a checkpoint is saved.
+
+    Schedulers and Ctrl-C signal the whole process group. A worker that died of it would end the run before it saves.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
