@@ -116,7 +116,9 @@ def test_unreadable_files_are_named_once_and_replaced_by_the_next(
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_a_signal_to_the_whole_process_group_leaves_the_workers_at_work() -> None:
-    stream = batches(build_dataset(DataConfig(sources=["bundled:train:8"], augment=False, **SMALL)), 2, 0, num_workers=2)
+    stream = batches(
+        build_dataset(DataConfig(sources=["bundled:train:8"], augment=False, **SMALL)), 2, 0, num_workers=2
+    )
     next(stream)
     workers = multiprocessing.active_children()
     assert len(workers) == 2

@@ -249,6 +249,22 @@ def test_every_head_of_the_decoder_looks_first_at_the_token_of_its_own_place(hea
             assert torch.equal(finest_hMN, torch.arange(256).expand(heads, -1))
 
 
+def test_heads_without_coefficients_see_their_surroundings_and_learn() -> None:
+    """A softmax that picks one key passes no gradient to queries and keys; heads would stay where they start."""
+    config = TokenizerConfig(size=64, levels=[8, 128], decoder=TransformerConfig(3, 128, 4))
+    fresh = build_tokenizer(config)
+    packing = pack(torch.full((1, 4), 128))
+    for layer in fresh.decoder:
+        for attention, wide in ((layer.self_attention, range(4)), (layer.cross_attention, range(1, 4))):
+            key_pos = fresh.decoder_patch_pos if attention is layer.self_attention else fresh.decoder_token_pos
+            keys = key_pos if attention is layer.self_attention else key_pos[fresh._token_rows(packing)]
+            q_Mhe = attention.queries(fresh.decoder_patch_pos)
+            k_Lhe, _ = attention.keys_values(keys, keys)
+            share_hML = (torch.einsum("mhe,lhe->hml", q_Mhe, k_Lhe) / q_Mhe.shape[-1] ** 0.5).softmax(dim=-1)
+            seen_h = (-(share_hML * share_hML.log()).sum(dim=-1)).mean(dim=1).exp()  # keys, by entropy
+            assert all(4 < seen_h[head] for head in wide), seen_h
+
+
 def test_an_untrained_tokenizer_already_is_a_coarse_codec() -> None:
     config = TokenizerConfig(
         size=64, levels=[8, 32, 128], encoder=TransformerConfig(2, 96, 4), decoder=TransformerConfig(3, 128, 4)

@@ -24,6 +24,10 @@ from tokenizer.blocks.patches import cosine_filters, waves_3d
 from tokenizer.blocks.transformer import QFormer, QFormerLayer
 
 NEARNESS = 16.0  # weight of a wave in the product of query and key: how sharply near places find each other
+_WIDER = (
+    4.0,
+    1.0,
+)  # the same of heads that carry no coefficient, in turn: they see some neighbours, or a wide surrounding
 _COLOUR_RANK = 1.2  # colour differences come right behind the first brightness differences
 _CONTENT, _CONSTANT = 0.3, 6.0  # amplitude of coefficients and of the constant pair in the encoder
 _SHOWN, _SHOWN_CONSTANT = 0.15, 3.0  # the same in the decoder
@@ -91,20 +95,26 @@ def patch_filters(patch_frames: int, patch_size: int) -> tuple[Tensor, Tensor]:
 def _start_attention(layer: QFormerLayer, content: list[int]) -> None:
     """Both attentions of a layer look for near places. `content`: channels that hold more than a position.
 
+    Heads whose values are coefficients find one place alone. All others see around it: a softmax that picks one key
+    passes no gradient to queries and keys, so such a head would look at its own place for good.
+
     The waves of each axis are dealt out to the heads in turn; no head is left without one of each. Rows that remain
     stay random but faint, because queries and keys that are both 0 would never learn.
     """
-    for attention in (layer.self_attention, layer.cross_attention):
+    carried = content[:-2]  # the last two are the constant pair, the same everywhere
+    for attention, values in ((layer.self_attention, []), (layer.cross_attention, carried)):
         weight, heads = attention.to_q.weight, attention.heads
         axes = [[wave for wave in axis if not set(wave) & set(content)] for axis in waves_3d(len(weight))]
         head_width = len(weight) // heads
         for head in range(heads):
             waves = [wave for axis in axes for wave in axis[head::heads] or axis[head % max(1, len(axis)) :][:1]]
             channels = [channel for wave in waves for channel in wave][:head_width]
-            rows = head * head_width + torch.arange(len(channels))
-            weight[head * head_width : (head + 1) * head_width] *= _FAINT
+            own = range(head * head_width, (head + 1) * head_width)
+            nearness = NEARNESS if set(own) & set(values) else _WIDER[head % len(_WIDER)]
+            weight[own] *= _FAINT
+            rows = own[: len(channels)]
             weight[rows] = 0
-            weight[rows, channels] = NEARNESS**0.5
+            weight[rows, channels] = nearness**0.5
         weight[:, content] = 0
         attention.to_k.weight.copy_(weight)
 
