@@ -267,12 +267,12 @@ class VideoTokenizer(HubModel, nn.Module):
 
     def encode_latents(self, video_BCTHW: Tensor, packing: Packing) -> Tensor:
         """[B, 3, T, H, W] -> latents before quantisation, [L, E]."""
-        patches = pack_uniform(packing.num_clips, packing.num_blocks, self.config.block_patches)
         patch_BMD = self.embed_patches(video_BCTHW)
         token_LD = self.residual(self.query_embed(packed_queries(patch_BMD, packing, self.config.grid)))
         patch_LD = rearrange(patch_BMD, "B M D -> (B M) D")
         placed_LD = patch_LD + repeat(self.encoder_patch_pos, "M D -> (B M) D", B=packing.num_clips)
         token_pos_LD = self.encoder_token_pos[self._token_rows(packing)]
+        patches = pack_uniform(packing.num_clips, packing.num_blocks, self.config.block_patches)
         for layer in self.encoder:
             token_LD = layer(token_LD, token_pos_LD, patch_LD, placed_LD, packing, patches)
         return self.to_latent(self.encoder_norm(token_LD))

@@ -174,6 +174,7 @@ class TokenizerTraining:
         self.model = VideoTokenizer(config.model).to(self.device)
         self.model.bf16_stream = config.bf16_stream
         self.model.quantizer.has_entropy = config.loss.entropy != 0
+        self.counts_codes = config.model.is_discrete
         shape = (config.model.num_frames, config.model.size)
         self.source_sha256 = ""
         self.gan = Gan(config.discriminator, *shape, run.seed, self.device) if config.loss.gan > 0 else None
@@ -264,7 +265,7 @@ class TokenizerTraining:
             # [m], number of blocks at each level
             "tokens_histogram": (length_BN.flatten()[:, None] == level_K).sum(dim=0),
         }
-        if self.config.model.is_discrete:
+        if self.counts_codes:
             figures = {**figures, "codes": Tally(torch.bincount(code_L.flatten(), minlength=num_codes), code_usage)}
         return output.video_BCTHW, loss, {**figures, **self.mark}
 

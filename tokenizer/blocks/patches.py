@@ -84,8 +84,8 @@ def _pool(plane_RDhw: Tensor, cells: Grid) -> Tensor:
 
 def packed_queries(patch_BMD: Tensor, packing: Packing, grid: Grid) -> Tensor:
     """Patches of all clips, [B, M, D] -> first values of the packed queries, [L, D]."""
-    pyramid = pooling_pyramid(rearrange(patch_BMD, "B (N m) D -> (B N) m D", N=packing.num_blocks), grid)
     block_L = packing.clip_L * packing.num_blocks + packing.block_L  # among the blocks of all clips
+    pyramid = pooling_pyramid(rearrange(patch_BMD, "B (N m) D -> (B N) m D", N=packing.num_blocks), grid)  # R K D
     row_L = block_L * pyramid.shape[1] + packed_cells(packing)
     return rearrange(pyramid, "R K D -> (R K) D")[row_L.to(pyramid.device)]
 

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import Full, Queue
 from typing import Any
@@ -97,7 +97,13 @@ def find_sources(vid_path: str | Path, is_ours: Callable[[Path], bool]) -> list[
     videos = [path for path in list_videos(root) if not is_ours(path)]
     if not videos:
         raise UserError(f"{display_name(root)}: holds only results of this very job; give the folder of the originals")
-    return [_source(path, path.relative_to(root) if path != root else Path(path.name)) for path in videos]
+    sources = []
+    for path in videos:
+        relative = path.relative_to(root) if path != root else Path(path.name)
+        digest = hashlib.sha256(os.fsencode(relative)).hexdigest()[:8]
+        name = f"{file_slug(str(relative.with_suffix('')), most=80)}-{digest}"
+        sources.append(VideoSource(path, display_name(relative), name))
+    return sources
 
 
 def stream_clips(
@@ -179,11 +185,6 @@ class ClipWalk:
                 tqdm.write(f"note on {source.file}: {note}", file=sys.stderr)
 
 
-def _source(path: Path, relative: Path) -> VideoSource:
-    digest = hashlib.sha256(os.fsencode(relative)).hexdigest()[:8]
-    return VideoSource(path, display_name(relative), f"{file_slug(str(relative.with_suffix('')), most=80)}-{digest}")
-
-
 def _clips_of(
     source: VideoSource, rule: ClipRule, is_done: Callable[[str, str], bool]
 ) -> Iterator[SourceClip | Skipped | Rest]:
@@ -198,25 +199,19 @@ def _clips_of(
             source.path, rule.num_frames, rule.size, rule.fps, all_clips=rule.all_clips, backend=rule.backend
         )
         with contextlib.closing(decoded):
-            clips = _UpToItsEnd(decoded)
-            for clip in clips:
+            while True:
+                try:
+                    clip = next(decoded)
+                except StopIteration as end:
+                    rest: StreamEnd = end.value
+                    break
                 found = SourceClip(source, clip.start, fingerprint, None)
-                yield found if is_done(found.name, fingerprint) else SourceClip(source, clip.start, fingerprint, clip)
+                yield found if is_done(found.name, fingerprint) else replace(found, decoded=clip)
                 num_clips += 1
-        if clips.end.num_left or clips.end.notes:
-            yield Rest(source, clips.end.num_left, clips.end.notes)
+        if rest.num_left or rest.notes:
+            yield Rest(source, *rest)
     except VideoError as error:
         yield Skipped(source, error.reason + (f" (after {num_clips} good clips)" if num_clips else ""))
-
-
-class _UpToItsEnd:
-    """Goes through a generator and keeps what it returns: the end of the file."""
-
-    def __init__(self, clips: Generator[DecodedClip, None, StreamEnd]) -> None:
-        self._clips, self.end = clips, StreamEnd(0, ())
-
-    def __iter__(self) -> Iterator[DecodedClip]:
-        self.end = yield from self._clips
 
 
 def _read_ahead(streams: Iterator[Iterator[Any]], num_readers: int, clips_ahead: int) -> Iterator[Any]:

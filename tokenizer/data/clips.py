@@ -234,8 +234,8 @@ class ClipDataset:
 
     def _read(self, index: int, epoch: int, unreadable: dict[str, str]) -> ClipSample:
         part, number = self._locate(index)
-        name, label = self._name(index), self._label(index)
         rng = rng_for(self._seed, "clip", epoch, index) if self.cfg.augment else None
+        name, label = part.source.name(number) + part.tag, part.source.label(number)
         frames_THWC, kind, notes = part.source.draw(number, self._wanted, rng)
         self._report(name, notes)
         if rng is not None:

@@ -154,7 +154,8 @@ class Router(HubModel, nn.Module):
         self.head = self._new_head()
         if config.stem == "vjepa2":
             self.register_buffer("encoder_sha256", torch.zeros(32, dtype=torch.uint8))
-        self.init_weights()
+        if self.cls_D.device.type != "meta":
+            self.init_weights()
 
     @classmethod
     def build(cls, config: RouterConfig) -> Router:

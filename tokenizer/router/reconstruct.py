@@ -15,7 +15,6 @@ import itertools
 import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ from tokenizer.router.results import (
     tokens_by_motion,
     versions,
 )
-from tokenizer.viz.report import floor_sentence, padding_sentence, uniform_sentence, write_report
+from tokenizer.viz.report import closing_lines, write_report
 
 PERCEPTUAL_ORDER = ("lpips_vgg", "stlpips_alex")  # of `auto`: the paper's network, then one that pip installs
 _MOST_KEPT = 1 << 30  # bytes of decoded clips that the scoring pass of average:N may hand to the second pass
@@ -240,32 +239,7 @@ def finish(folder: ResultsFolder, names: list[str], walk: ClipWalk, facts: dict[
         **facts,
     }
     folder.write_metrics(metrics)
-    print(closing_lines(metrics, write_report(folder.folder)))
-
-
-def closing_lines(metrics: Mapping[str, Any], report: Path) -> str:
-    """The result in a few lines: assignments, motion beside tokens, padding, and last the mean figures."""
-    mean, use, correlation = metrics["mean"], metrics["assignments"], metrics["motion_tokens_rank_correlation"]
-    commonest = " ".join(map(str, use["commonest"]))
-    lines = [
-        f"{use['num_distinct']} distinct assignments of {use['num_possible']}; the commonest ({commonest}) has "
-        f"{use['commonest_share']:.0%} of the clips"
-    ]
-    thirds = metrics["tokens_by_motion"]
-    if len(thirds) > 1:
-        each = "; ".join(f"{t['motion']:.1f} grey levels: {t['tokens']:.1f} tokens" for t in thirds)
-        rank = "" if correlation is None else f"; rank correlation {correlation:+.2f}"
-        lines.append(f"motion and tokens, clips in {len(thirds)} groups from still to lively: {each}{rank}")
-    if padded := padding_sentence(metrics):
-        lines.append(padded)
-    lines += filter(None, (uniform_sentence(metrics), floor_sentence(metrics)))
-    left_out = f", {metrics['frames_left_out']} frame(s) at their ends left out" if metrics["frames_left_out"] else ""
-    lpips = "" if mean["lpips"] is None else f", {metrics['lpips_backbone']} {mean['lpips']:.4f}"
-    lines.append(
-        f"{len(metrics['clips'])} clip(s), {mean['tokens']:.1f} tokens each, PSNR {mean['psnr']:.2f} dB, "
-        f"SSIM {mean['ssim']:.4f}{lpips}; {metrics['num_skipped']} video(s) skipped{left_out}; report: {report}"
-    )
-    return "\n".join(lines)
+    print(f"{closing_lines(metrics)}; report: {write_report(folder.folder)}")
 
 
 # --- one batch ----------------------------------------------------------------------------------------------------

@@ -38,6 +38,29 @@ def write_report(folder: str | Path) -> Path:
     return path
 
 
+def closing_lines(metrics: Mapping[str, Any]) -> str:
+    """What the job prints: assignments, motion beside tokens, padding, and last the mean figures."""
+    mean, use, correlation = metrics["mean"], metrics["assignments"], metrics["motion_tokens_rank_correlation"]
+    commonest = " ".join(map(str, use["commonest"]))
+    lines = [
+        f"{use['num_distinct']} distinct assignments of {use['num_possible']}; the commonest ({commonest}) has "
+        f"{use['commonest_share']:.0%} of the clips"
+    ]
+    thirds = metrics["tokens_by_motion"]
+    if len(thirds) > 1:
+        each = "; ".join(f"{t['motion']:.1f} grey levels: {t['tokens']:.1f} tokens" for t in thirds)
+        rank = "" if correlation is None else f"; rank correlation {correlation:+.2f}"
+        lines.append(f"motion and tokens, clips in {len(thirds)} groups from still to lively: {each}{rank}")
+    lines += sentences(metrics)
+    left_out = f", {metrics['frames_left_out']} frame(s) at their ends left out" if metrics["frames_left_out"] else ""
+    lpips = "" if mean["lpips"] is None else f", {metrics['lpips_backbone']} {mean['lpips']:.4f}"
+    lines.append(
+        f"{len(metrics['clips'])} clip(s), {mean['tokens']:.1f} tokens each, PSNR {mean['psnr']:.2f} dB, "
+        f"SSIM {mean['ssim']:.4f}{lpips}; {metrics['num_skipped']} video(s) skipped{left_out}"
+    )
+    return "\n".join(lines)
+
+
 def report_page(folder: Path, metrics: Mapping[str, Any], skipped: Sequence[Mapping[str, str]]) -> str:
     """The page. `folder`: where clips/<name>/film.jpg are."""
     records, tok = metrics["clips"], metrics["tokenizer"]
@@ -266,9 +289,7 @@ def notes(metrics: Mapping[str, Any]) -> list[str]:
     found = []
     if not metrics["complete"]:
         found.append("The run was stopped: the report covers the clips it finished.")
-    if padded := padding_sentence(metrics):
-        found.append(padded)
-    found += filter(None, (uniform_sentence(metrics), floor_sentence(metrics)))
+    found += sentences(metrics)
     tokenizer = metrics["tokenizer"]
     if not tokenizer["paper_size"]:
         clip = "×".join(map(str, (tokenizer["num_frames"], *sides(tokenizer["size"]))))
@@ -277,6 +298,12 @@ def notes(metrics: Mapping[str, Any]) -> list[str]:
             "parameters; the paper has 16×128×128 and 145M. Do not compare these figures with published ones."
         )
     return found
+
+
+def sentences(metrics: Mapping[str, Any]) -> list[str]:
+    """About padding, uniform assignments and quality:Q, as far as they apply."""
+    found = (padding_sentence(metrics), uniform_sentence(metrics), floor_sentence(metrics))
+    return [sentence for sentence in found if sentence]
 
 
 def padding_sentence(metrics: Mapping[str, Any]) -> str | None:
