@@ -89,7 +89,8 @@ curate_all() {
 
 if [ "$recipe" != mini ] && stage 0; then
   pack doom_train 72 doom:train:4000 doom:train:6000-10000
-  pack synthetic_train 72 synthetic:train:1200
+  [ -f "$results/data/photo_train.safetensors" ] || [ -d "$results/photos" ] || "$python" scripts/mini/photos.py "$results/photos"
+  pack photo_train 72 "photos:$results/photos:5000"
   PACK='' pack doom_validation 64 doom:validation:48
   if stage 5; then
     pack steady_train 72 steady_doom:train:8000

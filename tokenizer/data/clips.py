@@ -7,6 +7,7 @@ A source is a folder, a video file, a manifest .csv (see video_table.py), a shar
     duotone:SPLIT:N       the same scenes, all of the same two colours
     doom:SPLIT:N          N walks through textured rooms, with the motion as label; SPLIT is train, validation or test
     steady_doom:SPLIT:N   the same with one motion at one speed in each walk (both need the extra [scenes])
+    photos:FOLDER:N       N camera moves over the photographs in a folder, see photo_scenes.py
     FILE.safetensors:N    N clips that pack.py has rendered or decoded before, or without :N all
 and each of these may end in A-B in place of N: number A up to B - 1 alone, as in bundled:train:0-84.
 

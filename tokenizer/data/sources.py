@@ -207,6 +207,34 @@ class RenderedScenes:
 
 
 @dataclass(frozen=True)
+class PhotoScenes:
+    """Camera moves over the photographs of a folder; with a generator a fresh scene of the same motion each time."""
+
+    folder: Path
+    numbers: range
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, number: int) -> str:
+        return f"photos/{display_name(Path(self.folder.name))}/{self.numbers[number]:06d}"
+
+    def label(self, number: int) -> None:
+        return None
+
+    def file(self, number: int) -> None:
+        return None
+
+    def draw(self, number: int, wanted: Wanted, rng: np.random.Generator | None) -> Drawn:
+        from tokenizer.data.photo_scenes import MOTIONS, load_photos, render_photo_scene
+
+        seed = self.numbers[number] + (0 if rng is None else len(MOTIONS) * int(rng.integers(1, 2**31)))
+        photos = load_photos(self.folder)
+        frames_THWC, kind = render_photo_scene(seed, photos, max(sides(wanted.size)), wanted.num_frames)
+        return Drawn(resize_center_crop(frames_THWC, wanted.size), kind)  # scenes are square
+
+
+@dataclass(frozen=True)
 class StoredClips:
     """Clips of a file that `pack.py` wrote, at the size they were packed with."""
 
@@ -243,6 +271,8 @@ def find_sources_of(source: str, num_frames: int, size: Size) -> list[Source]:
         return [BundledClips(*_part(source))]
     if kind in RENDERED_KINDS:
         return [RenderedScenes(kind, *_part(source))]
+    if kind == "photos":
+        return [_photos(source)]
     if is_store(source) or is_store(source.rpartition(":")[0]):
         return [_stored(source, num_frames, size)]
     if is_shard_source(source):
@@ -290,6 +320,17 @@ def _part(source: str) -> tuple[str, range]:
             return match[2], numbers
     plain = ", ".join(f"{kind}:{split}" + (":N" if kind in RENDERED_KINDS else "") for split in splits)
     raise UserError(f"data source {source!r}: expected {plain} or {kind}:train:A-B (number A up to B - 1)")
+
+
+def _photos(source: str) -> PhotoScenes:
+    """ "photos:FOLDER:N" or "photos:FOLDER:A-B"."""
+    match = re.fullmatch(r"photos:(.+):(?:(\d+)-)?(\d+)", source)
+    numbers = range(int(match[2] or 0), int(match[3])) if match else range(0)
+    if match is None or not numbers:
+        raise UserError(f"data source {source!r}: expected photos:FOLDER:N or photos:FOLDER:A-B (number A up to B - 1)")
+    if not Path(match[1]).is_dir():
+        raise UserError(f"data source {source!r}: {match[1]} is not a folder")
+    return PhotoScenes(Path(match[1]).absolute(), numbers)
 
 
 def _stored(source: str, num_frames: int, size: Size) -> StoredClips:
