@@ -27,6 +27,7 @@ from autoregressive import cpu_kernel
 from autoregressive.decode_kernel import attend_decode
 from tokenizer.blocks.attention import varlen_kernel
 from tokenizer.common.errors import UserError
+from tokenizer.common.transfer import send
 
 
 def attend_causal(q_Lhe: Tensor, k_Lhe: Tensor, v_Lhe: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -63,7 +64,7 @@ def attend_varlen(
 @lru_cache(maxsize=4)
 def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 [B + 1], the start of each sequence, and the end; the same in every layer."""
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    return send(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device)
 
 
 Live = Sequence[int] | int | None

@@ -21,9 +21,11 @@ from torch.nn import functional as F
 
 from autoregressive.attention import FP8, KVCache, Live, attend_causal, bytes_per_slot
 from autoregressive.cpu_kernel import linear as few_rows
+from autoregressive.cross_entropy import linear_cross_entropy
 from autoregressive.sequence import SequenceLayout, block_positions
 from tokenizer.common.errors import UserError
 from tokenizer.common.hub import HubModel
+from tokenizer.common.transfer import send
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(queries, keys, values), each [L, h, e], of one layer -> what each token takes from those before it, [L, h, e]."""
@@ -149,13 +151,20 @@ class GPT(HubModel, nn.Module):
 
         W is L without the first `given` ids of each sequence: what follows them is not predicted.
         """
-        position_L = torch.cat([torch.arange(length) for length in lengths]).to(id_L.device)
+        return self._logits(self._features(id_L, lengths, given))
+
+    def loss(self, id_L: Tensor, lengths: Sequence[int], target_W: Tensor, given: int = 0) -> tuple[Tensor, Tensor]:
+        """The cross-entropy of `forward`'s logits, summed, with gradients, and of each id, [W], without."""
+        return linear_cross_entropy(self._features(id_L, lengths, given), self.head.weight, target_W)
+
+    def _features(self, id_L: Tensor, lengths: Sequence[int], given: int) -> Tensor:
+        """What the head reads, [W, D]."""
+        position_L = send(torch.cat([torch.arange(length) for length in lengths]), id_L.device)
         attend = partial(attend_causal, lengths=lengths)
         x_LD = self._embed(id_L, position_L, self._inner(id_L, position_L))
         x_LD = self._hidden(x_LD, lambda layer: attend)
         # slices: an index's backward adds with atomics, or sorts
-        x_WD = torch.cat([x_QD[given:] for x_QD in x_LD.split(list(lengths))]) if given else x_LD
-        return self._logits(x_WD)
+        return torch.cat([x_QD[given:] for x_QD in x_LD.split(list(lengths))]) if given else x_LD
 
     def step(
         self, id_R: Tensor, position_S: Tensor, live: Live, cache: KVCache, inner_S: Tensor | None = None

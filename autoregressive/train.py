@@ -37,6 +37,7 @@ from autoregressive.sequence import PackedSequences, SequenceLayout, length_rule
 from autoregressive.token_archive import ArchiveFacts, TokenArchive
 from tokenizer.common import distributed
 from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.transfer import send
 from tokenizer.model import VideoTokenizer, parameters_by_part
 from tokenizer.presets import load_tokenizer
 from tokenizer.training.cli import parse_training_arguments, rehearse
@@ -196,14 +197,15 @@ class GPTTraining:
 KINDS = ("loss_length", "loss_code")
 
 
-def gpt_loss(model: torch.nn.Module, batch: TokenBatch) -> tuple[Summed, dict[str, Tensor | float]]:
+def gpt_loss(model: GPT, batch: TokenBatch) -> tuple[Summed, dict[str, Tensor | float]]:
     """Cross-entropy summed over all predicted ids; the loop divides by their number on all processes."""
-    logits_WV, target_W = read(model, batch.packed)
-    each_W = cross_entropy(logits_WV, target_W)
-    kinds = by_kind(each_W.detach(), target_W, batch.layout)
+    packed = batch.packed
+    id_L, target_W = (send(x, model.device) for x in (packed.id_L, packed.target_W))
+    total, each_W = model.loss(id_L, packed.lengths, target_W, packed.given)
+    kinds = by_kind(each_W, target_W, batch.layout)
     terms: dict[str, Tensor | float] = {name: total / num for name, (total, num) in kinds.items()}
-    terms["ids_per_clip"] = len(batch.packed.id_L) / len(batch.sequences)
-    return Summed(each_W.sum(), batch.num_targets), terms
+    terms["ids_per_clip"] = len(packed.id_L) / len(batch.sequences)
+    return Summed(total, batch.num_targets), terms
 
 
 def read(model: torch.nn.Module, packed: PackedSequences) -> tuple[Tensor, Tensor]:
@@ -220,7 +222,8 @@ def cross_entropy(logits_WV: Tensor, target_W: Tensor) -> Tensor:
 def by_kind(each_W: Tensor, target_W: Tensor, layout: SequenceLayout) -> dict[str, tuple[Tensor, Tensor]]:
     """(sum, number) of the losses of length tokens and of codes."""
     is_length_W = target_W >= layout.codebook_size
-    return {name: (each_W[at].sum(), at.sum()) for name, at in zip(KINDS, (is_length_W, ~is_length_W), strict=True)}
+    # not each_W[at], whose size the host would have to ask a GPU for
+    return {name: ((each_W * at).sum(), at.sum()) for name, at in zip(KINDS, (is_length_W, ~is_length_W), strict=True)}
 
 
 def right_lengths(logits_WV: Tensor, target_W: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:

@@ -14,15 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from resuming import assert_same_weights, fit_and_die
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoregressive.batches import BatchRule, TokenBatch, fill_bins, token_batches
+from autoregressive.cross_entropy import linear_cross_entropy
 from autoregressive.model import GPT, GPTConfig
 from autoregressive.presets import PRESETS, load_gpt
 from autoregressive.sequence import ClipCodes
 from autoregressive.token_archive import ArchivedClip, ArchiveFacts, TokenArchive, save_archive, save_shard
-from autoregressive.train import GPTTrainConfig, GPTTraining, cross_entropy, read, right_lengths
+from autoregressive.train import GPTTrainConfig, GPTTraining, cross_entropy, gpt_loss, read, right_lengths
 from tokenizer.common.checkpoint import read_model, save_model
 from tokenizer.common.config import from_dict, to_dict
+from tokenizer.common.device import autocast
 from tokenizer.common.distributed import balanced_partition
 from tokenizer.common.errors import UserError
 from tokenizer.presets import PRESETS as TOKENIZERS
@@ -79,6 +82,67 @@ def training(
     )  # fmt: skip
     optim = OptimConfig(lr=1e-2, min_lr=0.0, warmup_steps=1, schedule="wsd")
     return GPTTraining(GPTTrainConfig(run=run, model=model, optim=optim, **{**archives, **changes}))
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that is made inside the `with`."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.most = max(self.most, made.numel() if isinstance(made, Tensor) else 0)
+        return made
+
+
+@pytest.mark.parametrize("precision", ["none", "bf16"])
+def test_the_head_a_few_rows_at_a_time_gives_loss_and_gradients(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against logits of all tokens at once in float64; in bf16 it is as near to them as torch's cross-entropy is."""
+    torch.manual_seed(0)
+    monkeypatch.setattr("autoregressive.cross_entropy._ENTRIES", (16 * 203,) * 2)
+    x_WD, head_VD, target_W = torch.randn(100, 16), 3 * torch.randn(203, 16), torch.randint(203, (100,))
+
+    def results(loss, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (x_WD, head_VD)]
+        with autocast(torch.device("cpu"), precision if dtype == torch.float32 else "none"):
+            total, each_W = loss(*leaves, target_W)
+        (total * 0.3).backward()
+        return [total.detach(), each_W, *(leaf.grad for leaf in leaves)]
+
+    def plain(x_WD: Tensor, head_VD: Tensor, target_W: Tensor) -> tuple[Tensor, Tensor]:
+        logits_WV = x_WD @ head_VD.T
+        each_W = cross_entropy(logits_WV.double() if x_WD.dtype == torch.float64 else logits_WV.float(), target_W)
+        return each_W.sum(), each_W.detach()
+
+    with LargestTensor() as count:
+        ours = results(linear_cross_entropy)
+    assert count.most <= 16 * 203 < 100 * 203
+    for mine, torchs, exact in zip(ours, results(plain), results(plain, torch.float64), strict=True):
+        error, usual = (float((x.double() - exact).norm() / exact.norm()) for x in (mine, torchs))
+        assert error < max(1e-6, 1.1 * usual)
+
+
+def test_the_loss_of_a_gpt_is_that_of_its_logits() -> None:
+    for config in (MODEL, FRAMES):
+        model, layout = GPT(config).eval(), config.layout
+        torch.nn.init.normal_(model.head.weight)
+        num = layout.condition_tokens
+        clips = [
+            ClipCodes(torch.arange(22), (8, 2, 4, 8), 0 if config.num_classes else None, torch.arange(num)),
+            ClipCodes(torch.arange(16), (8, 2, 2, 4), 1 if config.num_classes else None, torch.arange(num)),
+        ]
+        batch = TokenBatch(layout, [layout.encode(clip) for clip in clips], config.width)
+        logits_WV, target_W = read(model, batch.packed)
+        (total, weight), terms = gpt_loss(model, batch)
+        each_W = cross_entropy(logits_WV, target_W)
+        assert weight == len(each_W) and float(total.detach()) == pytest.approx(float(each_W.detach().sum()), rel=1e-6)
+        assert float(terms["loss_length"]) == pytest.approx(float(each_W.detach()[target_W >= 64].mean()), rel=1e-6)
+        assert float(terms["loss_code"]) == pytest.approx(float(each_W.detach()[target_W < 64].mean()), rel=1e-6)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

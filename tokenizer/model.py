@@ -47,6 +47,7 @@ from tokenizer.blocks.transformer import QFormer
 from tokenizer.common.clip_shape import check_whole_patches, plain_size, sides
 from tokenizer.common.errors import UserError
 from tokenizer.common.hub import HubModel
+from tokenizer.common.transfer import send
 
 if TYPE_CHECKING:  # imported by the methods that need it: no training does
     from tokenizer.streaming import BlockTokens
@@ -288,7 +289,7 @@ class VideoTokenizer(HubModel, nn.Module):
         m, feature_BMD = self.config.block_patches, None
         patches = pack_uniform(packing.num_clips, packing.num_blocks, m)
         token_LD = self.residual(self.from_latent(latent_LE))
-        first_RD = token_LD[packing.first_BN.flatten().to(token_LD.device)]
+        first_RD = token_LD[send(packing.first_BN.flatten(), token_LD.device)]
         patch_LD = repeat(first_RD, "R D -> (R m) D", m=m)
         patch_pos_LD = repeat(self.decoder_patch_pos, "M D -> (B M) D", B=packing.num_clips)
         placed_LD = token_LD + self.decoder_token_pos[self._token_rows(packing)]
@@ -400,7 +401,7 @@ class VideoTokenizer(HubModel, nn.Module):
 
     def _token_rows(self, packing: Packing) -> Tensor:
         """int64 [L]: the row of each packed token in a 1D position table: that of the cell it starts from."""
-        return (packing.block_L * self.config.block_queries + packed_cells(packing)).to(self.device)
+        return send(packing.block_L * self.config.block_queries + packed_cells(packing), self.device)
 
     def _chosen_lengths(self, video_BCTHW: Tensor, router: ChoosesLengths | None, budget: str | None) -> Tensor:
         if router is not None:

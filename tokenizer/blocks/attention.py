@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenizer.assignment import Packing
+from tokenizer.common.transfer import send
 
 _TOP_LEFT = 1  # torch's number for a causal mask whose first query sees the first key
 
@@ -270,4 +271,4 @@ def _varlen_plan(query: Packing, key: Packing, device: torch.device) -> tuple[Te
     there_NS = place_S < end_BN[key.clip_L].T.flip(0)
     copies = torch.where(there_NS, first_NS + place_S, -1)
     plan = (torch.cat(rows), copies, ends_q.int(), ends_k.int())
-    return tuple(x.to(device) for x in plan)  # type: ignore[return-value]
+    return tuple(send(x, device) for x in plan)  # type: ignore[return-value]

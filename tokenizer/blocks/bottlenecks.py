@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.common.distributed import mean_of_rows, mean_of_sums, num_ranks
+from tokenizer.common.transfer import send
 
 ENTROPY_TEMPERATURE = 0.01
 
@@ -283,7 +284,7 @@ class KLBottleneck(Bottleneck):
         no_code = torch.empty(0, dtype=torch.long, device=z_LE.device)
         latent_LE = mean_LE
         if generator is not None:
-            noise_LE = torch.randn(mean_LE.shape, generator=generator).to(mean_LE.device)
+            noise_LE = send(torch.randn(mean_LE.shape, generator=generator), mean_LE.device)
             latent_LE = mean_LE + (0.5 * log_variance_LE).exp() * noise_LE
         if not torch.is_grad_enabled():
             return Quantized(latent_LE, no_code)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tokenizer.assignment import Packing
 from tokenizer.common.clip_shape import Size, sides
+from tokenizer.common.transfer import send
 
 Grid = tuple[int, int]
 """Rows and columns of a block's patches."""
@@ -87,7 +88,7 @@ def packed_queries(patch_BMD: Tensor, packing: Packing, grid: Grid) -> Tensor:
     block_L = packing.clip_L * packing.num_blocks + packing.block_L  # among the blocks of all clips
     pyramid = pooling_pyramid(rearrange(patch_BMD, "B (N m) D -> (B N) m D", N=packing.num_blocks), grid)  # R K D
     row_L = block_L * pyramid.shape[1] + packed_cells(packing)
-    return rearrange(pyramid, "R K D -> (R K) D")[row_L.to(pyramid.device)]
+    return rearrange(pyramid, "R K D -> (R K) D")[send(row_L, pyramid.device)]
 
 
 def packed_cells(packing: Packing) -> Tensor:

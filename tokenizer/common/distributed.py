@@ -18,6 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, distributed
 
 from tokenizer.common.errors import UserError
+from tokenizer.common.transfer import Fetched
 
 
 def several_processes() -> bool:
@@ -125,15 +126,29 @@ def mean_of_sums(own: Tensor, rows: int) -> Tensor:
     """
     if not _several():
         return own / rows
-    packed = sum_over_ranks(torch.cat([own.flatten(), own.new_tensor([rows])]))
+    packed = sum_over_ranks(torch.cat([own.flatten(), own.new_full((1,), rows)]))
     total, rows_of_all = packed[:-1].view_as(own), packed[-1]
     own = own * (num_ranks() / rows_of_all)
     return own + (total / rows_of_all - own).detach()
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` is true on any rank, the same answer everywhere."""
-    return bool(sum_over_ranks(torch.tensor(float(flag))))
+class AnyRank:
+    """Whether a flag is true on any rank, the same answer everywhere; on GPUs that of the call before.
+
+    So no process waits for its GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: Fetched | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        if not _several():
+            return flag
+        before = self._last
+        self._last = Fetched(sum_over_ranks(torch.full((), float(flag), device=self._device)))
+        answer = self._last if self._device.type == "cpu" else before
+        return answer is not None and bool(answer.read())
 
 
 def from_main(value: T) -> T:

@@ -32,6 +32,7 @@ from tokenizer.common.checkpoint import file_sha256
 from tokenizer.common.device import pick_dtype
 from tokenizer.common.errors import UserError
 from tokenizer.common.schema import read_json
+from tokenizer.common.transfer import send
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ def prepare_frames(video_BCTHW: Tensor, side: int) -> Tensor:
     frame_FCHW = rearrange(video_BCTHW.float(), "B C T H W -> (B T) C H W")
     if side != height:
         frame_FCHW = F.interpolate(frame_FCHW, (side, side), mode="bilinear", antialias=True)
-    mean, std = (torch.tensor(numbers).view(3, 1, 1).to(frame_FCHW) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (send(torch.tensor(x), frame_FCHW.device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     return rearrange((frame_FCHW - mean) / std, "(B T) C H W -> B T C H W", B=num_clips)
 
 

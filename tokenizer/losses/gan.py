@@ -29,6 +29,7 @@ from tokenizer.common.clip_shape import Size, sides, size_text
 from tokenizer.common.device import generator_for
 from tokenizer.common.distributed import BatchShard, mean_over_ranks
 from tokenizer.common.errors import UserError
+from tokenizer.common.transfer import send
 from tokenizer.frozen.encoders import FrozenConfig, FrozenVideoMAE
 from tokenizer.training.optim import OptimConfig
 
@@ -198,7 +199,7 @@ def discriminator_loss(
     shard = shard or BatchShard(list(range(len(real_BK))), len(real_BK))
     shape = (2, shard.total, real_BK.shape[1])  # drawn for all clips, so that processes draw what one would
     noise_2BK = torch.rand(shape, generator=generator) * label_noise
-    real_noise_BK, fake_noise_BK = (shard.pick(noise_BK).to(real_BK.device) for noise_BK in noise_2BK)
+    real_noise_BK, fake_noise_BK = (send(shard.pick(noise_BK), real_BK.device) for noise_BK in noise_2BK)
     real = F.binary_cross_entropy_with_logits(real_BK, 1 - real_noise_BK)
     return (real + F.binary_cross_entropy_with_logits(fake_BK, fake_noise_BK)) / 2
 
@@ -260,7 +261,7 @@ def augment_clips(video_BCTHW: Tensor, generator: torch.Generator, shard: BatchS
 def _recolour(x_BCTHW: Tensor, draw_B3: Tensor) -> Tensor:
     """Brightness -0.25 .. 0.25 added; saturation 0 .. 2 times around the grey of each pixel; contrast 0.5 .. 1.5 times
     around the mean of the clip."""
-    draw_3B = draw_B3.T[..., None, None, None, None].to(x_BCTHW)
+    draw_3B = send(draw_B3.T[..., None, None, None, None], x_BCTHW.device).to(x_BCTHW)
     x_BCTHW = x_BCTHW + (2 * draw_3B[0] - 1) * _BRIGHTNESS
     grey = x_BCTHW.mean(dim=1, keepdim=True)
     x_BCTHW = grey + (x_BCTHW - grey) * (2 * draw_3B[1])
@@ -288,7 +289,7 @@ def _cut_hole(x_BCTHW: Tensor, draw_B2: Tensor) -> Tensor:
         for side, centre_B1 in zip((height, width), centre_2B1, strict=True)
     )
     hole_BHW = row_BH[:, :, None] & column_BW[:, None, :]
-    return x_BCTHW.masked_fill(hole_BHW[:, None, None].to(x_BCTHW.device), 0.0)
+    return x_BCTHW.masked_fill(send(hole_BHW[:, None, None], x_BCTHW.device), 0.0)
 
 
 NETS = ("none", "patch", "videomae")

@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenizer.common.errors import UserError
+from tokenizer.common.transfer import send
 from tokenizer.frozen.encoders import FeatureShape, FrozenConfig, FrozenVJEPA2
 from tokenizer.losses.perceptual import PerceptualDistance
 from tokenizer.model import TokenizerConfig, TokenizerOutput
@@ -67,16 +68,18 @@ def tokenizer_loss(
         terms["align"] = align
     if perceptual is not None:
         frame_T = _drawn_frames(target_BCTHW.shape[2], config.perceptual_frames, generator)
-        ours, real = output.video_BCTHW[:, :, frame_T], target_BCTHW[:, :, frame_T]
+        ours, real = output.video_BCTHW, target_BCTHW
+        if frame_T is not None:
+            ours, real = (x.index_select(2, send(frame_T, x.device)) for x in (ours, real))
         terms["perceptual"] = perceptual.clip_distance(ours, real).mean()
     total = reduce(torch.add, [getattr(config, name) * term for name, term in terms.items()])
     return total, {name: term.detach() for name, term in terms.items()}
 
 
-def _drawn_frames(num_frames: int, wanted: int, generator: torch.Generator) -> Tensor:
-    """Evenly spaced frames from a random start, so that over time all frames count alike; 0 = all."""
+def _drawn_frames(num_frames: int, wanted: int, generator: torch.Generator) -> Tensor | None:
+    """Evenly spaced frames from a random start, so that over time all frames count alike; None for all."""
     if wanted <= 0 or wanted >= num_frames:
-        return torch.arange(num_frames)
+        return None
     start = torch.randint(num_frames, (1,), generator=generator)
     return ((start + torch.arange(wanted) * num_frames // wanted) % num_frames).sort().values
 

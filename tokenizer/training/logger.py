@@ -238,7 +238,7 @@ class Reporter:
         if self.is_main:
             self.log.rewind(start_step)
 
-    def step(self, step: int, values: Mapping[str, Any], unlogged: dict[str, Any], num_clips: int) -> None:
+    def step(self, step: int, values: Mapping[str, Any], num_clips: int, unlogged: dict[str, Any]) -> None:
         """After every step; `values` are written at the steps that the config names, and at the last.
 
         num_clips: of this step, on all processes.

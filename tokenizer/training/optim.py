@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from tokenizer.common.checkpoint import load_strict
 from tokenizer.common.errors import UserError
@@ -130,9 +130,6 @@ def load_optimizer_tensors(
     optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-_Tensors = tuple[Tensor, ...] | list[Tensor]
-
-
 class Ema:
     """Averages `model`'s parameters and copies its buffers; its only state is the averaged weights.
 
@@ -141,28 +138,28 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._now = 0.0
-        self._averaged = AveragedModel(model, multi_avg_fn=self._average).requires_grad_(False)
-        self._averaged.n_averaged.fill_(1)  # AveragedModel copies instead of averaging while this is 0
+        self._averaged = deepcopy(model).requires_grad_(False)
 
+    @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Add the weights after update number `step` (from 0)."""
-        self._now = min(self.decay, (1 + step) / (10 + step))
-        self._averaged.update_parameters(model)
+        now = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_([*self._averaged.parameters()], [*model.parameters()], 1 - now)
+        for mean, own in zip(self._averaged.buffers(), model.buffers(), strict=True):
+            mean.copy_(own)
 
     def tensors(self) -> dict[str, Tensor]:
         """The averaged weights under the names of the model's own state_dict."""
-        return dict(self._averaged.module.state_dict())
+        return dict(self._averaged.state_dict())
 
     def load(self, tensors: Mapping[str, Tensor], origin: str = "EMA weights") -> None:
         """Strictly; see `load_strict`."""
-        load_strict(self._averaged.module, tensors, origin)
+        load_strict(self._averaged, tensors, origin)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Inside the `with`, `model` has the averaged weights; afterwards its own again, to the bit."""
-        averaged = self._averaged.module
-        owns, means = (chain(module.parameters(), module.buffers()) for module in (model, averaged))
+        owns, means = (chain(module.parameters(), module.buffers()) for module in (model, self._averaged))
         pairs = list(zip(owns, means, strict=True))
         with torch.no_grad():
             own = [tensor.clone() for tensor, _ in pairs]
@@ -174,7 +171,3 @@ class Ema:
             with torch.no_grad():
                 for (tensor, _), saved in zip(pairs, own, strict=True):
                     tensor.copy_(saved)
-
-    @torch.no_grad()
-    def _average(self, averaged: _Tensors, current: _Tensors, _num_averaged: Tensor | int) -> None:
-        torch._foreach_lerp_(averaged, current, 1 - self._now)

@@ -161,6 +161,8 @@ class TrainState:
     discriminator: Trainable | None = None
     rewarm: Rewarm | None = None  # after a change of run.steps; in the run folder's schedule.json, see follow_schedule
     unlogged: dict[str, Any] = field(default_factory=dict)  # the discriminator's last figures, until a line has them
+    late: bool = False  # whether a step's verdict is read in the next one: on a GPU, but for fp16
+    unsettled: Mapping[str, Any] | None = None  # then, the values of the last step, until they are read
 
     @classmethod
     def start(
@@ -179,7 +181,9 @@ class TrainState:
         device = pick_device(run.device)
         trained = model if head is None else nn.ModuleDict({"model": model, "head": head})
         main = Trainable("model", trained, optim, run, device)
-        return cls(model, Ema(model, run.ema_decay), main, 0, kind, head, discriminator)
+        state = cls(model, Ema(model, run.ema_decay), main, 0, kind, head, discriminator)
+        state.late = device.type == "cuda" and run.precision != "fp16"
+        return state
 
     @property
     def device(self) -> torch.device:
@@ -200,6 +204,14 @@ class TrainState:
     def optimizer(self) -> torch.optim.Optimizer:
         """The model's."""
         return self.main.optimizer
+
+    def settle(self) -> None:
+        """Read what the last step found, if nobody has: before a look at the averaged weights or at what was skipped.
+
+        Raises as `tokenizer.training.train_step.commit` does.
+        """
+        if self.unsettled is not None:
+            len(self.unsettled)
 
     def train_mode(self, on: bool) -> None:
         """Training mode for everything, or evaluation mode."""

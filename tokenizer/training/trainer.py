@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from tokenizer.common.work_units import no_locks
 from tokenizer.training.logger import Reporter
 from tokenizer.training.optim import Rewarm, learning_rate
 from tokenizer.training.train_state import FREE_TO_CHANGE, NEVER_TO_CHANGE, RunConfig, TrainState
-from tokenizer.training.train_step import StepFn, TooManySkipped
+from tokenizer.training.train_step import StepFn, TooManySkipped, Values
 
 
 class BackgroundWriter:
@@ -272,9 +273,10 @@ def _train(
     writer: BackgroundWriter,
 ) -> None:
     source = iter(batches(0 if run.overfit_one_batch else state.step))
-    if run.overfit_one_batch:
-        source = itertools.repeat(next(source))
+    source = itertools.repeat(next(source)) if run.overfit_one_batch else source
     state.train_mode(True)
+    unreported: list[tuple[int, Values, int]] = []
+    stopped_anywhere, save = distributed.AnyRank(state.device), partial(_save, state, config, reporter, writer)
     with stop_signals() as stop, _joined(writer):
         # a validation that failed or was cut short after this checkpoint's step is made up for
         if validate is not None and _validation_due(run, state, validate, reporter):
@@ -284,33 +286,41 @@ def _train(
             with reporter.clock.waiting():
                 batch = next(source)
             note_unreadable(Path(run.dir), batch)
-            try:
-                values = step_fn(batch)
-            except TooManySkipped:
-                _save(state, config, reporter, writer)
-                raise
-            last = state.step == run.steps
+            with _first(save, TooManySkipped):
+                unreported.append((state.step + 1, step_fn(batch), num_clips(batch, run)))
+                last, stopped = state.step == run.steps, stopped_anywhere(bool(stop))
+                validates = validate is not None and (state.step % run.validate_every == 0 or last)
+                saves = state.step % run.checkpoint_every == 0 or last or stopped
+                if validates or saves:
+                    state.settle()
 
-            # log
-            reporter.step(state.step, values, state.unlogged, num_clips(batch, run))
+            # log, on a GPU a step later
+            while len(unreported) > (state.unsettled is not None):
+                reporter.step(*unreported.pop(0), state.unlogged)
 
             # validate, on all processes
-            if validate is not None and (state.step % run.validate_every == 0 or last):
-                try:
+            if validate is not None and validates:
+                with _first(save, Exception):  # e.g. out of memory: save the steps before it
                     _validate(state, validate, reporter)
-                except Exception:  # e.g. out of memory: save the steps before it
-                    _save(state, config, reporter, writer)
-                    raise
 
             # save
-            stopped = distributed.any_rank(bool(stop))
-            if state.step % run.checkpoint_every == 0 or last or stopped:
-                _save(state, config, reporter, writer)
+            if saves:
+                save()
             if stopped and not last:
                 writer.join()
                 distributed.wait_for_all()
                 name = stop[0] if stop else "a signal to another process"
                 raise KeyboardInterrupt(f"stopped by {name} after step {state.step}; the same command continues")
+
+
+@contextmanager
+def _first(save: Callable[[], None], error: type[Exception]) -> Iterator[None]:
+    """Inside the `with`, an error of this kind is raised after a checkpoint."""
+    try:
+        yield
+    except error:
+        save()
+        raise
 
 
 def _validation_due(
