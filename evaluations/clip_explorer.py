@@ -9,7 +9,7 @@ import argparse
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 
 import numpy as np
@@ -52,7 +52,7 @@ class OpenClip:
     video_BCTHW: Tensor  # [1, 3, T, H, W] in [0, 1], on the device
     real: list[Tensor]  # perceptual features of the frames that the distance looks at
     distance_A: Tensor | None = None  # of every assignment, once it was asked for
-    uniform: list[tuple[tuple[float, float], str]] | None = None  # points of the chart with their hints
+    distance: dict[tuple[int, ...], float] = field(default_factory=dict)  # by lengths, of those that were seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +119,13 @@ class Explorer:
         ours_BCTHW = self.tokenizer.decode(tokens)
         psnr = psnr_of_mse((ours_BCTHW - clip.video_BCTHW).square().mean()).item()
         distance_F = self.perceptual.distance(self.perceptual.features(self._seen(ours_BCTHW)), clip.real)
-        return View(to_uint8(ours_BCTHW[0]), tokens, psnr, distance_F.mean().item())
+        distance = clip.distance[tuple(lengths)] = distance_F.mean().item()
+        return View(to_uint8(ours_BCTHW[0]), tokens, psnr, distance)
 
     def score_all(self, clip: OpenClip) -> Tensor:
         """Distance of every assignment, [A], by the prefix tree of curation; kept with the clip."""
         if clip.distance_A is None:
-            clip.distance_A, clip.uniform = self._scorer.tree(clip.video_BCTHW)[0][0], None
+            clip.distance_A = self._scorer.tree(clip.video_BCTHW)[0][0]
         return clip.distance_A
 
     def curve(self, clip: OpenClip, chosen: View) -> list[Series]:
@@ -134,14 +135,12 @@ class Explorer:
             points = list(zip(self.space.tokens_A.tolist(), clip.distance_A.tolist(), strict=True))
             hints = [f"{self._named(row)}: {d:.3f}" for row, (_, d) in zip(self.space.table_AN, points, strict=True)]
             series.append(Series(f"all {len(points)}", points, hints, look=7, joined=False))
-        if clip.uniform is None:
-            clip.uniform = [self._point(clip, [level] * self.space.num_blocks) for level in self.space.levels]
-        uniform = clip.uniform
-        series.append(Series("uniform", [point for point, _ in uniform], [hint for _, hint in uniform], look=0))
-        point, hint = self._point(clip, self.choose(clip, "router"))
-        series.append(Series("router", [point], [hint], look=2))
-        now = (sum(chosen.lengths), chosen.distance), f"{self._named(chosen.lengths)}: {chosen.distance:.3f}"
-        return [*series, Series("shown", [now[0]], [now[1]], look=1)]
+        series.append(self._series(clip, "uniform", [[k] * self.space.num_blocks for k in self.space.levels], look=0))
+        picked = self.choose(clip, "router")
+        if picked == chosen.lengths:
+            return [*series, self._series(clip, "router, shown", [picked], look=2)]
+        marks = [self._series(clip, "router", [picked], look=2), self._series(clip, "shown", [chosen.lengths], look=1)]
+        return [*series, *marks]
 
     @torch.inference_mode()
     def sample(self, class_name: str, guidance: float, seed: int) -> tuple[np.ndarray, VideoTokens]:
@@ -152,12 +151,14 @@ class Explorer:
         tokens = tokens_of(samples, layout, self.tokenizer)
         return to_uint8(self.tokenizer.decode(tokens)[0]), tokens
 
-    def _point(self, clip: OpenClip, lengths: list[int]) -> tuple[tuple[float, float], str]:
-        if clip.distance_A is not None:
-            distance = clip.distance_A[self.space.rows_of(torch.tensor(lengths))].item()
-        else:
-            distance = self.reconstruct(clip, lengths).distance
-        return (sum(lengths), distance), f"{self._named(lengths)}: {distance:.3f}"
+    def _series(self, clip: OpenClip, name: str, choices: list[list[int]], look: int) -> Series:
+        distances = []
+        for lengths in choices:
+            if tuple(lengths) not in clip.distance:
+                self.reconstruct(clip, lengths)
+            distances.append(clip.distance[tuple(lengths)])
+        hints = [f"{self._named(k)}: {d:.3f}" for k, d in zip(choices, distances, strict=True)]
+        return Series(name, list(zip(map(sum, choices), distances, strict=True)), hints, look=look)
 
     def _named(self, lengths: Sequence[int] | Tensor) -> str:
         return " + ".join(str(int(length)) for length in lengths)
@@ -200,12 +201,15 @@ def films_html(films: dict[str, np.ndarray], tokens: VideoTokens, longest: int) 
 
 
 def token_picture(code_L: Tensor, longest: int, cell: int = 6) -> np.ndarray:
-    """A square for each token that a block may have, column by column, coloured by its code; unused ones are pale."""
+    """A square for each token that a block may have, column by column, coloured by its code; RGBA, uint8.
+
+    Squares of unused tokens are grey and nearly transparent, for light and dark pages, the lines between all are clear.
+    """
     columns = -(-longest // _SQUARES)
-    rgb = np.full((columns * _SQUARES, 3), 0.9)
-    rgb[: len(code_L)] = colormaps["turbo"]((code_L.numpy() * 0.618034) % 1)[:, :3]  # neighbours differ in colour
-    picture = rearrange(rgb, "(x y) c -> y x c", y=_SQUARES).repeat(cell, 0).repeat(cell, 1)
-    picture[::cell], picture[:, ::cell] = 1, 1  # white lines between the squares
+    rgba = np.full((columns * _SQUARES, 4), (0.5, 0.5, 0.5, 0.2))
+    rgba[: len(code_L)] = colormaps["turbo"]((code_L.numpy() * 0.618034) % 1)  # neighbours differ in colour
+    picture = rearrange(rgba, "(x y) c -> y x c", y=_SQUARES).repeat(cell, 0).repeat(cell, 1)
+    picture[::cell], picture[:, ::cell] = 0, 0
     return (picture * 255).round().astype(np.uint8)
 
 

@@ -39,8 +39,11 @@ if __name__ == "__main__":
     answer_help(parse_arguments)  # before torch is imported
 
 import functools
+import math
 import socket
 from collections.abc import Callable
+from html import escape
+from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,14 +52,18 @@ from evaluations.clip_explorer import Explorer, curve_html, films_html, view_htm
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.files import bundled_videos
 
+MOST_SCORED = 4096  # assignments of a clip that the page offers to score
+_STYLE = (files("tokenizer.viz") / "style.css").read_text(encoding="utf-8")
+DARK_COLOURS = _STYLE.partition("dark) {\n  :root {")[2].partition("}")[0]  # of charts, here switched by gradio's class
 CSS = """
 .ex-row { display: flex; flex-wrap: wrap; gap: 12px; } .ex-row figure { margin: 0; }
 .ex-row figcaption { font-size: 12px; height: 20px; opacity: .8; }
 .ex-film { image-rendering: pixelated; }
 .ex-blocks { display: grid; grid-template-columns: 1fr 1fr; gap: 10px; } .ex-block img { width: 148px; margin: 0; }
 @keyframes ex-play { from { background-position-x: 0%; } to { background-position-x: 100%; } }
-.chart { max-width: 640px; }
-"""
+.ex-level .tab-like-container, .ex-level .min_value, .ex-level .max_value { display: none; }
+.chart { max-width: 640px; } .dark .chart { DARK }
+""".replace("DARK", DARK_COLOURS)
 # Fonts, scripts and pictures come from this server or from the page itself; the browser refuses all others.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
@@ -87,10 +94,18 @@ class Events:
             try:
                 return function(*values)
             except UserError as error:
-                self.gr.Warning(str(error), title="Not possible")
+                self.gr.Warning(escape(str(error)), title="Not possible")  # gradio takes HTML, and names are data
                 return self.gr.skip()  # leaves what is shown; gr.Error would cover the sliders
 
         return run
+
+    def take(self, file: str) -> tuple[str, int, None]:
+        """A video that was dropped, if it can be read; else the clip before it stays."""
+        try:
+            self.explorer.open(file)
+        except UserError as error:
+            raise UserError(str(error).replace(file, Path(file).name)) from error  # not gradio's copy of it
+        return file, 0, None
 
     def show(self, path: str, place: float, lengths: list[int]) -> list[Any]:
         """Films, chart and block sliders of a clip under these lengths."""
@@ -122,7 +137,9 @@ class Events:
         self.explorer.router.quality_weight = weight
         return ["router", *self.by_budget(path, place, "router")]
 
-    def draw(self, class_name: str, guidance: float, seed: float) -> str:
+    def draw(self, class_name: str, guidance: float, seed: float | None) -> str:
+        if seed is None or not 0 <= seed < 2**32:
+            raise UserError("seed: give a whole number from 0 to 4294967295")
         frames_THWC, tokens = self.explorer.sample(class_name, guidance, int(seed))
         return films_html({class_name: frames_THWC}, tokens, self.levels[-1])
 
@@ -146,10 +163,10 @@ def reconstruct_tab(page: Any, events: Events) -> None:
     with gr.Row():
         choice = gr.Dropdown(bundled, value=bundled[0][1], label="bundled clip")
         place = gr.Slider(0, 99, 0, step=1, label="place in the video, %", buttons=[])
-        drop = gr.File(label="or drop a video", file_types=["video"], height=110)
+        drop = gr.File(label="or drop a video", file_types=["video"], height=140)
     with gr.Row():
         half, wide = space.max_tokens // 2, (space.min_tokens, space.max_tokens)
-        tokens = gr.Slider(*wide, half, step=8, label="budget, tokens", buttons=[])
+        tokens = gr.Slider(*wide, half, step=math.gcd(*space.levels), label="budget, tokens", buttons=[])
         budget = gr.Textbox("router", label="any budget, then Enter", info=BUDGET_FORMS)
     weight = events.explorer.router.quality_weight
     label, seen = "trade-off, w_q of the router", weight is not None
@@ -158,17 +175,20 @@ def reconstruct_tab(page: Any, events: Events) -> None:
     with gr.Row():
         with gr.Column(scale=3):
             chart = gr.HTML()
-            every = gr.Button(f"Score all {space.num_rows} assignments of this clip (10 to 20 s)")
+            label, few = f"Score all {space.num_rows} assignments of this clip", space.num_rows <= MOST_SCORED
+            every = gr.Button(label + (" (miniature: 10 to 20 s)" if few else ": too many"), interactive=few)
         with gr.Column(scale=2):
             top, numbers = len(space.levels) - 1, range(1, space.num_blocks + 1)
-            blocks = [gr.Slider(0, top, 0, step=1, label=f"block {t}", buttons=[]) for t in numbers]
+            blocks = [
+                gr.Slider(0, top, 0, step=1, label=f"block {t}", buttons=[], elem_classes="ex-level") for t in numbers
+            ]
 
     shown, by_budget = [films, chart, *blocks], (events.safe(events.by_budget), [path, place, budget])
     latest: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden"}
     page.load(*by_budget, shown)
     choice.input(lambda name: (name, 0), choice, [path, place]).then(*by_budget, shown)
-    drop.upload(lambda file: (file, 0, None), drop, [path, place, choice]).then(*by_budget, shown)
-    place.release(*by_budget, shown)
+    drop.upload(events.safe(events.take), drop, [path, place, choice]).then(*by_budget, shown)
+    place.input(*by_budget, shown, **latest)
     budget.submit(*by_budget, shown)
     tokens.input(events.safe(events.by_tokens), [path, place, tokens], [budget, *shown], **latest)
     trade_off.input(events.safe(events.by_trade_off), [path, place, trade_off], [budget, *shown], **latest)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import socket
+import time
 import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +60,8 @@ def test_the_chart_scores_as_the_tree_of_curation_does(explorer: Explorer) -> No
     clip = explorer.open(PATH)
     view = explorer.reconstruct(clip, [64, 8, 8, 128])
     assert [series.name for series in explorer.curve(clip, view)] == ["uniform", "router", "shown"]
+    picked = explorer.reconstruct(clip, explorer.choose(clip, "router"))
+    assert [series.name for series in explorer.curve(clip, picked)] == ["uniform", "router, shown"]
     # The clip alone, with the two levels of each block that the test needs: the whole tree takes 14 s.
     generator = torch.Generator().manual_seed(0)
     distance_A = explorer._scorer.tree(clip.video_BCTHW, children=1, generator=generator)[0][0]
@@ -62,10 +69,10 @@ def test_the_chart_scores_as_the_tree_of_curation_does(explorer: Explorer) -> No
     lengths = explorer.space.table_AN[row].tolist()
     assert explorer.reconstruct(clip, lengths).distance == pytest.approx(distance_A[row].item(), abs=1e-3)
 
-    clip.distance_A, clip.uniform = torch.linspace(1, 0, explorer.space.num_rows), None  # in place of the whole tree
+    clip.distance_A = torch.linspace(1, 0, explorer.space.num_rows)  # in place of the whole tree
     every, uniform, *_ = explorer.curve(clip, view)
-    assert len(every.points) == 625 and every.points[0] == uniform.points[0] == (32, 1.0)
-    clip.distance_A = clip.uniform = None
+    assert len(every.points) == 625 and every.points[0] == (32, 1.0) and uniform.points[0][0] == 32
+    clip.distance_A = None
 
 
 def test_a_sample_repeats(explorer: Explorer) -> None:
@@ -78,8 +85,8 @@ def test_a_sample_repeats(explorer: Explorer) -> None:
 
 def test_a_square_for_each_token() -> None:
     picture = token_picture(torch.tensor([0, 5, 9]), longest=16, cell=2)
-    assert picture.shape == (16, 4, 3)
-    pale = (picture[1::2, 1::2] == 230).all(axis=-1)
+    assert picture.shape == (16, 4, 4)
+    pale = picture[1::2, 1::2, 3] == 51
     assert (~pale).T.flatten().tolist() == [True] * 3 + [False] * 13  # column by column
 
 
@@ -98,5 +105,94 @@ def test_the_server_answers_this_machine_only_and_names_a_port_in_use(explorer: 
             text = answer.read().decode()
         assert "EVATok explorer" in text and "fonts.googleapis" not in text
         assert not page.share and not page.analytics_enabled
+    finally:
+        page.close()
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """A headless Chromium, by selenium: `pip install -e .[browser]`, Debian's chromium and chromium-driver."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -e .[browser]")
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("needs chromium and chromedriver on the PATH")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1400,1200"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chromium = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield chromium
+    chromium.quit()
+
+
+def until(fact: Callable[[], Any], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < end, "the page did not change"
+        time.sleep(0.1)
+
+
+def test_the_page_in_a_browser(explorer: Explorer, browser: Any, tmp_path: Path) -> None:
+    """Each control changes the pictures; mistakes are warnings; what a file is called is text."""
+    free = socket.socket()
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+    free.close()
+    page, address = serve(explorer, port)
+
+    def run(script: str, *values: Any) -> Any:
+        return browser.execute_script(script, *values)
+
+    def captions() -> list[str]:
+        return run("return [...document.querySelectorAll('.ex-row figcaption')].map(e => e.textContent)")
+
+    def warnings() -> str:
+        return run("return [...document.querySelectorAll('.toast-body')].map(e => e.textContent).join()")
+
+    def slide(index: int, value: int) -> None:
+        run(
+            "const slider = document.querySelectorAll('input[type=range]')[arguments[0]];"
+            "slider.value = arguments[1]; slider.dispatchEvent(new Event('input', {bubbles: true}))",
+            index,
+            value,
+        )
+
+    def sums_to(tokens: int) -> bool:
+        return f"tokens of the 4 blocks, {tokens} together" in captions()
+
+    try:
+        browser.get(address)
+        until(lambda: len(captions()) == 4 and run("return document.querySelector('svg.chart')"))
+        assert captions()[0] == "original" and " dB, distance 0." in captions()[1]
+        slide(1, 32)  # the budget
+        until(lambda: sums_to(32))
+        slide(3, 4)  # the second block
+        until(lambda: sums_to(8 + 128 + 8 + 8))
+
+        budget = browser.find_element("css selector", "textarea")
+        budget.clear()
+        budget.send_keys("<i>half</i>\n")
+        until(lambda: "budget '<i>half</i>' is none of" in warnings())
+        bad = tmp_path / "bad.mp4"
+        bad.write_bytes(b"no video" * 99)
+        before = captions()
+        browser.find_element("css selector", "input[type=file]").send_keys(str(bad))
+        until(lambda: "bad.mp4: cannot be decoded" in warnings())
+        assert str(Path("/gradio/")) not in warnings() and captions() == before
+        slide(1, 64)  # still of the clip before it
+        until(lambda: captions() != before)
+
+        run("document.querySelectorAll('button[role=tab]')[1].click()")
+        click = "[...document.querySelectorAll('button')].find(e => e.textContent.trim() == 'Sample').click()"
+        until(lambda: "Sample" in run("return document.body.innerText"))
+        run(click)
+        until(lambda: explorer.class_names[0] in captions())
+        errors = [line["message"] for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+        assert not errors and not run(
+            "return performance.getEntriesByType('resource').map(e => e.name)"
+            ".filter(e => !e.startsWith(arguments[0]) && !e.startsWith('data:'))",
+            address,
+        )
     finally:
         page.close()
