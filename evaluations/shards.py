@@ -149,10 +149,13 @@ class ShardFolder:
 
 
 def write_shard(path: Path, records: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Put what JSON can hold, and tensors, into one file with their sha256."""
+    """Put what JSON can hold, and tensors, into one file with their sha256; equal contents give equal bytes."""
     text = json.dumps(records, sort_keys=isinstance(records, dict), allow_nan=False)
-    header = {_KIND: text, _DIGEST: _digest(text, tensors)}
-    atomic_write(path, save(dict(tensors), metadata=header))
+    data = save(dict(tensors), metadata={_KIND: text, _DIGEST: _digest(text, tensors)})
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:begin]), sort_keys=True).encode()  # safetensors shuffles two keys of metadata
+    header += b" " * (-len(header) % 8)
+    atomic_write(path, len(header).to_bytes(8, "little") + header + data[begin:])
 
 
 def read_shard(path: Path) -> tuple[Any, dict[str, Tensor]]:

@@ -205,6 +205,13 @@ def test_a_real_write_limit_keeps_what_was_there(tmp_path: Path) -> None:
         (UserError("a.yaml: no"), 2, "error: a.yaml: no\n"),
         (KeyboardInterrupt(), 130, "interrupted; finished work is kept\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "error: the disk is full; finished work"),
+        (OSError("49152 requested and 20352 written"), 2, "error: the disk is full; finished work"),  # np.save
+        (
+            OSError(errno.EROFS, "Read-only", "a\n\x1b[2J\udcff"),
+            2,
+            "error: a\\n\\x1b[2J\\xff: Read-only; check the path",
+        ),
+        (UserError("key '\ud800\x9b': no"), 2, "error: key '\\ud800\\x9b': no\n"),
     ],
 )
 def test_run_cli_says_one_line(capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
+import signal
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from safetensors.numpy import save_file
 
 from tokenizer.common.errors import UserError
 from tokenizer.common.image_quality import psnr
+from tokenizer.data import pack
 from tokenizer.data.clip_store import ClipStore, compress, open_store
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.pack import pack_clips
@@ -33,6 +36,20 @@ def packed(tmp_path_factory):
 
 def _of(path, part="", **more):
     return DataConfig([f"{path}{part}"], **{"size": 40, "augment": False, **more})
+
+
+def test_a_write_limit_ends_packing_and_leaves_nothing(packed, tmp_path, monkeypatch):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            pack_clips(packed[0], tmp_path / "raw.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    monkeypatch.setattr(pack, "write_raw", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        pack_clips(packed[0], tmp_path / "raw.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_raw_is_exact_and_compressed_is_near(packed):

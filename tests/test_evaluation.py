@@ -365,6 +365,16 @@ def test_a_second_process_may_join_but_not_overwrite(
     assert of_folder("out", *flags, "--overwrite")["num_clips"] == 2
 
 
+def test_equal_shards_have_equal_bytes(tmp_path: Path) -> None:
+    """safetensors writes two keys of metadata in a random order."""
+    tensors, written = {"t": torch.arange(3), "u": torch.ones(2, 2)}, set()
+    for _ in range(20):
+        shards.write_shard(tmp_path / "s.safetensors", [{"file": "é\n"}], tensors)
+        written.add((tmp_path / "s.safetensors").read_bytes())
+    records, found = shards.read_shard(tmp_path / "s.safetensors")
+    assert len(written) == 1 and records == [{"file": "é\n"}] and found.keys() == tensors.keys()
+
+
 def test_damaged_results_are_one_line(of_folder: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Shards carry a digest; metrics.json and per_clip.csv are checked field by field."""
     lossless(tmp_path / "real", "a", "b", "c")

@@ -35,6 +35,14 @@ def trained(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_card_is_text_in_its_model_card(trained: Path, tmp_path: Path) -> None:
+    model = load_tokenizer(trained)
+    model.card = {"kind": "tokenizer", "n": "<img src=x>\n## b \\| c ![d](https://e)"}
+    model.save_pretrained(tmp_path / "shared")
+    page = (tmp_path / "shared/README.md").read_text()
+    assert r"| n | &lt;img src=x&gt; ## b \\\| c ![d]\(https://e) |" in page.splitlines()
+
+
 def test_a_folder_gives_back_the_same_bytes(trained: Path, tmp_path: Path) -> None:
     model, folder = load_tokenizer(trained), tmp_path / "shared"
     sha256 = model.save_pretrained(folder, figures={"psnr": {"uniform 8": 20.123456}})

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 from reproduce import Workplace, chosen, digest_of, listing
-from reproduce_claims import TITLES, VERDICTS, hull, judge, report_page
+from reproduce_claims import TITLES, VERDICTS, Claims, hull, judge, report_page
+from reproduce_measured import Answer
 from reproduce_stages import PLAN, SCALES, Stage, Study
 
+from evaluations.metrics.bootstrap import Interval
 from tokenizer.common.checkpoint import read_model
 from tokenizer.common.errors import UserError
 from tokenizer.router.reward import QualityTable
@@ -132,6 +134,15 @@ def test_the_reports_arithmetic(study: tuple[Path, list[str], str]) -> None:
 )
 def test_the_rule(interval: list[float] | None, better: str, bound: float, holds: bool | None) -> None:
     assert judge(interval, better, bound) is holds
+
+
+def test_a_claim_has_an_answer_for_each_seed_or_one_for_all() -> None:
+    answer = Answer(-0.1, Interval(-0.2, 0.0, 0.95, 100, 1.0), 5)
+    for answers, seeds in (([answer] * 3, [0, 1, 2]), ([answer], [0])):
+        (claims := Claims([0, 1, 2], "")).add(1, "name", "", None, "", answers)
+        assert claims.found["name"]["seeds"] == seeds and claims.found["name"]["clips"] == 5
+    with pytest.raises(ValueError, match="shorter"):
+        Claims([0, 1, 2], "").add(1, "name", "", None, "", [answer] * 2)
 
 
 def test_an_interval_spans_all_seeds() -> None:

@@ -103,9 +103,10 @@ class Claims:
         better: str = "below", bound: float = 0.0,
     ) -> None:  # fmt: skip
         """answers: one for each seed, or a single one of what no seed changes."""
+        seeds = self.seeds if len(answers) > 1 else self.seeds[:1]
         by_seed: list[dict[str, Any]] = [
             {"seed": seed, "value": each.value, "low": each.interval.low, "high": each.interval.high, "pair": each.pair}
-            for seed, each in zip(self.seeds, answers, strict=False)
+            for seed, each in zip(seeds, answers, strict=True)
         ]
         interval = hull(by_seed)
         values = [each["value"] for each in by_seed if each["value"] is not None]

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tokenizer.common.errors import UserError
+from tokenizer.common.errors import FULL_DISK, UserError
 from tokenizer.common.schema import check_fields, parse_json
 
 logger = logging.getLogger(__name__)
@@ -374,7 +374,9 @@ def written_aside(path: Path, name: str = "") -> Iterator[Path]:
         yield aside
         _sync(aside)
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in FULL_DISK and not error.filename:
+            error.filename = str(path)
         aside.unlink(missing_ok=True)
         raise
     _sync(path.parent)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from tokenizer.common.errors import EXIT_USER_ERROR, UserError
+from tokenizer.common.errors import UserError, say_error
 
 # Values of flags whose own modules import torch.
 BUDGET_FORMS = (
@@ -30,8 +30,7 @@ def answer_help(parse: Callable[[], object]) -> None:
     try:
         parse()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(say_error(f"error: {error}"))
 
 
 class Parser(argparse.ArgumentParser):

@@ -194,8 +194,12 @@ def local_copy(name: str | Path, revision: str | None = None, local_files_only: 
 
 
 def _table(rows: Iterable[tuple[str, Any]]) -> list[str]:
-    """Markdown in which no text of a card ends its cell or becomes HTML."""
-    cells = (" | ".join(" ".join(escape(str(x), quote=False).replace("|", r"\|").split()) for x in row) for row in rows)
+    """Markdown in which no text of a card ends its cell, becomes HTML or a link."""
+
+    def cell(value: Any) -> str:
+        return re.sub(r"[\\|]|(?<=\])\(", r"\\\g<0>", " ".join(escape(str(value), quote=False).split()))
+
+    cells = (" | ".join(map(cell, row)) for row in rows)
     return ["| | |", "|---|---|", *(f"| {cell} |" for cell in cells)]
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from tokenizer.common.errors import UserError
+from tokenizer.common.errors import UserError, display_name
 
 VIDEO_SUFFIXES = (
     ".264", ".265", ".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".h265", ".hevc",
@@ -55,15 +55,6 @@ class Span(NamedTuple):
 
     offset: int
     size: int
-
-
-def display_name(path: str | os.PathLike[str]) -> str:
-    r"""A printable form of any file name: bytes that are not UTF-8 and control characters appear as \xNN.
-
-    A line feed would break a one-line message, and an escape sequence would command the terminal.
-    """
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def file_slug(text: str, most: int = 60) -> str:

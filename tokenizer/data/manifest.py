@@ -68,7 +68,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer.common.checkpoint import atomic_write, file_sha256
+from tokenizer.common.checkpoint import atomic_write, file_sha256, written_aside
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.work_units import map_ahead
 from tokenizer.data.datasets import find_kinetics, find_ucf101, find_webvid
@@ -269,6 +269,7 @@ Found = Iterator[tuple[str, Path | None, str]]
 def build(args: argparse.Namespace) -> int:
     """Write the manifest and report missing videos."""
     missing: list[str] = []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     total = write_rows(args.out, _rows(_find(args), args, missing))
     if not total:
         args.out.unlink()
@@ -293,7 +294,11 @@ def check(args: argparse.Namespace) -> int:
     if args.report is None:
         findings = collect(bar)
     else:
-        with open(args.report, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        args.report.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            written_aside(args.report) as aside,
+            open(aside, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             findings = collect(_reported(bar, file))
     if args.json:
         counts = {kind: findings.counts[kind] for kind in PROBLEMS}

@@ -37,7 +37,6 @@ import tempfile
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer.common.clip_shape import sides
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.data.clip_store import StoredClip, compress, write_compressed, write_raw
 from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
@@ -47,16 +46,14 @@ from tokenizer.data.video_io import to_uint8
 
 def pack_clips(clips: ClipDataset, path: Path, crf: int | None = None) -> int:
     """Write every clip that can be read; how many. UserError if none can."""
-    shape = (len(clips), clips.cfg.num_frames, *sides(clips.cfg.size), 3)
     known: list[StoredClip] = []
     encoded: list[tuple[bytes, list[int]]] = []
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".frames-") as raw:
-        frames_NTHWC = np.memmap(raw.name, np.uint8, "w+", shape=shape if crf is None else (1,))
+    with tempfile.TemporaryFile(dir=path.parent) as raw:  # without a name: a killed run leaves nothing
         for number, clip in clips.readable(tqdm(range(len(clips)), desc="packing clips", unit="clip")):
             frames_THWC = to_uint8(clip.video_CTHW)
             if crf is None:
-                frames_NTHWC[len(known)] = frames_THWC
+                raw.write(frames_THWC.tobytes())  # a full disk would kill who writes to a memory map
             else:
                 encoded.append(compress(frames_THWC, crf))
             known.append(StoredClip(clips.names[number], clip.label, clip.kind))
@@ -64,7 +61,8 @@ def pack_clips(clips: ClipDataset, path: Path, crf: int | None = None) -> int:
             raise UserError(f"{', '.join(clips.cfg.sources)}: not one of {len(clips)} clips can be read")
         facts = {"sources": clips.cfg.sources, "versions": {"scenes": SCENES, "crf": crf}}
         if crf is None:
-            write_raw(path, frames_NTHWC[: len(known)], known, facts)
+            raw.flush()
+            write_raw(path, np.memmap(raw, np.uint8, "c", shape=(len(known), *frames_THWC.shape)), known, facts)
         else:
             write_compressed(path, encoded, known, facts)
     return len(known)
