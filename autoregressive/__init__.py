@@ -1,13 +1,8 @@
 """The names with which clips are sampled in Python; each is imported when it is first used, torch with it."""
 
-import os
 from typing import TYPE_CHECKING
 
 from tokenizer.common.lazy import lazy_names
-
-# OpenMP's threads would spin while they wait: beside one busy process that stops everything. Read when torch is loaded.
-if os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") == "PASSIVE":
-    os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # a short spin: 1.5 times faster on idle cores than none
 
 if TYPE_CHECKING:
     from autoregressive.presets import load_gpt

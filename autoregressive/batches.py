@@ -18,7 +18,7 @@ from torch import Tensor
 
 from autoregressive.sequence import PackedSequences, SequenceLayout, pack_sequences
 from autoregressive.token_archive import TokenArchive
-from tokenizer.common.device import epoch_order, generator_for
+from tokenizer.common.device import endless_order, generator_for
 from tokenizer.common.distributed import balanced_partition
 from tokenizer.common.errors import UserError
 
@@ -126,24 +126,17 @@ def _plan(
                 f"run.batch_size={rule.clips} clips for {rule.num_ranks} processes x run.accumulate={rule.num_parts}: "
                 "give each part at least one"
             )
-        row = _endless_row(len(num_inputs), rule.seed, start_step * rule.clips)
+        row = (clip for clip, _ in endless_order(len(num_inputs), rule.seed, start_step * rule.clips))
         while True:
             clips = list(itertools.islice(row, rule.clips))
             yield clips, balanced_partition([cost(num_inputs[clip], width) for clip in clips], num_shares)
     if max(num_inputs) > rule.most_ids:
         raise UserError(f"batch_ids={rule.most_ids} is less than the {max(num_inputs)} ids of the longest clip")
     # what a bin holds depends on all before it: they are counted again, about a second for a million clips
-    bins = fill_bins(_endless_row(len(num_inputs), rule.seed, 0), num_inputs.__getitem__, rule.most_ids)
+    row = (clip for clip, _ in endless_order(len(num_inputs), rule.seed, 0))
+    bins = fill_bins(row, num_inputs.__getitem__, rule.most_ids)
     bins = itertools.islice(bins, start_step * rule.num_ranks, None)
     while True:
         filled = list(itertools.islice(bins, rule.num_ranks))
         places = iter(range(sum(map(len, filled))))
         yield [clip for clips in filled for clip in clips], [list(itertools.islice(places, len(c))) for c in filled]
-
-
-def _endless_row(num_clips: int, seed: int, start: int) -> Iterator[int]:
-    """Shuffled epochs, one after the other, from place `start` on."""
-    first_epoch, skip = divmod(start, num_clips)
-    for epoch in itertools.count(first_epoch):
-        yield from map(int, epoch_order(num_clips, seed, epoch)[skip:])
-        skip = 0

@@ -34,7 +34,7 @@ from autoregressive.presets import PRESETS
 from tokenizer.common.checkpoint import file_sha256, save_model
 from tokenizer.common.config import load_section, to_dict
 from tokenizer.common.errors import run_cli
-from tokenizer.common.foreign import Rule, Split, match, read_foreign, read_map, report
+from tokenizer.common.foreign import Rule, Split, convert, read_foreign
 
 GPT_RULES: tuple[Rule, ...] = (
     (r"^(?:\w+\.)*?(?:layers|blocks)\.(\d+)\.", r"blocks.\1."),
@@ -63,13 +63,8 @@ def main() -> None:
     file = read_foreign(args.file)
     config = load_section(GPTConfig, args.config, "model") if args.config else PRESETS[args.gpt_model]
     model = GPT(config)
-    given = read_map(args.map)
-    found = match(file.tensors, model.state_dict(), GPT_RULES, splits_of(config), given)
-    report(file, found, everything=args.to is None)
-    if args.to is None:
+    if not convert(file, args, model, GPT_RULES, splits_of(config)):
         return
-    found.check(str(args.file))
-    model.load_state_dict(found.filled)
     card = {"kind": "gpt", "converted_from": args.file.name, "source_sha256": file_sha256(args.file)}
     save_model(args.to, model.state_dict(), {"model": to_dict(config)}, card | {"state": "mapped, not evaluated"})
     print(f"{args.to}: mapped, not evaluated")

@@ -28,7 +28,7 @@ from tokenizer.common.schema import fits, read_json_value
 from tokenizer.common.work_units import lock, map_ahead
 from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.datasets import find_kinetics, find_ucf101
-from tokenizer.data.files import SPLITS, bundled_videos, path_in_environment
+from tokenizer.data.files import SPLITS, Span, bundled_videos, path_in_environment
 from tokenizer.data.safe_decode import decode_clip_at, decode_clips, fingerprint_of
 from tokenizer.data.video_io import DecodedClip, VideoError, display_name, list_videos, to_uint8
 from tokenizer.data.video_table import read_rows
@@ -39,10 +39,10 @@ INSTEAD = "give --data, a folder of videos or a manifest .csv"
 _PROBE_SIDE = 32  # frames are made this small if only their number is wanted
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path, span: Span | None = None) -> str:
     """Of a file's content: its size and the sha256 of both its ends. "unreadable" for a file that cannot be opened."""
     try:
-        return fingerprint_of(path)
+        return fingerprint_of(path, span)
     except VideoError:
         return "unreadable"
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from tokenizer.model import VideoTokenizer
 from tokenizer.router.results import versions
 from tokenizer.viz.frames import filmstrip
 
-_MOST_UNSCORED = 8  # batches that wait for the scoring thread
+_MOST_UNSCORED = 9  # batches that are scored or wait for it
 
 
 class Evaluation:
@@ -90,9 +90,11 @@ class Evaluation:
             def score(places: Iterator[int]) -> Iterator[Scored]:
                 batches = in_batches(self._drafts(system, places, known), self.scorer.batch_size, total)
                 threads = batches_at_once(self.device)
-                for scored in _beside(lambda batch: self._score(system, batch, known), batches, threads):
-                    yield scored
-                    bar.update()
+                found = map_ahead(lambda batch: self._score(system, batch, known), batches, threads, _MOST_UNSCORED)
+                with closing(found):
+                    for scored in itertools.chain.from_iterable(found):
+                        yield scored
+                        bar.update()
 
             def finish() -> None:
                 bar.update(total - bar.n)
@@ -223,24 +225,6 @@ def _record(draft: Draft, made: dict[int, Made]) -> Record:
         return {**record, "skipped": draft.skipped or (found and found.skipped) or "nothing was made"}
     notes = {"file_notes": list(real.notes)} if real and real.notes else {}
     return record | found.figures | ({"num_padded": real.num_padded} if real and real.num_padded else {}) | notes
-
-
-def _beside(
-    work: Callable[[list[Draft]], list[Scored]], batches: Iterable[list[Draft]], num_threads: int
-) -> Iterator[Scored]:
-    """The results of all batches in order, computed in threads while the next batches are assembled."""
-    with ThreadPoolExecutor(num_threads, "scoring") as pool:
-        waiting: deque[Future[list[Scored]]] = deque()
-        try:
-            for batch in batches:
-                waiting.append(pool.submit(work, batch))
-                while waiting and (waiting[0].done() or len(waiting) > _MOST_UNSCORED):
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def code_version() -> str:

@@ -41,7 +41,7 @@ from torch import Tensor
 from tokenizer.common.checkpoint import file_sha256, save_model
 from tokenizer.common.config import from_dict, read_yaml, to_dict
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.foreign import Rule, match, read_foreign, read_map, report
+from tokenizer.common.foreign import Rule, convert, read_foreign
 from tokenizer.common.image_quality import psnr
 from tokenizer.data.files import bundled_videos
 from tokenizer.data.video_io import iter_clips, to_model_range
@@ -121,14 +121,9 @@ def main() -> None:
     for key, value in translated.unknown.items():
         print(f"note: {args.config}: {key}: {value!r} is not translated")
     model = Router(translated.config) if is_router else VideoTokenizer(translated.config)
-    given = read_map(args.map)
     rules, part_of = (ROUTER_RULES, lambda name: "") if is_router else (TOKENIZER_RULES, side_of)
-    found = match(file.tensors, model.state_dict(), rules, {}, given, part_of, patches_as_ours)
-    report(file, found, everything=args.to is None)
-    if args.to is None:
+    if not convert(file, args, model, rules, None, part_of, patches_as_ours):
         return
-    found.check(str(args.file))
-    model.load_state_dict(found.filled)
     card = {"kind": args.kind, "converted_from": args.file.name, "source_sha256": file_sha256(args.file)}
     if isinstance(model, VideoTokenizer):
         level = LEVEL if LEVEL in model.config.levels else model.config.levels[-1]

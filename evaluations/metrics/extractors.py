@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from evaluations.metrics.clip_scores import fixed_batches
 from evaluations.metrics.frechet import KERNEL_NAMES, NAMES
 from tokenizer.common.checkpoint import file_sha256
-from tokenizer.common.errors import UserError
+from tokenizer.common.errors import UserError, one_line
 
 # i3d_torchscript.pt of StyleGAN-V, 51,235,320 bytes
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
@@ -169,9 +169,7 @@ def _i3d(path: Path, device: torch.device) -> Extractor:
         try:
             feature_BF = model(video_BCTHW * 2 - 1, rescale=False, resize=True, return_features=True)
         except RuntimeError as error:
-            raise UserError(
-                f"{path}: does not take a clip of {tuple(video_BCTHW.shape)}: {_last_line(error)}"
-            ) from error
+            raise UserError(f"{path}: does not take a clip of {tuple(video_BCTHW.shape)}: {one_line(error)}") from error
         shape = tuple(feature_BF.shape) if isinstance(feature_BF, Tensor) else type(feature_BF).__name__
         if not isinstance(feature_BF, Tensor) or feature_BF.ndim != 2 or expected not in (None, feature_BF.shape[1]):
             raise UserError(f"{path}: gives {shape} for a clip, not {expected or 'a row of'} features; fetch it again")
@@ -210,7 +208,7 @@ def _fetched(address: str, sha256: str) -> Path:
             torch.hub.download_url_to_file(address, str(path), hash_prefix=sha256.lower(), progress=False)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"{address}: cannot be fetched ({_last_line(error)}); fetch it by hand into {path}"
+                f"{address}: cannot be fetched ({one_line(error)}); fetch it by hand into {path}"
             ) from error
     return path
 
@@ -252,7 +250,3 @@ def _videomae(weights: str | Path | None, sha256: str | None, device: torch.devi
 
     rule = f"ImageNet mean and deviation, {frames} frames resized to {size}, mean over the last hidden states"
     return Extractor("videomae", digest, rule, model.config.hidden_size, device, network)
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1][:120] if str(error).strip() else type(error).__name__

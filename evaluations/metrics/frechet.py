@@ -5,9 +5,6 @@
 With S = R^T R the last trace is the sum of the singular values of R_x R_y^T: no square root of a matrix is needed, and
 the rank of the covariances does not matter.
 
-Rows are summed in chunks of fixed size in the order of the clips, so the result has the same bits however many are
-handed over at a time and whichever process computed them.
-
 The distance of n clips a side is biased upwards by about 1/n. `frechet_jackknife` gives the standard error of the value
 and extrapolates it to infinitely many clips (FVD-infinity, after arXiv 1911.07023); the extrapolation holds only for
 more clips than features.
@@ -15,14 +12,13 @@ more clips than features.
 The kernel distance is the unbiased squared MMD with the cubic kernel (x . y / F + 1)^3 (KVD, KID). Its mean is 0 for
 two draws of one set at any number of clips, so it may be slightly negative. Prefer it for few clips.
 
-Letters: S T clips of the two sets, B clips handed over at a time, F numbers in a feature, R rank of a covariance.
+Letters: S T clips of the two sets, F numbers in a feature, R rank of a covariance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
@@ -39,9 +35,6 @@ KERNEL_NAMES = {"i3d": "kvd_i3d", "videomae": "kd_videomae", "effnet": "kcd_effn
 COVARIANCES = {"n": 0, "n-1": 1}
 
 
-CHUNK = 256  # rows summed together; part of the result's last bits
-
-
 @dataclass(frozen=True, eq=False)
 class Gaussian:
     """Mean [F] and covariance factor [R, F] (covariance = factor^T factor) of the features of `count` clips."""
@@ -51,21 +44,16 @@ class Gaussian:
     count: int
 
 
-def fit_gaussian(features: Iterable[Tensor], covariance: str = "n") -> Gaussian:
-    """Fit to features [B, F] that come one after the other; memory: F*F numbers, however many clips.
+def fit_gaussian(features_SF: Tensor, covariance: str = "n") -> Gaussian:
+    """Fit to features [S, F]. covariance: see COVARIANCES.
 
-    covariance: see COVARIANCES. Raises UserError for fewer than 2 clips and for features that are not finite.
+    Raises UserError for fewer than 2 clips and for features that are not finite.
     """
-    chunks = _rechunked(features)
-    held: list[Tensor] = []
-    num_held = 0
-    for chunk_SF in chunks:
-        held.append(chunk_SF)
-        num_held += len(chunk_SF)
-        if num_held > chunk_SF.shape[1]:
-            return _Sums.of(chain(held, chunks)).fit(covariance)
-    rows_SF = torch.cat(held) if held else torch.empty(0, 0)
-    divisor = _divisor(len(rows_SF), covariance)
+    if not features_SF.isfinite().all():
+        raise UserError("a feature is not finite: the frames or the extractor's weights are damaged")
+    divisor, rows_SF = _divisor(len(features_SF), covariance), features_SF.detach().cpu().double()
+    if len(rows_SF) > rows_SF.shape[1]:
+        return _Sums.of(rows_SF).fit(covariance)
     mean_F = rows_SF.mean(dim=0)
     return Gaussian(mean_F, (rows_SF - mean_F) / divisor**0.5, len(rows_SF))  # fewer clips than numbers: no sums needed
 
@@ -82,7 +70,7 @@ def frechet_distance(x: Gaussian, y: Gaussian) -> float:
 
 def frechet_of_features(x_SF: Tensor, y_SF: Tensor, covariance: str = "n") -> float:
     """The squared Frechet distance between two sets of features."""
-    return frechet_distance(fit_gaussian([x_SF], covariance), fit_gaussian([y_SF], covariance))
+    return frechet_distance(fit_gaussian(x_SF, covariance), fit_gaussian(y_SF, covariance))
 
 
 def frechet_jackknife(
@@ -93,7 +81,7 @@ def frechet_jackknife(
     paired: row s of both sides belongs to the same clip, as in reconstruction, so both leave out the same clips. Two
     independent sets leave out groups of their own, one side at a time.
     """
-    x, y = fit_gaussian([x_SF], covariance), fit_gaussian([y_SF], covariance)
+    x, y = fit_gaussian(x_SF, covariance), fit_gaussian(y_SF, covariance)
     value = frechet_distance(x, y)
     if min(x.count, y.count) < 4:
         return value, None
@@ -116,11 +104,12 @@ def gaussians_without(features_SF: Tensor, groups: Sequence[np.ndarray], covaria
     if len(features_SF) - max(map(len, groups)) <= features_SF.shape[1]:
         for group in groups:
             kept = np.delete(np.arange(len(features_SF)), group)
-            yield fit_gaussian([features_SF[torch.from_numpy(kept)]], covariance)
+            yield fit_gaussian(features_SF[torch.from_numpy(kept)], covariance)
         return
-    everything = _Sums.of(_rechunked([features_SF]))
+    rows_SF = features_SF.detach().cpu().double()
+    everything = _Sums.of(rows_SF)
     for group in groups:
-        part = _Sums.of(_rechunked([features_SF[torch.from_numpy(group)]]), everything.origin_F)
+        part = _Sums.of(rows_SF[torch.from_numpy(group)], everything.origin_F)
         yield everything.without(part).fit(covariance)
 
 
@@ -131,22 +120,13 @@ class _Sums:
     origin_F: Tensor
     sum_F: Tensor
     outer_FF: Tensor
-    count: int = 0
+    count: int
 
     @staticmethod
-    def of(chunks: Iterable[Tensor], origin_F: Tensor | None = None) -> _Sums:
-        """origin_F: default: the mean of the first chunk."""
-        sums: _Sums | None = None
-        for chunk_SF in chunks:
-            if sums is None:
-                origin_F = chunk_SF.mean(dim=0) if origin_F is None else origin_F
-                sums = _Sums(origin_F, torch.zeros_like(origin_F), origin_F.new_zeros(len(origin_F), len(origin_F)))
-            offset_SF = chunk_SF - sums.origin_F
-            sums.sum_F += offset_SF.sum(dim=0)
-            sums.outer_FF += offset_SF.T @ offset_SF
-            sums.count += len(chunk_SF)
-        assert sums is not None
-        return sums
+    def of(rows_SF: Tensor, origin_F: Tensor | None = None) -> _Sums:
+        origin_F = rows_SF.mean(dim=0) if origin_F is None else origin_F
+        offset_SF = rows_SF - origin_F
+        return _Sums(origin_F, offset_SF.sum(dim=0), offset_SF.T @ offset_SF, len(rows_SF))
 
     def without(self, part: _Sums) -> _Sums:
         return _Sums(self.origin_F, self.sum_F - part.sum_F, self.outer_FF - part.outer_FF, self.count - part.count)
@@ -157,26 +137,6 @@ class _Sums:
         value_F, vector_FF = torch.linalg.eigh(covariance_FF)
         kept = value_F > value_F[-1] * len(value_F) * torch.finfo(torch.float64).eps  # the rest is rounding
         return Gaussian(self.origin_F + mean_F, (vector_FF[:, kept] * value_F[kept].sqrt()).T, self.count)
-
-
-def _rechunked(features: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The same rows in float64, CHUNK at a time, the rest last. Each row is copied once, however it comes."""
-    waiting: list[Tensor] = []  # fewer than CHUNK rows together
-    num_waiting = 0
-    for feature_BF in features:
-        if not feature_BF.isfinite().all():
-            raise UserError("a feature is not finite: the frames or the extractor's weights are damaged")
-        rows_BF = feature_BF.detach().cpu()
-        while len(rows_BF):
-            taken_BF = rows_BF[: CHUNK - num_waiting].double()
-            rows_BF = rows_BF[len(taken_BF) :]
-            waiting.append(taken_BF)
-            num_waiting += len(taken_BF)
-            if num_waiting == CHUNK:
-                yield torch.cat(waiting)
-                waiting, num_waiting = [], 0
-    if waiting:
-        yield torch.cat(waiting)
 
 
 def _divisor(count: int, covariance: str) -> int:

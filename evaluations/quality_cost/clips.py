@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from evaluations.clip_list import list_clips
+from evaluations.clip_list import fingerprint, list_clips
 from evaluations.protocols import Protocol, find_protocol
 from evaluations.quality_cost.flags import FREE
 from tokenizer.common.clip_shape import check_same_shape
 from tokenizer.common.errors import UserError
-from tokenizer.data.clips import ClipDataset, DataConfig, build_dataset
+from tokenizer.data.clips import DataConfig, build_dataset
 from tokenizer.data.video_io import VideoError, to_model_range
 from tokenizer.model import TokenizerConfig
 from tokenizer.router.reward import QualityTable
@@ -91,15 +91,9 @@ def clips_of_flags(args: argparse.Namespace, config: TokenizerConfig, stored: Qu
     dataset = build_dataset(data)
     dataset = dataset if args.max_clips is None else dataset.first(args.max_clips)
     read = _or_stop(list(dataset.names), lambda index: dataset.get_this(index).video_CTHW)
-    contents = [_content(dataset, i) for i in range(len(dataset))]
+    files = (dataset.file(i) for i in range(len(dataset)))
+    contents = ["" if file is None else fingerprint(*file) for file in files]
     return CurveClips(list(dataset.names), contents, read, {"data": dataset.cfg})
-
-
-def _content(dataset: ClipDataset, index: int) -> str:
-    try:
-        return dataset.fingerprint(index)
-    except VideoError:
-        return "unreadable"
 
 
 def _or_stop(names: Sequence[str], read: Callable[[int], Tensor]) -> Callable[[int], Tensor]:

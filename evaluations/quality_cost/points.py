@@ -97,8 +97,8 @@ def frechet_over_clips(
 
     def distances(index_S: np.ndarray) -> np.ndarray:
         chosen = torch.from_numpy(index_S)
-        real = fit_gaussian([real_SF[chosen]], covariance)
-        ours_P = (fit_gaussian([ours_SF[chosen]], covariance) for ours_SF in ours_PSF)
+        real = fit_gaussian(real_SF[chosen], covariance)
+        ours_P = (fit_gaussian(ours_SF[chosen], covariance) for ours_SF in ours_PSF)
         return np.array([frechet_distance(ours, real) for ours in ours_P])
 
     return distances

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tokenizer.common.errors import FULL_DISK, UserError
+from tokenizer.common.errors import FULL_DISK, UserError, one_line
 from tokenizer.common.schema import check_fields, parse_json
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def read_model(path: str | Path) -> ModelFile:
     try:
         tensors = load_file(path)
     except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: damaged or not a safetensors file ({_one_line(error)}); fetch it again") from error
+        raise UserError(f"{path}: damaged or not a safetensors file ({one_line(error)}); fetch it again") from error
     digest = inside.get(_DIGEST_KEY)
     if digest is not None and (len(str(digest)) != 64 or digest != _digest(path, str(digest))):
         raise UserError(f"{path}: damaged: its bytes do not have the sha256 that it states; fetch it again")
@@ -145,7 +145,7 @@ def _header(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             inside = parse_json((file.metadata() or {}).get(_METADATA_KEY, "null"), str(path), "fetch it again")
     except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: damaged or not a safetensors file ({_one_line(error)}); fetch it again") from error
+        raise UserError(f"{path}: damaged or not a safetensors file ({one_line(error)}); fetch it again") from error
     if inside is None:
         raise UserError(f"{path}: holds tensors but no config of ours; save it with tokenizer.common.checkpoint")
     if not isinstance(inside, dict) or not {"config", "card"} <= inside.keys() <= {"config", "card", _DIGEST_KEY}:
@@ -317,7 +317,7 @@ def _damage(folder: Path) -> str | None:
                 return f"{name} differs from its sha256"
         check_fields(_read_json(folder / "state.json"), _STATE, "state.json", "")
     except (OSError, ValueError, AttributeError, RecursionError, UserError) as error:
-        return _one_line(error)
+        return one_line(error)
     return None
 
 
@@ -408,7 +408,3 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

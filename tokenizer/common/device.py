@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import os
 import random
 import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -128,6 +130,14 @@ def rng_for(seed: int, *keys: int | str) -> np.random.Generator:
 def epoch_order(num_clips: int, seed: int, epoch: int) -> np.ndarray:
     """The order of one epoch, int64 [num_clips]: each index once, shuffled by (seed, epoch)."""
     return rng_for(seed, "order", epoch).permutation(num_clips)
+
+
+def endless_order(num_clips: int, seed: int, start: int) -> Iterator[tuple[int, int]]:
+    """(index, epoch) of shuffled epochs put end to end, from place `start` on."""
+    first_epoch, skip = divmod(start, num_clips)
+    for epoch in itertools.count(first_epoch):
+        yield from ((int(index), epoch) for index in epoch_order(num_clips, seed, epoch)[skip:])
+        skip = 0
 
 
 def set_deterministic(seed: int) -> None:

@@ -27,6 +27,11 @@ class UserError(Exception):
     """A mistake that the user can mend. The message is one line: the mistake (file, key, value) and the way out."""
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """The text of an exception in a line, at most `most` characters; its type if it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and leave with its exit code.
 

@@ -7,6 +7,7 @@ each match with its rule, and the names left over on either side.
 
 from __future__ import annotations
 
+import argparse
 import fnmatch
 import re
 from collections import defaultdict
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenizer.common.config import read_yaml
 from tokenizer.common.errors import UserError
@@ -315,6 +316,24 @@ def report(file: ForeignFile, found: Match, everything: bool) -> None:
         if names:
             print(f"{title}: {len(names)}")
             print("\n".join(f"  {name}" for name in names))
+
+
+def convert(
+    file: ForeignFile,
+    args: argparse.Namespace,
+    model: nn.Module,
+    rules: Sequence[Rule],
+    splits: Mapping[str, Split] | None = None,
+    part_of: Callable[[str], str] = lambda name: "",
+    reshape: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+) -> bool:
+    """Report how `file` fits `model` under --map; with --to, load it. Raises UserError if any tensor finds no place."""
+    found = match(file.tensors, model.state_dict(), rules, splits, read_map(args.map), part_of, reshape)
+    report(file, found, everything=args.to is None)
+    if args.to is not None:
+        found.check(str(file.path))
+        model.load_state_dict(found.filled)
+    return args.to is not None
 
 
 def read_map(path: Path | None) -> dict[str, str]:

@@ -27,7 +27,7 @@ from tokenizer.common.checkpoint import (
     without_init,
 )
 from tokenizer.common.config import flat, from_dict, to_dict
-from tokenizer.common.errors import UserError
+from tokenizer.common.errors import UserError, one_line
 from tokenizer.common.schema import read_json
 
 _PAPER = "https://arxiv.org/abs/2603.12267"
@@ -126,7 +126,7 @@ class HubModel:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{repo_id}: cannot be pushed to the hub ({_first_line(error)})") from error
+            raise UserError(f"{repo_id}: cannot be pushed to the hub ({one_line(error)})") from error
 
     def _is_unchanged(self) -> bool:
         """Whether the file that the model was loaded from still holds these very weights and this config."""
@@ -183,7 +183,7 @@ def local_copy(name: str | Path, revision: str | None = None, local_files_only: 
         )
     except Exception as error:  # no network, no such repository, offline by environment: many types, one meaning
         raise UserError(
-            f"{name}: no such file or folder here, and the hub gives none ({_first_line(error)}); give "
+            f"{name}: no such file or folder here, and the hub gives none ({one_line(error)}); give "
             "FILE.safetensors, a folder of save_pretrained with model.safetensors inside, or a run folder"
         ) from error
     if not (folder / "model.safetensors").is_file():
@@ -208,7 +208,3 @@ def _listed(data: Mapping[str, Any]) -> dict[str, Any]:
     return {
         k: v for k, v in flat(data).items() if not isinstance(v, list) or all(isinstance(x, int | float) for x in v)
     }
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -32,10 +32,10 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-def map_ahead(work: Callable[[A], B], items: Iterable[A], num_threads: int) -> Generator[B, None, None]:
-    """`work(item)` of every item, in order; `num_threads` run at once and twice as many wait at most. 0: on demand.
+def map_ahead(work: Callable[[A], B], items: Iterable[A], num_threads: int, most: int = 0) -> Generator[B, None, None]:
+    """`work(item)` of every item, in order; `num_threads` run at once, at most `most` (0: twice as many) are under way.
 
-    For work that waits for another process or for a codec. An exception ends the stream.
+    num_threads=0: on demand. For work that waits for another process, a codec or a device. An exception ends it.
     """
     if not num_threads:
         yield from map(work, items)
@@ -45,7 +45,7 @@ def map_ahead(work: Callable[[A], B], items: Iterable[A], num_threads: int) -> G
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
-                if len(waiting) >= 2 * num_threads:
+                while waiting and (waiting[0].done() or len(waiting) >= (most or 2 * num_threads)):
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

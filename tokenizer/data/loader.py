@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tokenizer.common import distributed
 from tokenizer.common.clip_shape import sides
-from tokenizer.common.device import epoch_order
+from tokenizer.common.device import endless_order
 from tokenizer.common.distributed import BatchShard, balance_load
 from tokenizer.common.errors import UserError
 from tokenizer.data.clips import ClipDataset, ClipSample, to_video
@@ -153,17 +153,10 @@ class _StepSampler:
         self.start_step, self.steps, self.own_places = start_step, steps, own_places
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        keys = self._keys()
+        keys = endless_order(self.num_clips, self.seed, self.start_step * self.batch_size)
         for number in itertools.count() if self.steps is None else range(self.steps):
             everything = list(itertools.islice(keys, self.batch_size))
             yield [(place, *everything[place]) for place in self.own_places(self.start_step + number)]
-
-    def _keys(self) -> Iterator[tuple[int, int]]:
-        first_epoch, skip = divmod(self.start_step * self.batch_size, self.num_clips)
-        for epoch in itertools.count(first_epoch):
-            for index in epoch_order(self.num_clips, self.seed, epoch)[skip:]:
-                yield int(index), epoch
-            skip = 0
 
 
 class _Keyed(Dataset[tuple[int, ClipSample]]):
