@@ -41,7 +41,6 @@ class TokenBatch:
 
     @property
     def num_targets(self) -> int:
-        """Ids to predict."""
         return len(self.packed.target_W)
 
     def split(self, num_parts: int) -> list[TokenBatch]:

@@ -39,7 +39,6 @@ class GraphedStep:
 
     @property
     def num_graphs(self) -> int:
-        """Graphs that were captured so far."""
         return len(self._replay_of)
 
     def __call__(self, live: Live) -> None:

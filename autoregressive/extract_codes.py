@@ -154,7 +154,6 @@ class Extraction:
         print(f"{archive.summary()}; {len(lost)} clips of {sources} sources skipped", flush=True)
 
     def _batches(self, unit: int) -> Iterator[list[_Draw]]:
-        """The clips of a shard."""
         size, batch = self.config.clips_per_shard, self.config.batch_size
         mine = self.draws[unit * size : (unit + 1) * size]
         return (mine[start : start + batch] for start in range(0, len(mine), batch))

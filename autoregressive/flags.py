@@ -14,7 +14,6 @@ REQUIRED = ("tok_config", "vq_ckpt", "gpt_ckpt", "sample_dir")
 
 
 def add_common_flags(parser: Parser) -> None:
-    """The flags of both commands, spelt as in the README."""
     add = parser.add_argument
     add("--tok-config", help="YAML of the tokenizer, checked against its weights")
     add("--vq-ckpt", help="weights of the tokenizer: .safetensors or a run folder")

@@ -16,7 +16,6 @@ from tokenizer.common.cli import Parser, answer_help, at_least, frame_rate
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, spelt as in the README."""
     parser = Parser("Sample clips of given classes from a GPT, and decode them with its tokenizer.")
     add_common_flags(parser)
     add = parser.add_argument

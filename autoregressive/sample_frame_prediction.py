@@ -20,7 +20,6 @@ from tokenizer.common.cli import Parser, answer_help, at_least, frame_rate
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, spelt as in the README."""
     parser = Parser("Continue real clips from their first frames with a GPT, and decode them with its tokenizer.")
     add_common_flags(parser)
     add = parser.add_argument

@@ -159,7 +159,6 @@ class SampleJob(SamplingModels):
         self._say_result(names, summary)
 
     def _say_result(self, names: Sequence[str], summary: dict[str, Any]) -> None:
-        """The essence in a line."""
         if not summary["complete"]:
             print(f"{summary['num_samples']} of {len(names)} samples are in {self.folder.folder}; the rest is to come")
             return
@@ -175,7 +174,6 @@ class SampleJob(SamplingModels):
         print(f"{summary['num_samples']} samples{tokens}{broken}; see {self.folder.folder}/report.html")
 
     def _facts(self) -> dict[str, Any]:
-        """What a reader of samples.json must know."""
         names = {"gpt": display_name(self._args.gpt_ckpt), "tokenizer": display_name(self._args.vq_ckpt)}
         return {**names, "gpt_model": size_name(self.gpt.model.config), "settings": self.settings}
 

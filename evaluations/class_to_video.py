@@ -17,7 +17,6 @@ from tokenizer.common.cli import Parser, answer_help
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, spelled as in the README."""
     parser = Parser("Score the clips that a GPT samples for given classes, under a named protocol.")
     add_common_flags(parser)
     add_sampler_flags(parser)

@@ -83,7 +83,6 @@ class ClipList:
         return _sha256([[clip.name, clip.label, clip.start] for clip in self.clips])
 
     def facts(self) -> dict[str, object]:
-        """For the protocol card."""
         return {
             "clips": len(self.clips),
             "listed_videos": self.num_listed,

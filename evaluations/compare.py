@@ -68,7 +68,6 @@ def common_clips(first: Result, second: Result) -> list[str]:
 
 
 def differences_table(first: Result, second: Result, metrics: list[str]) -> bytes:
-    """A .csv with the differences of every clip."""
     rows = (
         {"name": name} | {metric: second.clips[name][metric] - first.clips[name][metric] for metric in metrics}
         for name in common_clips(first, second)
@@ -82,7 +81,6 @@ def as_json(found: dict[str, PairedComparison]) -> dict[str, Any]:
 
 
 def as_text(found: dict[str, PairedComparison], first: Result, second: Result) -> str:
-    """A table for people."""
     num_clips = next(iter(found.values())).num_clips
     lines = [
         f"A {first.folder}",

@@ -21,7 +21,6 @@ MINI = "ckpts/mini"
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; weights are spelt as in the other evaluations."""
     parser = Parser("Explore one clip in the browser: budget, lengths of single blocks, quality over tokens, samples.")
     add = parser.add_argument
     add("--vq-ckpt", metavar="T", default=f"{MINI}/final.safetensors", help="weights of the tokenizer (miniature)")
@@ -198,7 +197,6 @@ def reconstruct_tab(page: Any, events: Events) -> None:
 
 
 def sample_tab(events: Events) -> None:
-    """Sample a clip of a class with the GPT."""
     gr, classes = events.gr, events.explorer.class_names
     with gr.Row():
         name = gr.Dropdown(list(classes), value=classes[0], label="class")

@@ -11,7 +11,6 @@ _READERS = 2
 
 
 def add_common_flags(parser: Parser) -> None:
-    """Flags of every evaluation command."""
     add = parser.add_argument
     add("--protocol", metavar="NAME", help="see python -m evaluations.protocols")
     add("--out", metavar="DIR", help="results folder; a stopped evaluation in it is continued")

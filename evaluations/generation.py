@@ -71,7 +71,6 @@ class Generator(SamplingModels):
             self.slots_in_use = max(self.slots_in_use, in_use)
 
     def finish(self, drafts: Sequence[Draft]) -> list[Made]:
-        """Decode a batch."""
         if not drafts:
             return []
         samples: list[Sample] = [draft.made for draft in drafts]

@@ -136,11 +136,9 @@ class GivenClips:
         return {"folder": hashlib.sha256(listing.encode()).hexdigest()[:16], "forced_lossy": self.force}
 
     def stream(self, sources: Iterable[Source]) -> Iterator[Draft]:
-        """Nothing to do ahead."""
         return map(Draft, sources)
 
     def finish(self, drafts: Sequence[Draft]) -> list[Made]:
-        """Read them."""
         return [self._read(draft.source) for draft in drafts]
 
     def _read(self, source: Source) -> Made:

@@ -239,7 +239,6 @@ def code_version() -> str:
 
 
 def token_figures(lengths: Sequence[int]) -> dict[str, Any]:
-    """The tokens of a clip, for its record."""
     return {"lengths": list(lengths), "tokens": sum(lengths), "tokens_with_length_tokens": sum(lengths) + len(lengths)}
 
 

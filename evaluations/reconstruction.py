@@ -19,7 +19,6 @@ from tokenizer.common.cli import BUDGET_FORMS, TRADE_OFF_HELP, Parser, answer_he
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, spelled as in the README."""
     parser = Parser("Score what a tokenizer reconstructs, under a named protocol.")
     add_common_flags(parser)
     parser.add_argument("--router-config", metavar="R.yaml", help="YAML of the router, checked against its weights")
@@ -93,7 +92,6 @@ class Reconstruction:
 
     @torch.inference_mode()
     def finish(self, drafts: Sequence[Draft]) -> list[Made]:
-        """Route, encode and decode a batch."""
         space = self.tokenizer.space
         videos = [to_model_range(draft.source.real.frames_THWC) for draft in drafts if draft.source.real]
         if not videos:

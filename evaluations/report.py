@@ -77,7 +77,6 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def markdown(self) -> str:
-        """For a README."""
         return f"**{self.title}.** {self.note}\n\n{markdown_table(self.header, self.rows)}"
 
 
@@ -239,7 +238,6 @@ def savings_table(run: Run) -> Table:
 
 
 def points_table(run: Run) -> Table:
-    """Every point of a curve."""
     data = run.data
     metrics = [*data["metrics"], *data["frechet"]]
     rows = [

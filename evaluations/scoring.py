@@ -50,7 +50,6 @@ class Scorer:
         return list(self.extractor(video_BCTHW, self.batch_size))
 
     def facts(self) -> dict[str, Any]:
-        """For the protocol card: names and hashes."""
         return {
             "extractor": self.extractor
             and {

@@ -238,7 +238,6 @@ class Result:
 
     @property
     def card(self) -> dict[str, Any]:
-        """Its protocol card."""
         return self.summary["card"]
 
 

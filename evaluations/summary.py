@@ -164,7 +164,6 @@ def result_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _means(records: Sequence[Record], protocol: Protocol) -> dict[str, Any]:
-    """Means over clips with their intervals."""
     if not records:
         return {}
     metrics = {}

@@ -219,7 +219,6 @@ class Packing:
 
     @cached_property
     def length_BN(self) -> Tensor:
-        """int64 [B, N]."""
         return torch.tensor(self.lengths, dtype=torch.long)
 
     @cached_property

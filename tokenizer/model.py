@@ -149,7 +149,6 @@ class TokenizerConfig:
 
     @property
     def grid(self) -> Grid:
-        """Rows and columns of a block's patches."""
         return grid_of(self.size, self.patch_size)
 
     @property

@@ -122,7 +122,6 @@ class TokenWriter:
         return self.path
 
     def discard(self) -> None:
-        """Remove the appended part."""
         shutil.rmtree(self.folder)
 
     def _agree(self) -> None:
@@ -215,7 +214,6 @@ class TokenFile:
         return VideoFacts(**facts)
 
     def __len__(self) -> int:
-        """Number of clips."""
         return len(self.length_BN)
 
     @property

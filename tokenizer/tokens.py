@@ -48,7 +48,6 @@ class VideoTokens:
             raise UserError(f"codes must be in 0 .. {self.codebook_size - 1}, the codebook's size minus one")
 
     def __len__(self) -> int:
-        """Number of clips."""
         return len(self.length_BN)
 
     @property

@@ -343,7 +343,6 @@ class TokenizerTraining:
         fit(config.run, config, self.state, self.batches, self.train_step, self.validate, noted=noted)
 
     def rehearse(self) -> None:
-        """`--dry-run`: a few steps, nothing written."""
         config, parts = self.config, parameters_by_part(self.model)
         beside = {
             "alignment head": self.alignment.head if self.alignment else None,

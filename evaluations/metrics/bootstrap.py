@@ -100,7 +100,6 @@ def bootstrap(
 
 
 def mean_interval(value_S: np.ndarray, seed: int = 0, draws: int = DRAWS, level: float = LEVEL) -> Interval:
-    """Percentile interval of the mean over clips."""
     value_S = np.asarray(value_S, dtype=np.float64)
     if value_S.ndim != 1 or not len(value_S):
         raise UserError(f"an interval needs one number a clip, got shape {value_S.shape}")

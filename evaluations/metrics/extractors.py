@@ -61,7 +61,6 @@ class Extractor:
 
     @property
     def kernel_name(self) -> str:
-        """Name of its kernel distance."""
         return KERNEL_NAMES[self.name] if self._of_papers else f"kd_torchscript_{self.sha256[:8]}"
 
     @property

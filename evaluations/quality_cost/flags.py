@@ -18,7 +18,6 @@ CODEC_NAMES = ("h264", "h265", "av1")  # of evaluations.quality_cost.video_codec
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, spelt as in the other evaluations."""
     parser = Parser("Quality-cost curves of strategies and codecs on the same clips.")
     _add_inputs(parser)
     _add_points(parser)
@@ -42,7 +41,6 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def _add_inputs(parser: Parser) -> None:
-    """Weights and clips."""
     add = parser.add_argument
     add("--tok-config", metavar="T.yaml", help="YAML of the tokenizer, checked against its weights")
     add("--vq-ckpt", metavar="T", help="weights of the tokenizer whose reconstructions are measured")
@@ -62,7 +60,6 @@ def _add_inputs(parser: Parser) -> None:
 
 
 def _add_points(parser: Parser) -> None:
-    """Strategies and codecs."""
     add = parser.add_argument
     names = f"comma-separated: {', '.join(STRATEGIES[:-1])} (default: all that the inputs allow)"
     add("--strategies", default="all", help=names)

@@ -47,7 +47,6 @@ class Point:
 
 
 def uniform_points(space: AssignmentSpace, num_clips: int) -> list[Point]:
-    """One point for each level."""
     return [Point("uniform", str(k), torch.full((num_clips,), space.uniform_row(k))) for k in space.levels]
 
 

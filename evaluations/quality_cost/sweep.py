@@ -86,12 +86,10 @@ REAL = "real"  # the key of the clip itself, whose features are the other side o
 
 
 def row_key(row: int) -> str:
-    """The key of a measurement under an assignment."""
     return f"row:{row}"
 
 
 def codec_key(name: str, num_bytes: int) -> str:
-    """The key of a measurement by a codec within so many bytes."""
     return f"{name}@{num_bytes}"
 
 

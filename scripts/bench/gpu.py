@@ -163,7 +163,6 @@ class Bench:
 
 
 def gpt(bench: Bench) -> Part:
-    """See the top."""
     config, clips = PRESETS[bench.sizes.gpts[0]], bench.sizes.clips
     lengths = config.layout.space.lengths_of(config.layout.space.draw_rows(clips, generator_for(0, "bench gpt")))
     batch = TokenBatch(config.layout, random_sequences(config, lengths.tolist()), config.width)
@@ -174,7 +173,6 @@ def gpt(bench: Bench) -> Part:
 
 
 def tokenizer(bench: Bench) -> Part:
-    """See the top."""
     model, clips = bench.tokenizer(), bench.sizes.clips
     length_BN = model.space.lengths_of(model.space.draw_rows(clips, generator_for(0, "bench tokenizer")))
     config = LossConfig(perceptual=0.0, perceptual_net="none")
@@ -207,7 +205,6 @@ def time_steps(bench: Bench, model: torch.nn.Module, batch: Any, loss: Any) -> t
 
 
 def recipe(bench: Bench) -> Part:
-    """See the top."""
     with tempfile.TemporaryDirectory() as folder:
         training, source = bench.start_recipe(folder, bench.sizes.clips)
         batch, period = next(source), training.state.period
@@ -225,7 +222,6 @@ def recipe(bench: Bench) -> Part:
 
 
 def learn(bench: Bench) -> Part:
-    """See the top."""
     if not (bench.args.clips or bench.rehearses):
         raise UserError("learn needs --clips FILE.safetensors; the top of scripts/bench/gpu.py has the command")
     with tempfile.TemporaryDirectory() as folder:
@@ -247,7 +243,6 @@ def learn(bench: Bench) -> Part:
 
 @torch.inference_mode()
 def codec(bench: Bench) -> Part:
-    """See the top."""
     model, facts, worst = bench.tokenizer().eval(), {}, 1.0
     video_BCTHW = bench.noise(model, bench.sizes.codec_clips)
     for lengths in bench.sizes.lengths:
@@ -266,7 +261,6 @@ def codec(bench: Bench) -> Part:
 
 
 def curation(bench: Bench) -> Part:
-    """See the top."""
     model = bench.tokenizer().eval()
     scorer = Scorer(model, load_perceptual(bench.sizes.perceptual).to(bench.device))
     video_BCTHW = bench.noise(model, bench.sizes.curated)
@@ -284,7 +278,6 @@ def curation(bench: Bench) -> Part:
 
 @torch.inference_mode()
 def extraction(bench: Bench) -> Part:
-    """See the top."""
     model, router = bench.tokenizer().eval(), Router(bench.sizes.router).to(bench.device).eval()
     parts = bench.noise(model, bench.sizes.codec_clips).split(8)
 
@@ -326,7 +319,6 @@ def sampler(bench: Bench, which: int, goal: float) -> Part:
 
 
 def loop(bench: Bench) -> Part:
-    """See the top."""
     slots, model = bench.sizes.slots[1], new_gpt(bench, bench.sizes.gpts[1])
     requests = drawn_requests(model, bench.sizes.rounds * slots)
     config = guided(bench, slots)

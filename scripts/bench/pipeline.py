@@ -271,18 +271,15 @@ def class_to_video_run(quick: bool) -> tuple[float, Part]:
 
 
 def slots(quick: bool) -> Part:
-    """See the top."""
     in_use, found = class_to_video_run(quick)
     return Part(in_use, GOAL_SLOTS, facts=found.facts)
 
 
 def class_to_video(quick: bool) -> Part:
-    """See the top."""
     return class_to_video_run(quick)[1]
 
 
 def reconstruction(quick: bool) -> Part:
-    """See the top."""
     num_clips = 100 if quick else 400
     protocol = replace(PROTOCOLS["folder-recon"], size=SIDE, clip_rule="windows", extractor="effnet", draws=20)
     protocol = replace(protocol, perceptual="none")
@@ -299,7 +296,6 @@ def reconstruction(quick: bool) -> Part:
 
 
 def main_job(quick: bool) -> Part:
-    """See the top."""
     num_clips = 160 if quick else 400  # the first video is read by one reader, which only a long job hides
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -314,12 +310,10 @@ def main_job(quick: bool) -> Part:
 
 
 def curation(quick: bool) -> Part:
-    """See the top."""
     return shared_work(curate.main, 48 if quick else 160, clips_per_unit=16, proxy="tok.safetensors")
 
 
 def extraction(quick: bool) -> Part:
-    """See the top."""
     settings = {"clips_per_shard": 128, "batch_size": 8, "budget": "uniform:4", "tokenizer": "tok.safetensors"}
     return shared_work(extract_codes.main, 128 if quick else 512, **settings)
 

@@ -166,7 +166,6 @@ def _places(names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def as_markdown(figures: dict[str, Any]) -> str:
-    """The figures as the tables of the model card and the README."""
     c2v, frames, net = figures["class_to_video"], figures["frame_prediction"], figures["perceptual_net"]
     share = {name: values["all"] for name, values in c2v["accuracy"].items()}
     lines = [

@@ -349,7 +349,6 @@ def _identities(claims: Claims, path: Path) -> None:
 
 
 def report_page(figures: Mapping[str, Any]) -> str:
-    """The page of a figures.json."""
     sections = []
     for number, title in TITLES.items():
         mine = {name: claim for name, claim in figures["claims"].items() if claim["number"] == number}

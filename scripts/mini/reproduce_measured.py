@@ -161,5 +161,4 @@ def relative(name: str, ours: Side, theirs: Side) -> Answer:
 
 
 def ratio(ours: float, theirs: float) -> float:
-    """Ours over theirs, minus 1."""
     return ours / theirs - 1

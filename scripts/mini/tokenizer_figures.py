@@ -169,7 +169,6 @@ def _final_figures(
 
 
 def as_markdown(figures: dict[str, Any]) -> str:
-    """The figures as the tables of the model card and the README."""
     router, adaptivity, net = figures["router"], figures["adaptivity"], figures["perceptual_net"]
     lines = [
         f"{figures['num_clips']} held-out clips. Recompute with `python scripts/mini/tokenizer_figures.py`.",

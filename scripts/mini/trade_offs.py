@@ -124,7 +124,6 @@ def weight_of(single: TrainedRouter) -> float:
 
 
 def as_markdown(figures: dict[str, Any]) -> str:
-    """The figures as tables."""
     lines = [
         f"{figures['num_clips']} clips, router {figures['router_sha256'][:12]}, {figures['perceptual_net']}.",
         "",

@@ -201,7 +201,6 @@ def tensors_from_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def wait_for_all() -> None:
-    """Barrier over all ranks."""
     if _several():
         distributed.barrier()
 

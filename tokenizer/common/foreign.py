@@ -184,7 +184,6 @@ class Match:
     dropped: list[str] = field(default_factory=list)  # theirs, named in the map
 
     def note(self, rule: str, theirs: str, ours: str) -> None:
-        """Keep that a rule matched two names."""
         line = f"{theirs} -> {ours}"
         if line not in self.by_rule[rule]:
             self.by_rule[rule].append(line)

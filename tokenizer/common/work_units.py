@@ -66,7 +66,6 @@ class WorkUnits:
         self.folder, self.num_units = folder, num_units
 
     def path(self, unit: int) -> Path:
-        """Path of the result of a finished unit."""
         return self.folder / f"{unit:06d}.safetensors"
 
     @property
@@ -74,7 +73,6 @@ class WorkUnits:
         return [self.path(unit) for unit in range(self.num_units)]
 
     def num_done(self) -> int:
-        """Units that some worker has finished."""
         return sum(path.exists() for path in self.paths)
 
     def claim(self, title: str | None = None) -> Iterator[tuple[int, ExitStack]]:

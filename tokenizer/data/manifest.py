@@ -115,7 +115,6 @@ class Findings:
     examples: dict[str, list[Problem]] = field(default_factory=dict)
 
     def add(self, problem: Problem) -> None:
-        """Count one problem."""
         self.counts[problem.kind] += 1
         few = self.examples.setdefault(problem.kind, [])
         if len(few) < _MOST_EXAMPLES:
@@ -160,7 +159,6 @@ def check_manifest(
 
 
 def collect(checked: Iterator[tuple[ManifestRow, list[Problem]]]) -> Findings:
-    """Run through `check_manifest` and count."""
     findings = Findings()
     for _, problems in checked:
         findings.num_rows += 1
@@ -285,7 +283,6 @@ def build(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Print the findings; 1 if anything is wrong."""
     if args.same_name and args.against is None:
         raise UserError("--same-name compares with another split: give --against OTHER.csv too")
     rule = CheckRule(args.num_frames, args.fps, args.decode, args.sha256, args.backend, args.same_name)

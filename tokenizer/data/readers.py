@@ -84,9 +84,7 @@ class Reader(Protocol):
         """Pictures from the keyframe at or before a time on, for containers that list no pictures; else None."""
         ...
 
-    def close(self) -> None:
-        """Close the file."""
-        ...
+    def close(self) -> None: ...
 
 
 @contextlib.contextmanager

@@ -172,7 +172,6 @@ class _Worker:
             raise UserError(f"the decoding process did not start (exit code {code}); its own message is above")
 
     def send(self, path: str | os.PathLike[str], request: list[Any]) -> None:
-        """Send one request about `path`."""
         with self._guarded(path):
             self._connection.send_bytes(json.dumps(request).encode())
 

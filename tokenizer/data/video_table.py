@@ -55,7 +55,6 @@ class ManifestRow:
     line: int = 0
 
     def file(self, manifest: Path) -> Path:
-        """The video of a row of this manifest."""
         return manifest.absolute().parent / self.path
 
 
@@ -275,7 +274,6 @@ class VideoTable:
 
     @property
     def num_bytes(self) -> int:
-        """Of all columns."""
         return sum(column.nbytes for column in self._columns.values())
 
     def path(self, row: int) -> str:
@@ -283,7 +281,6 @@ class VideoTable:
         return self.paths[row if self.keys is None else int(self._columns["spans"][row, 0])]
 
     def label(self, row: int) -> str | None:
-        """The class of a video, None if it has none."""
         code = int(self._columns["codes"][row])
         return None if code < 0 else self._labels[code]
 

@@ -298,7 +298,6 @@ class Curation:
         return self.units.work_ahead(self._members, self._read, self._score_unit, self.merge, title, num_readers)
 
     def merge(self) -> None:
-        """Put the finished units together, in order."""
         tables = [QualityTable.load(path, beam=True) for path in self.units.paths]
         names = [name for table in tables for name in table.names]
         files = [file for table in tables for file in table.files or [NO_FILE] * len(table)]

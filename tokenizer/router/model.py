@@ -89,7 +89,6 @@ class RouterConfig:
 
     @property
     def num_blocks(self) -> int:
-        """Temporal blocks of a clip."""
         return self.num_frames // self.patch_frames
 
     @property
@@ -159,7 +158,6 @@ class Router(HubModel, nn.Module):
 
     @classmethod
     def build(cls, config: RouterConfig) -> Router:
-        """The router of a config."""
         return BlockwiseRouter(config) if config.kind == "blockwise" else Router(config)
 
     def _new_head(self) -> nn.Module:

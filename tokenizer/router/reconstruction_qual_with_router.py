@@ -18,7 +18,6 @@ from tokenizer.common.cli import BUDGET_FORMS, TRADE_OFF_HELP, Parser, add_token
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, spelled as in the README."""
     about = "Reconstruct videos with as many tokens per temporal block as the router, or a budget, gives them."
     parser = Parser(about)
     add = parser.add_argument

@@ -158,7 +158,6 @@ class ResultsFolder:
         self.records[record["name"]] = dict(record)
 
     def token_files(self, names: Iterable[str]) -> Iterable[Path]:
-        """The token files of these clips."""
         return (child(self.clips, name, str(self._journal), _START_AGAIN) / _TOKENS for name in names)
 
     def write_skipped(self, skipped: Iterable[Skipped]) -> None:

@@ -262,7 +262,6 @@ class RouterTraining:
         return batches(self.clips, run.batch_size, run.seed, step, run.num_workers, accumulate=run.accumulate)
 
     def train_step(self, batch: ClipBatch) -> Values:
-        """One step, see `tokenizer.training.train_step`."""
         return train_step(self.config.run, self.state, batch, self.loss)
 
     def loss(self, batch: ClipBatch, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -356,7 +355,6 @@ class RouterTraining:
         fit(config.run, config, self.state, self.batches, self.train_step, self.validate, noted=noted)
 
     def rehearse(self) -> None:
-        """`--dry-run`: a few steps, nothing written."""
         from tokenizer.model import parameters_by_part  # no training of a router needs a tokenizer
 
         config, parts = self.config, parameters_by_part(self.state.model)

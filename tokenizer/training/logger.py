@@ -70,7 +70,6 @@ class Progress:
         self._total, self._step = total, start
 
     def advance(self) -> None:
-        """Count one step."""
         self._step += 1
         self._bar.update()
 
@@ -90,7 +89,6 @@ class Progress:
         sys.stderr.flush()
 
     def close(self) -> None:
-        """Close the bar."""
         self._bar.close()
 
 
@@ -280,7 +278,6 @@ class Reporter:
         self._stalled += time.perf_counter() - start
 
     def close(self) -> None:
-        """Close the bar and the trackers."""
         self.progress.close()
         if self.trackers is not None:
             self.trackers.end_training()

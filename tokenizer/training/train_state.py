@@ -202,7 +202,6 @@ class TrainState:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The model's."""
         return self.main.optimizer
 
     def settle(self) -> None:

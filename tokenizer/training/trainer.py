@@ -357,7 +357,6 @@ def portion(run: RunConfig) -> int:
 
 @contextmanager
 def _joined(writer: BackgroundWriter) -> Iterator[None]:
-    """Wait at the end until the last checkpoint is written."""
     try:
         yield
     except BaseException:

@@ -237,7 +237,6 @@ def place(record: Record) -> str:
 
 
 def title(metrics: Mapping[str, Any]) -> str:
-    """The result in a line."""
     num, tokens = len(metrics["clips"]), metrics["mean"]["tokens"]
     return f"1 clip, {tokens:.0f} tokens" if num == 1 else f"{num} clips, {tokens:.0f} tokens each on average"
 
