@@ -17,7 +17,7 @@ from tokenizer.common.errors import UserError
 from tokenizer.train import TokenizerTrainConfig
 from tokenizer.training import logger
 from tokenizer.training.cli import missing, parse_training_arguments
-from tokenizer.training.logger import DiscriminatorHealth, discriminator_warning
+from tokenizer.training.logger import DiscriminatorHealth, MetricsLog, discriminator_warning
 from tokenizer.training.optim import OptimConfig
 from tokenizer.training.train_state import RunConfig, TrainState
 from tokenizer.training.train_step import train_step
@@ -221,3 +221,14 @@ def test_curves_of_two_runs_in_one_picture(
     monkeypatch.setattr("sys.argv", ["plot", str(tmp_path / "a"), "--only", "psnr"])
     with pytest.raises(UserError, match="--only psnr: no run logged it; there are loss"):
         plots.main()
+
+
+def test_metrics_rewind_drops_later_and_torn_lines(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 0.1 * step, "psnr": math.inf})
+    with open(log.path, "a") as file:
+        file.write('{"step": 2, "lo')
+    log.rewind(2)
+    found = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert found == [{"step": 1, "loss": 0.1, "psnr": None}, {"step": 2, "loss": 0.2, "psnr": None}]

@@ -7,11 +7,9 @@ import logging
 import math
 import multiprocessing
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -26,7 +24,6 @@ from tokenizer.common.device import float32_mode, generator_for, slow_precision
 from tokenizer.common.errors import UserError
 from tokenizer.common.work_units import WorkUnits, claim_folder
 from tokenizer.training.cli import missing
-from tokenizer.training.logger import MetricsLog
 from tokenizer.training.optim import OptimConfig, learning_rate
 from tokenizer.training.train_state import RunConfig, TrainState
 from tokenizer.training.train_step import train_step
@@ -278,49 +275,6 @@ def test_other_config_is_refused_and_steps_may_grow(tmp_path: Path) -> None:
     assert train(tmp_path, steps=4, num_threads=1, log_every=2).step == 4
 
 
-@dataclass
-class _Width:
-    width: int = 4
-    norm: str = field(default="layer", metadata={"renamed_from": "normalisation"})
-
-
-@dataclass
-class _Config:
-    model: _Width = field(default_factory=_Width)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    seed: int = 0
-
-
-def test_a_run_of_before_a_setting_resumes_and_a_changed_one_is_refused(tmp_path: Path) -> None:
-    """Keys that the stored config lacks count as their defaults, at the top, in a section, in what a run notes."""
-    noted = {"tokens": _Width()}
-    (tmp_path / "config.yaml").write_text("model: {width: 4}\noptim: {lr: 0.0001}\ntokens: {norm: layer}\n")
-    claim(tmp_path, _Config(), noted, write=False)
-    for key, changed in (
-        ("seed: 0 / 1", _Config(seed=1)),
-        ("model.norm: 'layer' / 'rms'", _Config(_Width(norm="rms"))),
-        ("optim.clip_norm: 1.0 / 2.0", _Config(optim=OptimConfig(clip_norm=2.0))),
-    ):
-        with pytest.raises(UserError, match=re.escape(f"(there / here): {key}; choose")):
-            claim(tmp_path, changed, noted)
-    with pytest.raises(UserError, match=r"tokens\.width: 4 / 5; choose run\.dir=OTHER$"):
-        claim(tmp_path, _Config(), {"tokens": _Width(5)}, allow_changes=True)
-    claim(tmp_path, _Config(), noted)
-    assert "seed: 0" in (tmp_path / "config.yaml").read_text()  # from here on the key is there
-    (tmp_path / "config.yaml").write_text("model: {normalisation: layer}\n")
-    with pytest.raises(UserError, match=r"config\.yaml: key 'normalisation' is called 'norm' today"):
-        claim(tmp_path, _Config(), noted)
-
-
-def test_work_of_before_a_setting_goes_on_and_a_changed_one_is_refused(tmp_path: Path) -> None:
-    claim_folder(tmp_path, {"data": {"width": 4}})
-    claim_folder(tmp_path, {"data": _Width(), "views": 1}, defaults={"views": 1})
-    with pytest.raises(UserError, match=r"made from another views \(there / now: views: 1 / 2\)"):
-        claim_folder(tmp_path, {"data": _Width(), "views": 2}, defaults={"views": 1})
-    with pytest.raises(UserError, match=r"data\.norm: 'layer' / 'rms'"):
-        claim_folder(tmp_path, {"data": _Width(norm="rms")})
-
-
 def test_more_steps_on_a_resume_never_jump_the_learning_rate_silently(tmp_path: Path) -> None:
     """A cosine over 8 steps that ends low, then one over 16: refused, or over run.rewarm steps, also after a kill."""
     train(tmp_path, steps=8)
@@ -357,14 +311,6 @@ def test_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: py
     with pytest.raises(UserError, match=words):
         claim_folder(tmp_path / "made", {})
     assert [line for line in missing(RunConfig(dir=str(tmp_path / "x")), 0.0) if line.startswith("locks: ")]
-
-
-def test_a_damaged_note_of_what_a_folder_is_made_from_is_one_line(tmp_path: Path) -> None:
-    claim_folder(tmp_path, {"seed": 0})
-    for damaged in (b"", b"\xff", b"[]", b"[" * 100_000):
-        (tmp_path / "made_from.json").write_bytes(damaged)
-        with pytest.raises(UserError, match=r"made_from\.json: .*; choose another dir="):
-            claim_folder(tmp_path, {"seed": 0})
 
 
 def test_a_run_goes_on_with_other_settings_where_that_is_allowed(
@@ -436,17 +382,6 @@ def test_plain_progress_lines_in_a_log_file(tmp_path: Path, capsys: pytest.Captu
     printed = capsys.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in printed if "ETA" in line] == ["step 2/4", "step 4/4"]
     assert all("loss" in line and "data wait" in line for line in printed if "ETA" in line)
-
-
-def test_metrics_rewind_drops_later_and_torn_lines(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "m.jsonl")
-    for step in (1, 2, 3):
-        log.write(step, {"loss": 0.1 * step, "psnr": math.inf})
-    with open(log.path, "a") as file:
-        file.write('{"step": 2, "lo')
-    log.rewind(2)
-    found = [json.loads(line) for line in log.path.read_text().splitlines()]
-    assert found == [{"step": 1, "loss": 0.1, "psnr": None}, {"step": 2, "loss": 0.2, "psnr": None}]
 
 
 @pytest.mark.parametrize("wrong", [{"log_every": 0}, {"ema_decay": 1.0}, {"precision": "fp8"}, {"steps": -1}])
