@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from autoregressive.flags import parse_lengths
 from autoregressive.presets import TrainedGPT, check_tokenizer_fits, load_gpt, size_name
@@ -25,7 +26,7 @@ from autoregressive.sequence import length_rule, longest_sequence
 from tokenizer.common.device import pick_device, pick_dtype
 from tokenizer.common.distributed import adopt_slurm
 from tokenizer.common.errors import UserError
-from tokenizer.common.work_units import map_ahead, progress_bar
+from tokenizer.common.work_units import progress_bar
 from tokenizer.data.video_io import display_name, to_uint8
 from tokenizer.model import VideoTokenizer, parameters_by_part
 from tokenizer.presets import load_tokenizer
@@ -123,17 +124,21 @@ class SampleJob(SamplingModels):
                 asked[each.request.key] = each
                 yield each.request
 
-        def decoded(bar: tqdm) -> Iterator[Callable[[], None]]:
-            for sample in sampler.run(requests()):
-                yield self._write(asked.pop(sample.request.key), sample)
-                speed = sampler.counts.tokens / max(1e-9, bar.format_dict["elapsed"])
-                bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
-                bar.update()
-
         try:
-            with progress_bar(desc="sampling", total=num_clips, unit="clip", smoothing=0) as bar:
-                for _ in map_ahead(lambda write: write(), decoded(bar), 1, _MOST_UNWRITTEN):
-                    pass  # an error of the disk is raised here
+            with (
+                progress_bar(desc="sampling", total=num_clips, unit="clip", smoothing=0) as bar,
+                ThreadPoolExecutor(max_workers=1) as disk,  # what is decoded is written even after Ctrl-C
+            ):
+                written: deque[Future[None]] = deque()
+                for sample in sampler.run(requests()):
+                    written.append(disk.submit(self._write(asked.pop(sample.request.key), sample)))
+                    while len(written) > _MOST_UNWRITTEN:
+                        written.popleft().result()  # raises its error, such as a full disk
+                    speed = sampler.counts.tokens / max(1e-9, bar.format_dict["elapsed"])
+                    bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+                    bar.update()
+                while written:
+                    written.popleft().result()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted after {sampler.counts.clips} clips; rerun the same command to resume"
