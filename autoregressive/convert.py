@@ -19,9 +19,9 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help=".pt, .pth or .safetensors")
     add("--to", type=Path, metavar="OUT", help="the .safetensors to write; without it, list names and matches")
-    add("--gpt-model", choices=GPT_SIZES, default="GPT-B", help="its size")
+    add("--gpt-model", choices=GPT_SIZES, default="GPT-B", help="its size (default: GPT-B)")
     add("--config", type=Path, metavar="YAML", help="a config of ours, instead of --gpt-model")
-    add("--map", type=Path, metavar="YAML", help="lines `theirs: ours` or `theirs: drop`, where the rules do not do")
+    add("--map", type=Path, metavar="YAML", help="lines `theirs: ours` or `theirs: drop`, for names the rules miss")
     return parser.parse_args()
 
 

@@ -28,20 +28,20 @@ def add_sampler_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--gpt-model", metavar="SIZE", help=f"check that G has this size: {' | '.join(GPT_SIZES)} (default: any)")
     add("--gpt-ckpt", metavar="G", help="weights of the GPT: .safetensors or a run folder")
-    add("--per-proc-batch-size", type=at_least(1), default=8, metavar="B", help="slots: clips sampled together")
-    mask = "draw only ids that the grammar allows; else broken clips are counted and have no video"
+    add("--per-proc-batch-size", type=at_least(1), default=8, metavar="B", help="clips sampled together (default: 8)")
+    mask = "draw valid ids only; without it, invalid clips are counted and have no video"
     add("--check-special-token-mask", action="store_true", help=mask)
     add("--tokens-per-block", metavar="K,K,..", help="force the tokens of each block (or of the first ones)")
     add("--max-tokens", type=at_least(1), metavar="N", help="limit the tokens of a clip, length tokens not counted")
-    add("--seed", type=at_least(0), default=0, help="a sample depends on it and on its own name (default: 0)")
+    add("--seed", type=at_least(0), default=0, help="a clip depends on this and its own name (default: 0)")
     add("--temperature", type=positive, default=1.0, help="divides the logits (default: 1)")
     add("--top-k", type=at_least(0), default=0, metavar="K", help="draw among the K likeliest ids; 0: all (default)")
     add("--top-p", type=positive, default=1.0, metavar="P", help="draw among the likeliest ids of total probability P")
     names, precision = " | ".join(PRECISION_NAMES), os.environ.get("PRECISION", "none")
-    add("--precision", default=precision, help=f"of the GPT: {names} (default: PRECISION, else none)")
-    add("--compile", action="store_true", help="torch.compile the step: slower to start, for many clips")
-    add("--no-fused-draw", action="store_true", help="on a GPU: draw ids by many kernels, not by one")
-    add("--fp8-cache", action="store_true", help="keep keys and values in 8 bits; what that costs is printed")
+    add("--precision", default=precision, help=f"of the GPT: {names} (default: $PRECISION, else none)")
+    add("--compile", action="store_true", help="torch.compile the step: a slower start that pays for many clips")
+    add("--no-fused-draw", action="store_true", help="on a GPU: draw ids by torch's kernels, not by one of ours")
+    add("--fp8-cache", action="store_true", help="keep keys and values in 8 bits; prints what that changes")
 
 
 def parse(parser: Parser, required: Sequence[str]) -> argparse.Namespace:

@@ -14,7 +14,7 @@ from tokenizer.common.cli import Parser, answer_help
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser("List the named GPT sizes with their parameters by part.")
-    parser.add_argument("--json", action="store_true", help="for machines: name -> {total, parts}")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: name -> {total, parts}")
     return parser.parse_args()
 
 

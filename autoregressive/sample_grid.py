@@ -22,7 +22,7 @@ def sample_grid(
     """Sample `requests` and write a PNG of them, with the tokens of each block -> the samples, in that order.
 
     The model may be in training mode; it comes back in the mode it had. Broken sequences have no place in the picture,
-    and where all are broken there is none. The same seed and keys give the same noise at every validation.
+    and if all are broken there is none. The same seed and keys give the same noise at every validation.
     """
     was_training = model.training
     model.eval()

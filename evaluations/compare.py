@@ -21,8 +21,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("first", metavar="A", help="results folder of the one system")
     parser.add_argument("second", metavar="B", help="results folder of the other, under the same protocol")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write comparison.json and differences.csv there")
-    parser.add_argument("--draws", type=at_least(1), default=1000, metavar="N", help="of the bootstrap (default: 1000)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument("--draws", type=at_least(1), default=1000, metavar="N", help="bootstrap draws (default: 1000)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="bootstrap seed (default: 0)")
     return parser.parse_args()
 
 

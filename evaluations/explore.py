@@ -26,9 +26,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--vq-ckpt", metavar="T", default=f"{MINI}/final.safetensors", help="weights of the tokenizer (miniature)")
     add("--router-ckpt", metavar="R", default=f"{MINI}/router.safetensors", help="weights of its router (miniature)")
     add("--gpt-ckpt", metavar="G", default=f"{MINI}/gpt_c2v.safetensors", help="class-to-video GPT (miniature)")
-    add("--perceptual", metavar="NAME", default="stlpips_alex", help="quality of the chart (default: stlpips_alex)")
-    add("--port", type=at_least(1), default=7860, metavar="N", help="of 127.0.0.1 (default: 7860)")
-    threads = "of the models; more are slower on a machine that is busy (default: 1)"
+    add("--perceptual", metavar="NAME", default="stlpips_alex", help="distance in the chart (default: stlpips_alex)")
+    add("--port", type=at_least(1), default=7860, metavar="N", help="port on 127.0.0.1 (default: 7860)")
+    threads = "threads of the models; more are slower on a busy machine (default: 1)"
     add("--num-threads", type=at_least(1), default=1, metavar="N", help=threads)
     add("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     return parser.parse_args()

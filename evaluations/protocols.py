@@ -16,7 +16,7 @@ from tokenizer.common.cli import Parser, answer_help
 def parse_arguments() -> argparse.Namespace:
     parser = Parser("List the evaluation protocols, or print the cards of some.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="protocols to show in full (default: list all)")
-    parser.add_argument("--json", action="store_true", help="for machines: name -> card")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: name -> card")
     return parser.parse_args()
 
 

@@ -21,9 +21,9 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help=".pt, .pth or .safetensors")
     add("--to", type=Path, metavar="OUT", help="the .safetensors to write; without it, list names and matches")
-    add("--config", type=Path, metavar="YAML", help="theirs (`init_args`) or ours; default: the paper's S-B")
-    add("--map", type=Path, metavar="YAML", help="lines `theirs: ours` or `theirs: drop`, where the rules do not do")
-    add("--kind", choices=("tokenizer", "router"), default="tokenizer")
+    add("--config", type=Path, metavar="YAML", help="theirs (`init_args`) or ours (default: the paper's S-B)")
+    add("--map", type=Path, metavar="YAML", help="lines `theirs: ours` or `theirs: drop`, for names the rules miss")
+    add("--kind", choices=("tokenizer", "router"), default="tokenizer", help="what it is (default: tokenizer)")
     return parser.parse_args()
 
 

@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     add_tokenizing_flags(parser)
     add("--budget", type=str.strip, default="router", help=f"{BUDGET_FORMS} (default: router; not average:N)")
     add("--trade-off", type=float, metavar="W_Q", help=TRADE_OFF_HELP)
-    add("--h264-crf", type=at_least(0), default=23, metavar="Q", help="H.264 to compare the bits with (default: 23)")
+    add("--h264-crf", type=at_least(0), default=23, metavar="Q", help="CRF of the H.264 to compare with (default: 23)")
     return parser.parse_args()
 
 

@@ -88,26 +88,26 @@ def add_tokenizing_flags(parser: argparse.ArgumentParser) -> None:
 
 def training_parser(description: str) -> argparse.ArgumentParser:
     """The command line of a training stage: CONFIG.yaml [key.sub=value ...] [flags]."""
-    parser = _stage_parser(description, "build all, run a few steps, say what the run would cost and what it lacks")
+    parser = _stage_parser(description, "build all, run a few steps, print what the run would cost and what is missing")
     parser.add_argument(
-        "--global-batch-size", type=int, metavar="N", help="clips of one update over all processes: run.batch_size=N"
+        "--global-batch-size", type=int, metavar="N", help="clips of one update on all processes: run.batch_size=N"
     )
     parser.add_argument(
         "--overfit-one-batch",
         action="store_true",
-        help="train on the first batch alone, into a folder of its own (..-overfit): can the model learn at all?",
+        help="train on the first batch alone, into a folder of its own (..-overfit): does the model learn at all?",
     )
     return parser
 
 
 def work_parser(description: str) -> argparse.ArgumentParser:
     """The command line of a stage whose work any number of processes share (2 and 5a)."""
-    return _stage_parser(description, "load everything, say how much work is left, write nothing")
+    return _stage_parser(description, "load everything, print how much work is left, write nothing")
 
 
 def _stage_parser(description: str, dry_run: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", type=Path, help="YAML of this stage, see configs/README.md")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the YAML")
     parser.add_argument("--dry-run", action="store_true", help=dry_run)
     return parser

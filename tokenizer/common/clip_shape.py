@@ -71,7 +71,7 @@ def check_whole_patches(size: Size, patch_size: int, section: str = "") -> None:
 def check_same_shape(given: HasClipShape, name: str, wanted: HasClipShape, reader: str, way_out: str = "") -> None:
     """UserError, which names both and the way out, if the clips of `given` are not those that `wanted` reads.
 
-    way_out: "" where `name` is a section of a config that can be set.
+    way_out: "" if `name` is a section of a config that can be set.
     """
     if (given.num_frames, sides(given.size)) != (wanted.num_frames, sides(wanted.size)):
         setting = str(wanted.size).replace(" ", "")

@@ -93,7 +93,7 @@ def _read_pickle(path: Path) -> Any:
         if refused:
             raise UserError(
                 f"{path}: refused, because its pickle names {', '.join(sorted(refused))}; only tensors, plain values "
-                "and NumPy scalars are read. Save the weights alone where you trust the file"
+                "and NumPy scalars are read. Save the weights alone on a machine that may trust the file"
             )
         try:
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -149,7 +149,7 @@ def claim_folder(
 ) -> None:
     """Write down what the units of `folder` are made from.
 
-    UserError, ending with `way_out`, where they were begun from something else. A key of a config in `facts` that an
+    UserError, ending with `way_out`, if they were begun from something else. A key of a config in `facts` that an
     older folder lacks counts as its default, and so do the `defaults` of facts.
     """
     folder.mkdir(parents=True, exist_ok=True)

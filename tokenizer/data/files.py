@@ -201,7 +201,7 @@ def is_list(file: Path) -> bool:
 
 
 def this_is_a_list(needed: str = "path") -> str:
-    """The advice for a list in a form that is not read, or in a place where a video is wanted."""
+    """The advice for a list in a form that is not read, or given in place of a video."""
     return (
         f"this is a list of videos; a list must be a manifest: a .csv with commas and the column {needed}, named in "
         "data.sources or --data (python -m tokenizer.data.manifest build makes one from a folder)"

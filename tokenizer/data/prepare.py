@@ -19,13 +19,14 @@ from tokenizer.common.cli import Parser, answer_help, at_least, frame_rate
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser("Transcode the videos of a manifest once, so that training reads them many times faster.")
-    parser.add_argument("manifest", type=Path)
+    parser.add_argument("manifest", type=Path, help="the .csv of the videos")
     parser.add_argument("--out", required=True, type=Path, help="folder of the copies and their manifest.csv")
     parser.add_argument("--short-side", type=at_least(16), default=128, help="pixels; never enlarged (default: 128)")
     parser.add_argument("--fps", type=frame_rate, help="frame rate of the copies (default: each file's own)")
     parser.add_argument("--crf", type=at_least(0), default=16, help="H.264 quality, lower is better (default: 16)")
-    parser.add_argument("--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N", help="videos at once")
-    parser.add_argument("--backend", choices=("pyav", "decord"), default="pyav", help="video reader")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--workers", type=at_least(1), default=cores, metavar="N", help=f"at once (default: {cores})")
+    parser.add_argument("--backend", choices=("pyav", "decord"), default="pyav", help="video reader (default: pyav)")
     return parser.parse_args()
 
 

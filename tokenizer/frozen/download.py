@@ -33,7 +33,7 @@ FAMILIES = {family.key: family for family in (VJEPA2, VIDEOMAE)}
 
 
 def download(family: Family, name: str, target: Path | None) -> Path:
-    """Fetch `name`, copy it to `target` where that is given; returns the folder. UserError where it cannot be had."""
+    """Fetch `name`, copy it to `target` if given; returns the folder. UserError if it cannot be had."""
     try:
         folder = fetch(family, name, local_files_only=False)
     except OSError as error:

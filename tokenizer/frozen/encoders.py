@@ -1,4 +1,4 @@
-"""The two frozen encoders: where their weights are found, and their preprocessing.
+"""The two frozen encoders: their weights and their preprocessing.
 
 VideoMAE is the trunk of the semantic discriminator; gradients pass through it to the frames. V-JEPA 2 gives the
 targets of the decoder's alignment loss and an optional stem of the router.
@@ -70,7 +70,7 @@ class Family:
 
 @dataclass(frozen=True)
 class FrozenWeights:
-    """A module of the library, frozen, with where its numbers come from."""
+    """A frozen module of the library, with the source of its numbers."""
 
     model: Any  # the library's nn.Module
     sha256: str  # of the weights file; of random weights, of their description
@@ -80,7 +80,7 @@ class FrozenWeights:
 def load_weights(family: Family, config: FrozenConfig) -> FrozenWeights:
     """The encoder, in eval mode, without gradients of its own, in the precision of `config`.
 
-    Raises UserError where the library or the weights are absent, and where the weights are of another kind.
+    Raises UserError if the library or the weights are absent, or the weights are of another kind.
     """
     transformers = _library(family)
     if config.random_for_tests:
@@ -102,7 +102,7 @@ def marked(kind: str, random: Sequence[str]) -> str:
 
 
 def find_folder(family: Family, weights: str) -> Path:
-    """The folder that holds config.json and model.safetensors. UserError where it is not on this machine."""
+    """The folder that holds config.json and model.safetensors. UserError if this machine lacks it."""
     name = weights or family.hub_name
     if Path(name).is_dir():
         missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (Path(name) / file).is_file()]
@@ -120,7 +120,7 @@ def find_folder(family: Family, weights: str) -> Path:
 
 
 def fetch(family: Family, name: str, local_files_only: bool) -> Path:
-    """The folder of a hub model in the library's cache, downloaded into it where that is allowed; OSError if absent."""
+    """The folder of a hub model in the library's cache, downloaded into it if that is allowed; OSError if absent."""
     cached_file = _library(family).utils.hub.cached_file
     files = [cached_file(name, file, local_files_only=local_files_only) for file in (CONFIG_FILE, WEIGHTS_FILE)]
     return Path(files[0]).parent
@@ -205,7 +205,7 @@ class FrozenVJEPA2:
     """Clips -> features. Not an nn.Module, so that no model that uses it counts or saves its weights."""
 
     def __init__(self, config: FrozenConfig) -> None:
-        """Raises UserError where library or weights are absent."""
+        """Raises UserError if library or weights are absent."""
         weights = load_weights(VJEPA2, config)
         self.sha256, self.is_random = weights.sha256, weights.is_random
         settings = weights.model.config
@@ -250,7 +250,7 @@ class FrozenVideoMAE:
     """Clips -> features after chosen blocks. Not an nn.Module, so that no model that uses it saves its weights."""
 
     def __init__(self, config: FrozenConfig) -> None:
-        """Raises UserError where library or weights are absent."""
+        """Raises UserError if library or weights are absent."""
         weights = load_weights(VIDEOMAE, config)
         self.sha256, self.is_random = weights.sha256, weights.is_random
         settings = weights.model.config
@@ -265,7 +265,7 @@ class FrozenVideoMAE:
         return self
 
     def check(self, num_frames: int, taps: Sequence[int]) -> None:
-        """UserError where clips of so many frames, or these taps, are not for this encoder."""
+        """Raises UserError if this encoder takes no clips of so many frames, or has no such taps."""
         if num_frames != self.num_frames:
             raise UserError(f"VideoMAE reads clips of {self.num_frames} frames, not of {num_frames}")
         if not taps or min(taps) < 0 or max(taps) > self.num_blocks:

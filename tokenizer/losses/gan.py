@@ -58,7 +58,7 @@ class PatchDiscriminator(nn.Module):
     position_MD: Tensor
 
     def __init__(self, config: PatchDiscriminatorConfig, num_frames: int, size: Size) -> None:
-        """Raises UserError where the clips are no whole number of patches."""
+        """Raises UserError if the clips are no whole number of patches."""
         super().__init__()
         if num_frames % config.patch_frames or any(side % config.patch_size for side in sides(size)):
             raise UserError(

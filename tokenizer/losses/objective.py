@@ -31,7 +31,7 @@ from tokenizer.model import TokenizerConfig, TokenizerOutput
 class LossConfig:
     l1: float = 1.0
     perceptual: float = 1.0
-    perceptual_net: str = "lpips_vgg"  # see losses/perceptual.py; "none" where perceptual = 0
+    perceptual_net: str = "lpips_vgg"  # see losses/perceptual.py; "none" if perceptual = 0
     perceptual_frames: int = 0  # frames a clip, drawn anew each step; 0 = all of them
     codebook: float = 1.0
     commitment: float = 0.25
@@ -86,7 +86,7 @@ def _drawn_frames(num_frames: int, wanted: int, generator: torch.Generator) -> T
 
 @dataclass
 class AlignmentConfig:
-    """Read where loss.align is above 0."""
+    """Read if loss.align is above 0."""
 
     layer: int = 3  # the decoder layer after which features are taken, counted from 1
     hidden: int = 2048  # width of the MLP
@@ -101,7 +101,7 @@ class AlignmentHead(nn.Module):
     """Features of the decoder -> a guess of the features of V-JEPA 2, feature_BSE."""
 
     def __init__(self, config: AlignmentConfig, tokenizer: TokenizerConfig, target: FeatureShape) -> None:
-        """Raises UserError where a decoder cell is no whole number of V-JEPA 2 places."""
+        """Raises UserError if a decoder cell is no whole number of V-JEPA 2 places."""
         super().__init__()
         blocks, (rows, columns) = tokenizer.num_blocks, tokenizer.grid
         self.blocks, self.rows = blocks, rows
@@ -143,7 +143,7 @@ class Alignment:
     """The frozen encoder and the head that learns to meet it."""
 
     def __init__(self, config: AlignmentConfig, tokenizer: TokenizerConfig, device: torch.device) -> None:
-        """Raises UserError where weights are absent or shapes do not meet."""
+        """Raises UserError if weights are absent or shapes do not fit."""
         self.layer = config.layer
         self.encoder = FrozenVJEPA2(config.encoder).to(device)
         self.head = AlignmentHead(config, tokenizer, self.encoder.shape_of(tokenizer.num_frames)).to(device)

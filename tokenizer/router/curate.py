@@ -293,7 +293,7 @@ class Curation:
         return self.folder / "table.safetensors"
 
     def run(self) -> bool:
-        """Work until no unit is free. True where the table is complete; False where others still work on units."""
+        """Work until no unit is free. True if the table is complete; False if others still work on units."""
         title, num_readers = f"curating {len(self.dataset)} clips", self.config.num_workers
         return self.units.work_ahead(self._members, self._read, self._score_unit, self.merge, title, num_readers)
 

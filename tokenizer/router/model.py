@@ -64,7 +64,7 @@ class RouterConfig:
     heads: int = 8
     mlp_ratio: float = 4.0
     stem: str = "raw"  # linear patches of pixels; or "vjepa2": features of a frozen V-JEPA 2
-    vjepa2: VJEPA2StemConfig = field(default_factory=VJEPA2StemConfig)  # read where stem = "vjepa2"
+    vjepa2: VJEPA2StemConfig = field(default_factory=VJEPA2StemConfig)  # read if stem = "vjepa2"
     init: str = "structured"  # the embedding of pixels starts as frequency filters; "random": as noise
 
     def __post_init__(self) -> None:

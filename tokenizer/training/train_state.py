@@ -68,7 +68,7 @@ class RunConfig:
     allow_changes: bool = False  # go on in a run folder with other settings than those it was begun with
     overfit_one_batch: bool = False  # train on the first batch again and again: can the model learn at all?
     trackers: list[str] = field(default_factory=list)  # tensorboard | wandb, beside metrics.jsonl; none by default
-    reference: str = ""  # a metrics.jsonl to compare with while training: a warning where this run drifts from it
+    reference: str = ""  # a metrics.jsonl to compare with while training: a warning if this run drifts from it
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep_last"):

@@ -320,7 +320,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Overlay the training curves of several runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="results folder or metrics.jsonl")
     parser.add_argument("--out", type=Path, default=Path("curves.html"), help="an .html or a .png (curves.html)")
-    parser.add_argument("--only", default="", metavar="A,B", help="values to show (all but times and learning rates)")
+    parser.add_argument("--only", default="", metavar="A,B", help="values (default: all but times and learning rates)")
     args = parser.parse_args()
     if args.out.suffix not in (".html", ".png"):
         raise UserError(f"--out {args.out}: must end in .html or .png")
