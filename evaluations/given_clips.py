@@ -162,7 +162,10 @@ def pair(
     with @START for a window; a sample names its source in its record. UserError if only some names agree, and if the
     list is not in natural order, since the files may follow either order.
     """
-    theirs = [_names_of_file(file, record) for file, record in zip(files, records, strict=True)]
+    theirs = [
+        _forms(str(record.get("file") or record.get("name")), record.get("start")) if record else [file.stem] * 4
+        for file, record in zip(files, records, strict=True)
+    ]
     ours = [_names_of_clip(clip) for clip in clips]
     for form in range(len(ours[0])):
         place = {names[form]: i for i, names in enumerate(theirs)}
@@ -200,12 +203,6 @@ def _names_of_clip(clip: ListedClip) -> list[str]:
     name, at, start = clip.name.rpartition("@")
     path = name if at and start == str(clip.start) else clip.name
     return _forms(path, clip.start)
-
-
-def _names_of_file(file: Path, record: dict[str, Any]) -> list[str]:
-    if record:
-        return _forms(str(record.get("file") or record.get("name")), record.get("start"))
-    return [file.stem] * 4
 
 
 def _forms(path: str, start: Any) -> list[str]:

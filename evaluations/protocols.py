@@ -240,6 +240,7 @@ def card_text(card: dict[str, Any]) -> str:
         given = (
             f"{protocol['condition_frames']} frames, {'scored too' if protocol['condition_scored'] else 'not scored'}"
         )
+    distance = (card.get("extractor") or {}).get("distance") or NAMES.get(protocol["extractor"], "none")
     lines = [
         ("protocol", name),
         ("about", protocol["about"]),
@@ -248,7 +249,7 @@ def card_text(card: dict[str, Any]) -> str:
         ("frames", f"{rate}; {size}"),
         ("given frames", given),
         ("scored", "uint8, as a lossless file holds them"),
-        ("distance", f"{_distance_name(card)}, covariance over {protocol['covariance']}"),
+        ("distance", f"{distance}, covariance over {protocol['covariance']}"),
         *_quality_lines(protocol),
         ("tokens", "counted without and with the length tokens, one a temporal block"),
     ]
@@ -258,11 +259,6 @@ def card_text(card: dict[str, Any]) -> str:
     lines += [(name.replace("_", " "), _plain(value)) for name, value in card.items() if name not in shown]
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in lines)
-
-
-def _distance_name(card: dict[str, Any]) -> str:
-    """Named after the loaded weights, else after the protocol."""
-    return (card.get("extractor") or {}).get("distance") or NAMES.get(card["protocol"]["extractor"], "none")
 
 
 def _quality_lines(protocol: dict[str, Any]) -> list[tuple[str, str]]:

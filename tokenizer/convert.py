@@ -151,12 +151,6 @@ def patches_as_ours(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _named_size(path: Path, key: str, value: Any) -> dict[str, Any]:
-    if value not in _SIZES:
-        raise UserError(f"{path}: {key} = {value!r} is none of {', '.join(_SIZES)}; give a config of ours")
-    return to_dict(_SIZES[value])
-
-
 def tokenizer_config(path: Path | None) -> Translated:
     """Their YAML, or ours, as a TokenizerConfig. Raises UserError for a setting that our model does not have."""
     if path is None:
@@ -174,7 +168,9 @@ def tokenizer_config(path: Path | None) -> Translated:
         if key in _KEYS:
             ours[_KEYS[key]] = value
         elif key in ("encoder_size", "decoder_size"):
-            ours[key.removesuffix("_size")] = _named_size(path, key, value)
+            if value not in _SIZES:
+                raise UserError(f"{path}: {key} = {value!r} is none of {', '.join(_SIZES)}; give a config of ours")
+            ours[key.removesuffix("_size")] = to_dict(_SIZES[value])
         elif key == "codebook_l2_norm":
             if value is not True:
                 raise UserError(f"{path}: codebook_l2_norm = {value!r}: our codes have length 1 always")

@@ -118,11 +118,8 @@ class TokenWriter:
             out.flush()
             os.fsync(out.fileno())
         os.replace(whole, self.path)
-        self.discard()
-        return self.path
-
-    def discard(self) -> None:
         shutil.rmtree(self.folder)
+        return self.path
 
     def _agree(self) -> None:
         file, mine = self.folder / "facts.json", asdict(self.facts)

@@ -61,17 +61,13 @@ def read_foreign(path: str | Path) -> ForeignFile:
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
     holder = next((key for key in _HOLDERS if isinstance(content.get(key), Mapping)), "")
     weights = content[holder] if holder else content
-    tensors = {plain_name(str(name)): value for name, value in weights.items() if isinstance(value, Tensor)}
+    plain = {name: ".".join(part for part in str(name).split(".") if part not in _WRAPPERS) for name in weights}
+    tensors = {plain[name]: value for name, value in weights.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path}: no tensors under {', '.join(_HOLDERS)} or at the top; it has {', '.join(content)}")
     other = {f"{holder}.{k}" if holder else str(k): _word(v) for k, v in weights.items() if not isinstance(v, Tensor)}
     other |= {str(key): _word(value) for key, value in content.items() if holder and key != holder}
     return ForeignFile(path, tensors, holder, other)
-
-
-def plain_name(name: str) -> str:
-    """A tensor's name without the prefixes that wrappers of a model add."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -135,7 +135,8 @@ def check_manifest(
     bytes if files are hashed and the other list has their sha256. Memory: 8 bytes a row and hash. Raises UserError for
     a malformed manifest.
     """
-    repeated = _repeated(_keys(manifest))
+    key_R, count_R = np.unique(_keys(manifest), return_counts=True)
+    repeated = set(key_R[count_R > 1].tolist())
     elsewhere = _Elsewhere(against, rule) if against else None
     seen: dict[int, int] = {}
 
@@ -248,11 +249,6 @@ class _Elsewhere:
         return (
             "a file of this name is in" if self._rule.same_name and _is_in(_hash(_name_of(row)), self._names) else None
         )
-
-
-def _repeated(key_R: np.ndarray) -> set[int]:
-    value, count = np.unique(key_R, return_counts=True)
-    return set(value[count > 1].tolist())
 
 
 def _is_in(key: int, sorted_keys: np.ndarray) -> bool:

@@ -217,7 +217,9 @@ class _Worker:
             reason = f"the decoder hangs (no picture within {limit}); it was ended"
             raise VideoError(path, reason) from limit
         except (EOFError, OSError) as error:
-            raise VideoError(path, f"the decoder crashed on it ({_how_it_ended(self.stop(kill=True))})") from error
+            code = self.stop(kill=True)
+            end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            raise VideoError(path, f"the decoder crashed on it ({end})") from error
         except BaseException:  # interrupted in the middle of an exchange: the line is out of step, nobody may reuse it
             self.stop(kill=True)
             raise
@@ -263,7 +265,3 @@ def _ready_and_seconds(pid: int) -> tuple[bool, float]:
     except OSError:
         return False, 0.0
     return fields[0] == "R", (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _how_it_ended(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

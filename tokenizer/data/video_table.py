@@ -20,6 +20,7 @@ Letters: R videos.
 from __future__ import annotations
 
 import csv
+import glob
 import logging
 import os
 import re
@@ -71,11 +72,11 @@ def read_rows(manifest: str | Path) -> Iterator[ManifestRow]:
         empty = False
         path = cells.get("path", "")
         if not path or "\0" in path:
-            raise UserError(f"{_name(manifest)}: line {line} has no usable path; every row needs one")
+            raise UserError(f"{display_name(manifest)}: line {line} has no usable path; every row needs one")
         label = cells.get("action") or cells.get("label") or ""
         yield ManifestRow(path, label, cells.get("sha256", "").lower(), line)
     if empty:
-        raise UserError(f"{_name(manifest)}: needs at least one row")
+        raise UserError(f"{display_name(manifest)}: needs at least one row")
 
 
 def read_table(file: str | Path, needed: str) -> Iterator[dict[str, str]]:
@@ -107,10 +108,10 @@ def path_for(video: Path, manifest: Path) -> str:
 def _check_manifest(manifest: Path, needed: str) -> None:
     """UserError for a file that is absent or UTF-16."""
     if not manifest.is_file():
-        raise UserError(f"{_name(manifest)}: no such manifest; give a .csv with the column {needed}")
+        raise UserError(f"{display_name(manifest)}: no such manifest; give a .csv with the column {needed}")
     with open(manifest, "rb") as file:
         if file.read(2) in _UTF16:
-            raise UserError(f"{_name(manifest)}: is UTF-16; save it as UTF-8")
+            raise UserError(f"{display_name(manifest)}: is UTF-16; save it as UTF-8")
 
 
 def _records(manifest: Path, needed: str = "path") -> Iterator[tuple[int, dict[str, str]]]:
@@ -128,13 +129,15 @@ def _records(manifest: Path, needed: str = "path") -> Iterator[tuple[int, dict[s
             for row in reader:
                 if len(row) > len(header):
                     raise UserError(
-                        f"{_name(manifest)}: line {reader.line_num} has {len(row)} cells for {len(header)} columns; "
-                        "put names that hold a comma into quotes"
+                        f"{display_name(manifest)}: line {reader.line_num} has {len(row)} cells for {len(header)} "
+                        "columns; put names that hold a comma into quotes"
                     )
                 if row:
                     yield reader.line_num, dict(zip(header, row, strict=False))
         except csv.Error as error:
-            raise UserError(f"{_name(manifest)}: line {reader.line_num}: {error}; is a quote left open?") from error
+            raise UserError(
+                f"{display_name(manifest)}: line {reader.line_num}: {error}; is a quote left open?"
+            ) from error
 
 
 def _header(manifest: Path, first: list[str], needed: str) -> list[str] | None:
@@ -142,17 +145,21 @@ def _header(manifest: Path, first: list[str], needed: str) -> list[str] | None:
     header = [cell.strip().lower() for cell in first]
     if needed in header:
         if repeated := {name for name in header if header.count(name) > 1}:
-            raise UserError(f"{_name(manifest)}: the header names {', '.join(sorted(repeated))!r} more than once")
+            raise UserError(
+                f"{display_name(manifest)}: the header names {', '.join(sorted(repeated))!r} more than once"
+            )
         return header
     if needed == "path" and len(first) == 1 and first[0].lower().endswith(VIDEO_SUFFIXES):
         return None
     found = ", ".join(first)[:80] or "nothing"
     if len(first) == 1 and (separator := next((key for key in _SEPARATORS if key in first[0]), None)):
         raise UserError(
-            f"{_name(manifest)}: {this_is_a_list(needed)}; the cells of this one are separated by "
+            f"{display_name(manifest)}: {this_is_a_list(needed)}; the cells of this one are separated by "
             f"{_SEPARATORS[separator]}: {found!r}"
         )
-    raise UserError(f"{_name(manifest)}: needs a header with the column {needed} and at least one row; found {found!r}")
+    raise UserError(
+        f"{display_name(manifest)}: needs a header with the column {needed} and at least one row; found {found!r}"
+    )
 
 
 def no_formula(cell: str) -> str:
@@ -165,10 +172,6 @@ def _quoted(cell: str) -> str:
     if any(character in cell for character in ',"\r\n') or cell != cell.strip():
         return '"' + cell.replace('"', '""') + '"'
     return cell
-
-
-def _name(manifest: Path) -> str:
-    return display_name(manifest)
 
 
 KEPT_BYTES = 16 << 20  # the table of a smaller manifest is built anew by every process, in a second or less
@@ -326,18 +329,13 @@ def kept_table(origin: Path, content: str, build: Callable[[], VideoTable]) -> V
     try:
         with lock(origin.with_name(f".{origin.name}.index.lock")):  # one process builds, the others wait for it
             if not folder.is_dir():
-                for outdated in origin.parent.glob(f".{_escaped(origin.name)}.index-*"):
+                for outdated in origin.parent.glob(f".{glob.escape(origin.name)}.index-*"):
                     shutil.rmtree(outdated, ignore_errors=True)
                 build().save(folder)
         return VideoTable.load(folder)
     except OSError as error:
         log.warning("%s: its index is not kept (%s); every process builds it anew", display_name(origin), error)
         return build()
-
-
-def _escaped(name: str) -> str:
-    """The name with the wildcards of `glob` taken literally."""
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
 def check_not_empty(table: VideoTable, origin: Path) -> VideoTable:

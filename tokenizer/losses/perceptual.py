@@ -129,7 +129,8 @@ def load_perceptual(
     weights = _read_weights(_package_file(name, recipe), recipe.sha256_start)
     heads = [weights[f"lin{index}.model.1.weight"] for index in range(5)]
     if recipe.trunk_file:
-        weights = _read_weights(_trunk_path(name, recipe.trunk_file, trunk_dir), _hash_in_name(recipe.trunk_file))
+        file = _trunk_path(name, recipe.trunk_file, trunk_dir)  # vgg16-397923af.pth: its sha256 begins so
+        weights = _read_weights(file, file.stem.rpartition("-")[2])
 
     with torch.device("meta"):  # the file brings the numbers
         stages = [nn.Sequential(*stage) for stage in recipe.build()]
@@ -279,10 +280,6 @@ def _trunk_path(name: str, file_name: str, trunk_dir: str | Path | None) -> Path
             f"that holds it, or use st{name}, which needs no download"
         )
     return path
-
-
-def _hash_in_name(file_name: str) -> str:
-    return Path(file_name).stem.rpartition("-")[2]  # vgg16-397923af.pth: the first digits of its sha256
 
 
 def _read_weights(path: Path, sha256_start: str) -> dict[str, Tensor]:

@@ -294,8 +294,12 @@ class Curation:
 
     def run(self) -> bool:
         """Work until no unit is free. True if the table is complete; False if others still work on units."""
+
+        def score(unit: int, read: Iterator[tuple[ClipSample, str] | None]) -> None:
+            self._scored(unit, [found for found in read if found]).save(self.units.path(unit))
+
         title, num_readers = f"curating {len(self.dataset)} clips", self.config.num_workers
-        return self.units.work_ahead(self._members, self._read, self._score_unit, self.merge, title, num_readers)
+        return self.units.work_ahead(self._members, self._read, score, self.merge, title, num_readers)
 
     def merge(self) -> None:
         tables = [QualityTable.load(path, beam=True) for path in self.units.paths]
@@ -325,9 +329,6 @@ class Curation:
         for _, clip in self.dataset.readable([index]):
             return clip, self.dataset.fingerprint(index)
         return None
-
-    def _score_unit(self, unit: int, read: Iterator[tuple[ClipSample, str] | None]) -> None:
-        self._scored(unit, [found for found in read if found]).save(self.units.path(unit))
 
     def _scored(self, unit: int, read: list[tuple[ClipSample, str]]) -> QualityTable:
         """Score one unit. Clips that cannot be read are left out here and counted when the table is merged."""
