@@ -114,7 +114,7 @@ def test_from_clips_to_curves(run: Callable[..., Path], flags: list[str], tmp_pa
 def test_the_curve_of_the_shipped_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mini = ROOT / "ckpts/mini"
     models = [f"--vq-ckpt={mini / 'final.safetensors'}", f"--router-ckpt={mini / 'router.safetensors'}"]
-    clips = [f"--table={mini / 'heldout_table.safetensors'}", "--max-clips=3", "--extractor=effnet", "--force"]
+    clips = [f"--table={mini / 'heldout_table.safetensors'}", "--max-clips=3"]
     points = ["--weights=1.4", "--thresholds=0.3", "--budgets", "tokens:128", "--codecs=h264", "--draws=20"]
     monkeypatch.setattr(sys, "argv", ["quality_cost", *models, *clips, *points, "--out", str(tmp_path)])
     quality_cost.main()
