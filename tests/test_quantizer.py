@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizer.blocks import bottlenecks as quantizer_module
-from tokenizer.blocks.bottlenecks import ENTROPY_TEMPERATURE, VectorQuantizer, code_usage, entropy_term
+from tokenizer.blocks.bottlenecks import ENTROPY_TEMPERATURE, VectorQuantizer, code_usage, entropy_and_nearest
 
 
 def quantizer_of(codes: list[list[float]]) -> VectorQuantizer:
@@ -37,6 +37,10 @@ def test_terms_by_hand() -> None:
     assert out.terms["codebook"].item() == pytest.approx(wanted, rel=1e-5)
     assert out.terms["commitment"].item() == pytest.approx(wanted, rel=1e-5)
     assert set(out.terms) == {"codebook", "commitment", "entropy"}
+
+
+def entropy_term(z_LE: Tensor, codes_VE: Tensor) -> Tensor:
+    return entropy_and_nearest(z_LE, codes_VE)[0]
 
 
 def test_entropy_by_hand() -> None:
@@ -79,6 +83,18 @@ def test_entropy_has_its_gradients_in_whatever_parts(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(results(entropy_term), wanted, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(quantizer_module, "_parts", lambda z_LE, codes_VE: z_LE.split(2))
     torch.testing.assert_close(results(entropy_term), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_codes_do_not_depend_on_the_terms() -> None:
+    """Training with and without the entropy, and encoding, find the same; ties go to the first code."""
+    quantizer, z_LE = random_case()
+    with torch.no_grad():
+        quantizer.codebook.weight[-1] = quantizer.codebook.weight[0]
+        z_LE[0] = quantizer.codebook.weight[0]
+    code_L = quantizer.encode(z_LE)
+    assert code_L[0] == 0
+    for quantizer.has_entropy in (True, False):
+        assert torch.equal(quantizer(z_LE).code_L, code_L)
 
 
 def test_the_gradient_passes_straight_through() -> None:

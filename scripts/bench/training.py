@@ -154,7 +154,7 @@ def _quantizer_side(side: str, latents: int) -> dict[str, float]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if side == "formula":
-        quantizer_module.entropy_term = _formula
+        quantizer_module.entropy_and_nearest = _formula
     model, z_LE = VectorQuantizer(CODES, 8), torch.randn(latents, 8, requires_grad=True)
 
     def step(some: VectorQuantizer) -> None:
@@ -167,13 +167,13 @@ def _quantizer_side(side: str, latents: int) -> dict[str, float]:
     return {"rise_gb": round((peak_bytes() - before) / 1e9, 4), "seconds": round(seconds, 4)}
 
 
-def _formula(z_LE: Tensor, codes_VE: Tensor) -> Tensor:
-    """`entropy_term` as one writes it first: a softmax over tokens times codes."""
+def _formula(z_LE: Tensor, codes_VE: Tensor) -> tuple[Tensor, Tensor]:
+    """`entropy_and_nearest` as one writes it first: a softmax over tokens times codes."""
     logit_LV = z_LE @ codes_VE.T * (2 / ENTROPY_TEMPERATURE)
     prob_LV = logit_LV.softmax(dim=-1)
     mean_V = prob_LV.mean(dim=0)
     per_token = -(prob_LV * logit_LV.log_softmax(dim=-1)).sum(dim=-1).mean()
-    return per_token + (mean_V * (mean_V + 1e-12).log()).sum()
+    return per_token + (mean_V * (mean_V + 1e-12).log()).sum(), logit_LV.argmax(dim=-1)
 
 
 # --- LPIPS in bf16 ----------------------------------------------------------------------------------------------------

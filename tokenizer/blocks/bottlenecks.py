@@ -28,6 +28,7 @@ from tokenizer.common.distributed import mean_of_rows, mean_of_sums, num_ranks
 from tokenizer.common.transfer import send
 
 ENTROPY_TEMPERATURE = 0.01
+_SHARPNESS = 2 / ENTROPY_TEMPERATURE  # of a cosine: d = 2 - 2 cos for unit vectors, and a constant drops out
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,10 @@ class VectorQuantizer(Bottleneck):
         with torch.autocast(z_LE.device.type, enabled=False):
             z_LE = F.normalize(z_LE.float(), dim=-1)
             codes_VE = self.unit_codes()
-            code_L = _nearest(z_LE, codes_VE)
+            if torch.is_grad_enabled() and self.has_entropy:
+                entropy, code_L = entropy_and_nearest(z_LE, codes_VE)
+            else:
+                code_L = _nearest(z_LE, codes_VE)
             nearest_LE = codes_VE[code_L]
             if not torch.is_grad_enabled():
                 return Quantized(nearest_LE, code_L)
@@ -118,7 +122,7 @@ class VectorQuantizer(Bottleneck):
                 "commitment": _token_mean(F.mse_loss(z_LE, nearest_LE.detach(), reduction="none")),
             }
             if self.has_entropy:
-                terms["entropy"] = entropy_term(z_LE, codes_VE)
+                terms["entropy"] = entropy
             return Quantized(z_LE + (nearest_LE - z_LE).detach(), code_L, terms)
 
     @torch.no_grad()
@@ -137,52 +141,57 @@ def _nearest(z_LE: Tensor, codes_VE: Tensor) -> Tensor:
     return torch.cat([(part_KE @ codes_VE.T).max(dim=-1).indices for part_KE in _parts(z_LE, codes_VE)])
 
 
-def entropy_term(z_LE: Tensor, codes_VE: Tensor) -> Tensor:
+def entropy_and_nearest(z_LE: Tensor, codes_VE: Tensor) -> tuple[Tensor, Tensor]:
     """Mean entropy per token minus the entropy of the mean, over softmax(-d / 0.01), d the squared distance.
 
-    Latents and codes of length 1, float32.
+    Latents and codes of length 1, float32. Also what `_nearest` gives, from the same products.
     """
-    entropy, prob_V = _SoftAssignment.apply(z_LE, codes_VE)
+    entropy, prob_V, code_L = _SoftAssignment.apply(z_LE, codes_VE)
     mean_V = mean_of_sums(prob_V, len(z_LE))
-    return mean_of_sums(entropy, len(z_LE)) + (mean_V * (mean_V + 1e-12).log()).sum()
+    return mean_of_sums(entropy, len(z_LE)) + (mean_V * (mean_V + 1e-12).log()).sum(), code_L
 
 
 class _SoftAssignment(torch.autograd.Function):
-    """Sums over all tokens of the entropy of their softmax over the codes, and of the softmax itself, [V].
+    """Sums over all tokens of the entropy of their softmax over the codes, and of the softmax itself, [V]; codes, [L].
 
     Tokens times codes is the largest tensor of a training, five times over if autograd is to remember the steps. Here
     it exists a few rows at a time, and the backward computes it again.
     """
 
     @staticmethod
-    def forward(ctx: Any, z_LE: Tensor, codes_VE: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, z_LE: Tensor, codes_VE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(z_LE, codes_VE)
-        entropy, prob_V = z_LE.new_zeros(()), codes_VE.new_zeros(len(codes_VE))
+        entropy, prob_V, codes = z_LE.new_zeros(()), codes_VE.new_zeros(len(codes_VE)), []
         for part_KE in _parts(z_LE, codes_VE):
-            log_KV, prob_KV = _soft(part_KE, codes_VE)
-            entropy -= (prob_KV * log_KV).sum()
+            logit_KV, prob_KV, code_K1 = _soft(part_KE, codes_VE)
+            # log p = logit + log p of the nearest code, whose logit is 0
+            entropy -= prob_KV.gather(1, code_K1).log().sum() + (prob_KV * logit_KV).sum()
             prob_V += prob_KV.sum(dim=0)
-        return entropy, prob_V
+            codes.append(code_K1[:, 0])
+        code_L = torch.cat(codes)
+        ctx.mark_non_differentiable(code_L)
+        return entropy, prob_V, code_L
 
     @staticmethod
-    def backward(ctx: Any, grad_entropy: Tensor, grad_V: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_entropy: Tensor, grad_V: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         z_LE, codes_VE = ctx.saved_tensors
         grads_KE, grad_VE = [], torch.zeros_like(codes_VE)
         for part_KE in _parts(z_LE, codes_VE):
-            log_KV, prob_KV = _soft(part_KE, codes_VE)
-            # of a logit: p (g - sum of p g), where g is the gradient of its probability
-            slope_KV = log_KV.mul_(-grad_entropy).add_(grad_V)
-            slope_KV -= (prob_KV * slope_KV).sum(dim=-1, keepdim=True)
-            slope_KV.mul_(prob_KV).mul_(2 / ENTROPY_TEMPERATURE)
+            logit_KV, prob_KV, _ = _soft(part_KE, codes_VE)
+            # of a logit: p (g - sum of p g), where g, but for a constant, is the gradient of its probability
+            slope_KV = logit_KV.mul_(-grad_entropy).add_(grad_V)
+            slope_KV.sub_((prob_KV * slope_KV).sum(dim=-1, keepdim=True)).mul_(prob_KV)
             grads_KE.append(slope_KV @ codes_VE)
-            grad_VE += slope_KV.T @ part_KE
-        return torch.cat(grads_KE), grad_VE
+            grad_VE.addmm_(slope_KV.T, part_KE)
+        return torch.cat(grads_KE).mul_(_SHARPNESS), grad_VE.mul_(_SHARPNESS)
 
 
-def _soft(z_KE: Tensor, codes_VE: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and probabilities of the codes: d = 2 - 2 cos for unit vectors, and the constant drops out."""
-    logit_KV = (z_KE @ codes_VE.T).mul_(2 / ENTROPY_TEMPERATURE)
-    return logit_KV.log_softmax(dim=-1), logit_KV.softmax(dim=-1)  # exp of the first is 10 times slower on a CPU
+def _soft(z_KE: Tensor, codes_VE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of the codes less the largest, their probabilities, and the nearest code, [K, 1]."""
+    cosine_KV = z_KE @ codes_VE.T
+    best_K1, code_K1 = cosine_KV.max(dim=-1, keepdim=True)  # see _nearest
+    logit_KV = cosine_KV.sub_(best_K1).mul_(_SHARPNESS)
+    return logit_KV, logit_KV.softmax(dim=-1), code_K1
 
 
 def _parts(z_LE: Tensor, codes_VE: Tensor) -> Sequence[Tensor]:
