@@ -14,6 +14,7 @@ e head width, N blocks, or copies of a key, w extra columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -209,7 +210,7 @@ class ClipAttention(torch.autograd.Function):
         for q, grad, k, v, logs, hides, hidden in clips:  # [h, K, e], [h, K, e], [h, S, e], [h, S, e], ..
             wide_q = torch.cat([q, logs, hides.expand(len(q), -1, -1)], dim=2)
             wide_k = torch.cat([k, hidden.expand(len(k), -1, -1)], dim=2)
-            prob = torch.bmm(wide_q, wide_k.transpose(1, 2)).exp_()  # [h, K, S]
+            prob = _exp_of_product(wide_q, wide_k.transpose(1, 2))  # [h, K, S]
             grads[2].append(torch.bmm(prob.transpose(1, 2), grad))
             slope = torch.bmm(grad.contiguous(), v.contiguous().transpose(1, 2))  # of the probabilities
             slope = torch._softmax_backward_data(slope, prob, -1, prob.dtype)
@@ -222,6 +223,13 @@ class ClipAttention(torch.autograd.Function):
 
 
 _FAR = -30000.0  # exp(_FAR) is 0
+
+
+def _exp_of_product(left: Tensor, right: Tensor) -> Tensor:
+    """In float32 as a power of 2: there torch's exp takes 15 times as long for a number that it makes 0."""
+    if left.dtype != torch.float32:
+        return torch.bmm(left, right).exp_()
+    return torch.baddbmm(left.new_zeros(1, 1, 1), left, right, beta=0, alpha=math.log2(math.e)).exp2_()
 
 
 @lru_cache(maxsize=8)

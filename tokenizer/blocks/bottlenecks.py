@@ -173,7 +173,7 @@ class _SoftAssignment(torch.autograd.Function):
         return entropy, prob_V, code_L
 
     @staticmethod
-    def backward(ctx: Any, grad_entropy: Tensor, grad_V: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_entropy: Tensor, grad_V: Tensor, *_code: Tensor) -> tuple[Tensor, Tensor]:
         z_LE, codes_VE = ctx.saved_tensors
         grads_KE, grad_VE = [], torch.zeros_like(codes_VE)
         for part_KE in _parts(z_LE, codes_VE):
