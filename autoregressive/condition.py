@@ -76,7 +76,7 @@ def parse_classes(text: str | None, names: Sequence[str]) -> list[int]:
     if text is None:
         return list(range(len(names)))
     if text.count('"') % 2:
-        raise UserError(f'--class-idx {text}: close the double quotes around a name, as in 1,"Pull, then lift"')
+        raise UserError(f'--class-idx {text!r}: close the double quotes around a name, as in 1,"Pull, then lift"')
     return list(dict.fromkeys(_parse_class(part.strip(), names) for part in _COMMA.split(text)))
 
 
@@ -86,7 +86,7 @@ _COMMA = re.compile(r',(?=(?:[^"]*"[^"]*")*[^"]*$)')  # outside double quotes
 def _parse_class(text: str, names: Sequence[str]) -> int:
     quoted = text.startswith('"')
     name = text.strip('"')
-    number = int(text) if text.isdecimal() else None
+    number = int(text) if text.isdecimal() and len(text) < 10 else None
     same = [i for i, known in enumerate(names) if known == name] or [
         i for i, known in enumerate(names) if known.lower() == name.lower()
     ]

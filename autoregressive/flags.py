@@ -56,7 +56,7 @@ def parse(parser: Parser, required: Sequence[str]) -> argparse.Namespace:
 def parse_lengths(flag: str, text: str) -> tuple[int, ...]:
     """ "512,128" -> (512, 128). UserError, naming the flag, for anything but whole numbers."""
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
-    if not all(part.isdecimal() for part in parts):
+    if not all(part.isdecimal() and len(part) < 10 for part in parts):
         raise UserError(f"{flag} {text!r}: give whole numbers with commas between them, such as 512,128")
     return tuple(map(int, parts))
 

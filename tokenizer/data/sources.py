@@ -266,6 +266,8 @@ def find_sources_of(source: str, num_frames: int, size: Size) -> list[Source]:
 
     num_frames, size: what a packed file must hold. Raises UserError for a source that does not exist or is misspelt.
     """
+    if not source.strip():
+        raise UserError(f"data source {source!r} is empty: name a folder, a file or a built-in source")
     kind = source.partition(":")[0]
     if kind == "bundled":
         return [BundledClips(*_part(source))]
@@ -312,7 +314,7 @@ def _part(source: str) -> tuple[str, range]:
     """ "kind:split:N" or "kind:split:A-B" -> the split and the numbers of its clips; "bundled:split" has all."""
     kind = source.partition(":")[0]
     splits = renderer_of(kind).splits if kind in RENDERED_KINDS else SPLITS
-    match = re.fullmatch(rf"(\w+):({'|'.join(splits)})(?::(?:(\d+)-)?(\d+))?", source)
+    match = re.fullmatch(rf"(\w+):({'|'.join(splits)})(?::(?:(\d{{1,12}})-)?(\d{{1,12}}))?", source)
     if match and (match[4] or kind == "bundled"):
         last = len(bundled_videos(match[2])) if kind == "bundled" else int(match[4])
         numbers = range(int(match[3] or 0), min(last, int(match[4] or last)))
@@ -324,7 +326,7 @@ def _part(source: str) -> tuple[str, range]:
 
 def _photos(source: str) -> PhotoScenes:
     """ "photos:FOLDER:N" or "photos:FOLDER:A-B"."""
-    match = re.fullmatch(r"photos:(.+):(?:(\d+)-)?(\d+)", source)
+    match = re.fullmatch(r"photos:(.+):(?:(\d{1,12})-)?(\d{1,12})", source)
     numbers = range(int(match[2] or 0), int(match[3])) if match else range(0)
     if match is None or not numbers:
         raise UserError(f"data source {source!r}: expected photos:FOLDER:N or photos:FOLDER:A-B (number A up to B - 1)")
@@ -337,7 +339,7 @@ def _stored(source: str, num_frames: int, size: Size) -> StoredClips:
     """Clips of a packed file, all or those of "FILE:N" or "FILE:A-B"."""
     path, _, part = (source, "", "") if is_store(source) else source.rpartition(":")
     store = open_store(path)
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)", part or str(len(store)))
+    match = re.fullmatch(r"(?:(\d{1,12})-)?(\d{1,12})", part or str(len(store)))
     numbers = range(int(match[1] or 0), int(match[2])) if match else range(0)
     if not numbers or numbers[-1] >= len(store):
         raise UserError(f"data source {source!r}: {path} holds {len(store)} clips; expected {path}:N or {path}:A-B")
