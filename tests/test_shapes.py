@@ -208,10 +208,8 @@ def test_the_other_stages_take_a_wide_clip(trained: dict[str, Path], tmp_path: P
     with pytest.raises(UserError, match="of 32 pixels, but .* of 48x80 pixels: use a router"):
         check_router_fits(router, TokenizerConfig(size=32, levels=[2, 4, 8]))
 
-    extract = [f"dir={tmp_path}/codes", f"tokenizer={proxy}", f"router={tmp_path}/router", "data.size=[48,80]"]
-    run_here("autoregressive.extract_codes", "configs/debug/extract_fp.yaml", *extract, data)
-    assert TokenArchive(tmp_path / "codes").facts.size == [48, 80]
     check_sampling(model)
+    check_frame_prediction(proxy, tmp_path, f"router={tmp_path}/router", data)
 
     given = ["--vq-ckpt", proxy, "--budget", "uniform:4", "--data", HELD_OUT.parent, "--count", "2"]
     flags = ["--protocol", "folder-recon", "--extractor", "none", "--perceptual", "stlpips_alex", "--draws", "20"]
@@ -227,3 +225,33 @@ def check_sampling(model: VideoTokenizer) -> None:
     sampler = Sampler(gpt, SamplingConfig(slots=1, seed=0, guidance=(1.0,)))
     samples = list(sampler.run([Request(("clip", 0), 1, rule=length_rule(gpt.layout))]))
     assert model.decode(tokens_of(samples, gpt.layout, model)).shape == (1, 3, 16, 48, 80)
+
+
+def check_frame_prediction(proxy: Path, out: Path, *extract: str) -> None:
+    """Tokens, a GPT on them, its samples, their evaluation; a GPT on tokens of another size is refused."""
+    made_by = [f"tokenizer={proxy}", "data.size=[48,80]", *extract]
+    run_here("autoregressive.extract_codes", "configs/debug/extract_fp.yaml", f"dir={out}/codes", *made_by)
+    assert TokenArchive(out / "codes").facts.size == [48, 80]
+    archives = [f"archive={out}/codes", f"val_archive={out}/codes", f"tokenizer={proxy}"]
+    run_here("autoregressive.train", "configs/debug/gpt_fp.yaml", f"run.dir={out}/gpt", "run.steps=2", *archives)
+    pair = ["--vq-ckpt", proxy, "--gpt-ckpt", out / "gpt", "--check-special-token-mask", "--device", "cpu"]
+    flags = ["--tok-config", "configs/debug/wide/proxy.yaml", "--gpt-model", "GPT-debug", "--vid_path", HELD_OUT]
+    flags += [
+        "--sample-dir",
+        out / "samples",
+        "--sample-num",
+        "1",
+        "--fixed-prefix",
+        "8,2",
+        "--condition-mode",
+        "padding",
+    ]
+    run_here("autoregressive.sample_frame_prediction", *flags, *pair)
+    (frames,) = (out / "samples/samples").glob("*/frames.npy")
+    assert np.load(frames).shape == (16, 48, 80, 3)
+    flags = ["--protocol", "mini-fp", "--extractor", "none", "--count", "1", "--draws", "20", "--cache", out / "cache"]
+    evaluate = ["evaluations.frame_prediction", *flags, *pair, "--out", out / "predicted"]
+    with pytest.raises(UserError, match="gives clips of 16 frames of 64 pixels, but the tokenizer reads .* 48x80"):
+        run_here(*evaluate)
+    run_here(*evaluate, "--size", "48x80")
+    assert json.loads((out / "predicted/metrics.json").read_text())["num_clips"] == 1
