@@ -120,8 +120,9 @@ def list_videos(path: str | os.PathLike[str]) -> list[Path]:
     try:
         mode = os.stat(root).st_mode
     except (OSError, ValueError) as error:  # ValueError: a zero byte, or half a surrogate pair
-        missing = isinstance(error, ValueError) or error.errno in (errno.ENOENT, errno.ENOTDIR)
-        reason = "no such file or folder" if missing else _why(error)
+        reason = "no such file or folder"
+        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            reason = _why(error)
         raise UserError(f"{display_name(root)}: {reason}; give a video file or a folder of videos") from error
     if stat.S_ISREG(mode):
         if is_list(root):
