@@ -135,9 +135,9 @@ def epoch_order(num_clips: int, seed: int, epoch: int) -> np.ndarray:
 def endless_order(num_clips: int, seed: int, start: int) -> Iterator[tuple[int, int]]:
     """(index, epoch) of shuffled epochs put end to end, from place `start` on."""
     first_epoch, skip = divmod(start, num_clips)
-    for epoch in itertools.count(first_epoch):
-        yield from ((int(index), epoch) for index in epoch_order(num_clips, seed, epoch)[skip:])
-        skip = 0
+    orders = ((epoch_order(num_clips, seed, epoch), epoch) for epoch in itertools.count(first_epoch))
+    keys = itertools.chain.from_iterable(zip(map(int, order), itertools.repeat(epoch)) for order, epoch in orders)
+    return itertools.islice(keys, skip, None)
 
 
 def set_deterministic(seed: int) -> None:
