@@ -179,6 +179,13 @@ class TokenizerTraining:
         self.source_sha256 = ""
         self.gan = Gan(config.discriminator, *shape, run.seed, self.device) if config.loss.gan > 0 else None
         self.alignment = Alignment(config.alignment, config.model, self.device) if config.loss.align > 0 else None
+        encoders = {
+            "V-JEPA 2": self.alignment.encoder if self.alignment else None,
+            "VideoMAE": self.gan.encoder if self.gan else None,
+        }
+        self.random_encoders = [name for name, encoder in encoders.items() if encoder is not None and encoder.is_random]
+        # on every log line of a run with random encoders
+        self.mark = {"random_frozen_encoders": float(len(self.random_encoders))} if self.random_encoders else {}
         if config.init_from:
             self.source_sha256 = init_from(self.model, config.init_from)
         elif not resumes(run):  # a resumed run has its codebook already
@@ -268,20 +275,6 @@ class TokenizerTraining:
         if self.counts_codes:
             figures = {**figures, "codes": Tally(torch.bincount(code_L.flatten(), minlength=num_codes), code_usage)}
         return output.video_BCTHW, loss, {**figures, **self.mark}
-
-    @property
-    def random_encoders(self) -> list[str]:
-        """Names of frozen encoders with random weights (random_for_tests in the config)."""
-        encoders = {
-            "V-JEPA 2": self.alignment.encoder if self.alignment else None,
-            "VideoMAE": self.gan.encoder if self.gan else None,
-        }
-        return [name for name, encoder in encoders.items() if encoder is not None and encoder.is_random]
-
-    @property
-    def mark(self) -> dict[str, float]:
-        """Marks every log line of a run with random encoders."""
-        return {"random_frozen_encoders": float(len(self.random_encoders))} if self.random_encoders else {}
 
     @torch.no_grad()
     def start_codebook(self) -> None:
