@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from test_curate import heldout_scenes, lively_tokenizer
+from test_stages import HELD_OUT, ROOT, run_here
 
+from autoregressive.token_archive import TokenArchive
 from tokenizer.budget import choose_rows, find_price, parse_budget
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
@@ -156,6 +158,31 @@ def test_stages_2_and_3_by_their_commands_then_a_live_stream(tmp_path: Path, mon
     tokens = tokenizer.encode(film, router=router)
     assert [len(block.code_K) for block, _ in blocks] == tokens.length_BN.flatten().tolist()
     assert torch.equal(torch.cat([block.code_K for block, _ in blocks]), tokens.code_L)
+    use_in_every_later_stage(tmp_path)
+
+
+def use_in_every_later_stage(folder: Path) -> None:
+    """Stage 4 with its assignments, tokens, files of whole videos, the main job, an evaluation."""
+    data, pair = folder / "data.yaml", ["--router_ckpt", folder / "run", "--vq_ckpt", folder / "final"]
+    data.write_text((ROOT / "configs/debug/final.yaml").read_text().replace("[2, 4, 8]", "[2, 4]"))
+    policy = [f"policy.router_config={folder}/router.yaml", f"policy.router_ckpt={folder}/run", "run.steps=1"]
+    run_here("tokenizer.train", data, f"run.dir={folder}/final", *policy)
+    extract = [f"dir={folder}/codes", f"tokenizer={folder}/final", f"router={folder}/run", "budget=tokens:12"]
+    extract += ["data.sources=[synthetic:train:2]", "labels=[known]"]
+    run_here("autoregressive.extract_codes", "configs/debug/extract_c2v.yaml", *extract)
+    archive = TokenArchive(folder / "codes")
+    assert archive.facts.budget == "tokens:12" and len(archive) == 4  # two views of two clips
+
+    whole, main_job = "tokenizer.tokenize", "tokenizer.router.reconstruction_qual_with_router"
+    for module, video, flag in ((whole, [HELD_OUT], "--out"), (main_job, ["--vid_path", HELD_OUT], "--save_dir")):
+        job = [*video, flag, folder / module, *pair, "--device", "cpu"]
+        run_here(module, *job, "--budget", "tokens:12")
+        with pytest.raises(UserError, match="decides block by block"):
+            run_here(module, *job, "--budget", "quality:0.3")
+    flags = ["--protocol", "folder-recon", "--extractor", "none", "--draws", "20", "--count", "1", "--size", "32"]
+    flags += ["--perceptual", "stlpips_alex", "--data", HELD_OUT, "--out", folder / "eval", "--cache", folder / "cache"]
+    run_here("evaluations.reconstruction", *flags, *(str(x).replace("_ckpt", "-ckpt") for x in pair))
+    assert json.loads((folder / "eval/metrics.json").read_text())["num_clips"] == 1
 
 
 def command(monkeypatch: pytest.MonkeyPatch, main, config: Path, *changes: str) -> None:
