@@ -14,6 +14,7 @@ from tokenizer.assignment import Packing, pack, pack_uniform
 from tokenizer.blocks.attention import attend_by_clip, attend_varlen, block_causal_attention
 from tokenizer.blocks.patches import (
     level_cells,
+    level_rows,
     most_queries,
     packed_queries,
     patchify,
@@ -149,6 +150,10 @@ def test_the_pyramid_goes_from_the_mean_to_single_patches() -> None:
 def test_a_longer_assignment_begins_with_the_queries_of_a_shorter_one() -> None:
     assert all(level_cells(2**n).tolist() == list(range(2**n)) for n in range(10))
     assert level_cells(6).tolist() == [0, 1, 2, 3, 4, 6]  # whole groups, then every second cell of the next
+    assert level_rows(4, finest=8).tolist() == [4, 5, 6, 7]  # one whole group
+    assert level_rows(6, finest=8).tolist() == [4, 5, 6, 7, 8, 12]  # and every fourth cell of the next
+    assert level_rows(12, finest=8).tolist() == [*range(8, 16), 16, 18, 20, 22]  # second tokens have rows of their own
+    assert level_cells(12, finest=8).tolist() == [*range(8, 16), 8, 10, 12, 14]
     for length in range(1, 65):
         cells = level_cells(length)
         assert len(cells.unique()) == len(cells) == length

@@ -283,6 +283,43 @@ def test_an_untrained_tokenizer_already_is_a_coarse_codec() -> None:
     assert reached[-1] > reached[0] + 6, reached
 
 
+def test_tokens_of_one_grid_show_more_than_those_of_a_pyramid() -> None:
+    """Half of a pyramid's tokens repeat the others. Second tokens of a cell add finer coefficients."""
+    clips = build_dataset(DataConfig(["bundled:heldout"], size=64, augment=False))
+    real = torch.stack([clips.get(i).video_CTHW for i in (0, 12, 25)])
+    reached: dict[str, list[float]] = {}
+    for queries in ("pyramid", "grid"):
+        config = TokenizerConfig(
+            size=64, levels=[8, 32, 64, 128], encoder=TransformerConfig(2, 96, 4), decoder=TransformerConfig(3, 128, 4)
+        )
+        torch.manual_seed(0)
+        fresh = build_tokenizer(replace(config, queries=queries))
+        with torch.no_grad():
+            for level in config.levels:
+                packing = pack(torch.full((3, 4), level))
+                latent_LE = F.normalize(fresh.encode_latents(real, packing), dim=-1)
+                shown = fresh.decode_latents(latent_LE, packing).clamp(0, 1)
+                reached.setdefault(queries, []).append(psnr(shown, real).mean().item())
+    assert all(grid > pyramid + 0.5 for grid, pyramid in zip(reached["grid"], reached["pyramid"], strict=True)), reached
+    assert reached["grid"][3] > reached["grid"][2] + 0.5, reached
+
+
+@pytest.mark.parametrize("levels", [[2, 4, 8], [4, 8, 16, 32]])
+def test_queries_of_one_grid_stream_as_they_encode_and_leave_neighbours_alone(levels: list[int]) -> None:
+    model = build_tokenizer(replace(TINY, queries="grid", levels=levels, init="structured")).eval()
+    assert (model.second_embed is not None) == (levels[-1] > 16)  # 4x4 patches
+    clips = torch.rand(2, 3, 16, 32, 32)
+    lengths = torch.tensor(
+        [[levels[-1], levels[0], levels[1], levels[2]], [levels[0], levels[-1], levels[2], levels[1]]]
+    )
+    with torch.no_grad():
+        both = model.decode(model.encode(clips, lengths))
+        alone = model.decode(model.encode(clips[:1], lengths[:1]))
+        torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=0)
+        frames, _ = reconstruct_streaming(model, clips[:1], lengths[0].tolist())
+    torch.testing.assert_close(frames, alone, atol=1e-4, rtol=0)
+
+
 def test_the_random_start_is_the_ablation() -> None:
     fresh = build_tokenizer(TINY)
     assert fresh.encoder_patch_pos.std().item() == pytest.approx(32**-0.5, rel=0.1)

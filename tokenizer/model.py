@@ -33,16 +33,18 @@ from tokenizer.blocks.bottlenecks import (
 )
 from tokenizer.blocks.patches import (
     Grid,
+    finest_cells,
     grid_of,
     most_queries,
-    packed_cells,
     packed_queries,
+    packed_rows,
+    packed_second,
     patchify,
     pooling_pyramid,
     sincos_3d,
     unpatchify,
 )
-from tokenizer.blocks.structured_init import patch_filters, start_decoder, start_encoder
+from tokenizer.blocks.structured_init import patch_filters, start_decoder, start_encoder, start_second_tokens
 from tokenizer.blocks.transformer import QFormer
 from tokenizer.common.clip_shape import check_whole_patches, plain_size, sides
 from tokenizer.common.errors import UserError
@@ -92,6 +94,7 @@ class TokenizerConfig:
     mlp_ratio: float = 4.0
     encoder: TransformerConfig = field(default_factory=TransformerConfig)
     decoder: TransformerConfig = field(default_factory=lambda: TransformerConfig(layers=12, width=768, heads=12))
+    queries: str = "pyramid"  # the paper's, as far as known; or "grid": see blocks/patches.py
     init: str = "structured"  # or "random": how positions and attention begin; see VideoTokenizer.init_weights
 
     def __post_init__(self) -> None:
@@ -110,6 +113,8 @@ class TokenizerConfig:
                 f"model.levels: {self.levels[-1]} is more than the {most_queries(self.grid)} queries that pooling a "
                 f"{self.grid[0]}x{self.grid[1]} block gives; the largest possible level is {most_queries(self.grid)}"
             )
+        if self.queries not in ("pyramid", "grid"):
+            raise UserError(f"model.queries = {self.queries!r}: choose 'pyramid' or 'grid'")
         if self.bottleneck_width < self.code_width:
             raise UserError(
                 f"model.bottleneck_width = {self.bottleneck_width} is below model.code_width = {self.code_width}; "
@@ -163,8 +168,23 @@ class TokenizerConfig:
 
     @property
     def block_queries(self) -> int:
-        """Rows that a block owns in a table of 1D positions: the largest level, rounded up to a power of two."""
+        """Rows that a block owns in a table of 1D positions: the largest level, rounded up to a power of two.
+
+        With queries = "grid": the cells of the pyramid, and second tokens if there are any.
+        """
+        if self.finest:
+            return self.finest * (3 if self.has_second_tokens else 2)
         return 1 << (self.levels[-1] - 1).bit_length()
+
+    @property
+    def has_second_tokens(self) -> bool:
+        """Whether a block may get more tokens than its finest grid has cells."""
+        return 0 < self.finest < self.levels[-1]
+
+    @property
+    def finest(self) -> int:
+        """With queries = "grid", the cells of the pyramid's last group, else 0; see `level_cells`."""
+        return finest_cells(self.grid) if self.queries == "grid" else 0
 
 
 @dataclass(frozen=True)
@@ -196,6 +216,7 @@ class VideoTokenizer(HubModel, nn.Module):
 
         self.patch_embed = nn.Linear(c.patch_width, c.encoder.width)
         self.query_embed = nn.Linear(c.encoder.width, c.encoder.width)
+        self.second_embed = nn.Linear(c.encoder.width, c.encoder.width) if c.has_second_tokens else None
         self.encoder_patch_pos = nn.Parameter(torch.empty(num_patches, c.encoder.width))
         self.encoder_token_pos = nn.Parameter(torch.empty(num_queries, c.encoder.width))
         self.encoder = QFormer(c.encoder.layers, c.encoder.width, c.encoder.heads, c.mlp_ratio)
@@ -241,10 +262,23 @@ class VideoTokenizer(HubModel, nn.Module):
         for patch_pos, token_pos in (tables[:2], tables[2:]):
             patch_pos.copy_(sincos_3d(c.num_blocks, c.grid, patch_pos.shape[1]))
             cells = pooling_pyramid(patch_pos.unflatten(0, (c.num_blocks, -1)), c.grid)  # [N, K, D]
+            if c.block_queries > cells.shape[1]:  # second tokens of the last cells
+                cells = torch.cat([cells, cells[:, -c.finest :]], dim=1)
             token_pos.copy_(cells[:, : c.block_queries].flatten(0, 1))
         filters = patch_filters(c.patch_frames, c.patch_size)
-        start_encoder(self.patch_embed, self.query_embed, self.encoder, self.to_latent, *filters)
-        start_decoder(self.from_latent, self.decoder, self.to_pixels, *filters)
+        start_encoder(self.patch_embed, self.query_embed, self.encoder, self.encoder_norm, self.to_latent, *filters)
+        start_decoder(self.from_latent, self.decoder, self.decoder_norm, self.to_pixels, *filters)
+        if self.second_embed is not None:
+            second_KD = self.decoder_token_pos.unflatten(0, (c.num_blocks, -1))[:, 2 * c.finest :]
+            start_second_tokens(
+                self.second_embed,
+                self.from_latent,
+                self.decoder,
+                self.to_pixels,
+                self.decoder_token_pos,
+                second_KD,
+                filters[1],
+            )
 
     # --- the three phases ---------------------------------------------------------------------------------------
 
@@ -268,7 +302,8 @@ class VideoTokenizer(HubModel, nn.Module):
     def encode_latents(self, video_BCTHW: Tensor, packing: Packing) -> Tensor:
         """[B, 3, T, H, W] -> latents before quantisation, [L, E]."""
         patch_BMD = self.embed_patches(video_BCTHW)
-        token_LD = self.residual(self.query_embed(packed_queries(patch_BMD, packing, self.config.grid)))
+        pooled_LD = packed_queries(patch_BMD, packing, self.config.grid, self.config.finest)
+        token_LD = self.residual(self.embed_queries(pooled_LD, packing))
         patch_LD = rearrange(patch_BMD, "B M D -> (B M) D")
         placed_LD = patch_LD + repeat(self.encoder_patch_pos, "M D -> (B M) D", B=packing.num_clips)
         token_pos_LD = self.encoder_token_pos[self._token_rows(packing)]
@@ -389,6 +424,14 @@ class VideoTokenizer(HubModel, nn.Module):
             self.patch_embed(patchify(video_BCTHW - 0.5, self.config.patch_frames, self.config.patch_size))
         )
 
+    def embed_queries(self, pooled_LD: Tensor, packing: Packing) -> Tensor:
+        """Pooled patches -> first values of the tokens; second tokens of a cell have a map of their own."""
+        token_LD = self.query_embed(pooled_LD)
+        if self.second_embed is None:
+            return token_LD
+        second = send(packed_second(packing, self.config.finest), self.device)
+        return token_LD.index_copy(0, second, self.second_embed(pooled_LD[second]))
+
     def residual(self, x: Tensor) -> Tensor:
         """The start of a residual stream between layers: float32 under autocast too, unless `bf16_stream`."""
         return x if self.bf16_stream else x.float()
@@ -399,8 +442,8 @@ class VideoTokenizer(HubModel, nn.Module):
         return unpatchify(pixel_BMP, self.config.patch_frames, self.config.patch_size, self.config.grid) + 0.5
 
     def _token_rows(self, packing: Packing) -> Tensor:
-        """int64 [L]: the row of each packed token in a 1D position table: that of the cell it starts from."""
-        return send(packing.block_L * self.config.block_queries + packed_cells(packing), self.device)
+        """int64 [L]: the row of each packed token in a 1D position table."""
+        return send(packing.block_L * self.config.block_queries + packed_rows(packing, self.config.finest), self.device)
 
     def _chosen_lengths(self, video_BCTHW: Tensor, router: ChoosesLengths | None, budget: str | None) -> Tensor:
         if router is not None:

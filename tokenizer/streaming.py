@@ -18,7 +18,8 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from tokenizer.blocks.patches import level_cells, pooling_pyramid
+from tokenizer.assignment import pack
+from tokenizer.blocks.patches import level_cells, level_rows, pooling_pyramid
 from tokenizer.blocks.transformer import KeysValues, concat_blocks
 from tokenizer.common.clip_shape import sides
 from tokenizer.common.errors import UserError
@@ -91,9 +92,10 @@ def step_block(
 def encode_block(model: VideoTokenizer, patches: ClipPatches, t: int, length: int, past: Past) -> tuple[Tensor, Cache]:
     """-> codes of block t, int64 [B, K], and the encoder's extended past."""
     c = model.config
-    cell_K = level_cells(length)
-    x_BKD = model.residual(model.query_embed(patches.cells[t][:, cell_K]))
-    pos_KD = model.encoder_token_pos[t * c.block_queries + cell_K]
+    pooled_BKD = patches.cells[t][:, level_cells(length, c.finest)]
+    packing = pack(torch.full((len(pooled_BKD), 1), length))
+    x_BKD = model.residual(model.embed_queries(pooled_BKD.flatten(0, 1), packing)).view_as(pooled_BKD)
+    pos_KD = model.encoder_token_pos[t * c.block_queries + level_rows(length, c.finest)]
     extended = []
     for layer, before, reference in zip(model.encoder, past.encoder, patches.references[t], strict=True):
         x_BKD, own = layer.step(x_BKD, pos_KD, before, reference)
@@ -105,7 +107,7 @@ def decode_block(model: VideoTokenizer, code_BK: Tensor, t: int, past: Past) -> 
     """-> frames of block t, [B, 3, patch_frames, H, W] in [0, 1], and the decoder's two extended pasts."""
     c = model.config
     token_BKD = model.residual(model.from_latent(model.quantizer.decode(code_BK)))
-    placed_BKD = token_BKD + model.decoder_token_pos[t * c.block_queries + level_cells(code_BK.shape[1])]
+    placed_BKD = token_BKD + model.decoder_token_pos[t * c.block_queries + level_rows(code_BK.shape[1], c.finest)]
     x_BmD = repeat(token_BKD[:, 0], "B D -> B m D", m=c.block_patches)
     pos_mD = model.decoder_patch_pos[t * c.block_patches :][: c.block_patches]
     selves, crosses = [], []

@@ -284,7 +284,8 @@ class TokenizerTraining:
         """
         if self.config.model.bottleneck != "vq":
             return
-        run, needed = self.config.run, self.config.model.codebook_size
+        run = self.config.run
+        needed = 4 * self.config.model.codebook_size  # a sample of many clips: one batch has few kinds of latents
         generator = generator_for(run.seed, "codebook")
         latents: list[Tensor] = []
         found = step = 0

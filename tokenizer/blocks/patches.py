@@ -28,7 +28,6 @@ from torch import Tensor
 
 from tokenizer.assignment import Packing
 from tokenizer.common.clip_shape import Size, sides
-from tokenizer.common.transfer import send
 
 Grid = tuple[int, int]
 """Rows and columns of a block's patches."""
@@ -64,6 +63,12 @@ def grid_of(size: Size, patch_size: int) -> Grid:
     return height // patch_size, width // patch_size
 
 
+def finest_cells(grid: Grid) -> int:
+    """Cells of the last group of the pyramid: one for each patch or, on grids that are no powers of two, more."""
+    rows, columns = _cell_grids(grid)[-1]
+    return rows * columns
+
+
 def most_queries(grid: Grid) -> int:
     """The largest number of queries that pooling a block can start: two for each patch."""
     return 2 * grid[0] * grid[1]
@@ -83,25 +88,54 @@ def _pool(plane_RDhw: Tensor, cells: Grid) -> Tensor:
     return F.adaptive_avg_pool2d(plane_RDhw, cells)  # on a GPU its gradient is not deterministic in the last bits
 
 
-def packed_queries(patch_BMD: Tensor, packing: Packing, grid: Grid) -> Tensor:
-    """Patches of all clips, [B, M, D] -> first values of the packed queries, [L, D]."""
+def packed_queries(patch_BMD: Tensor, packing: Packing, grid: Grid, finest: int = 0) -> Tensor:
+    """Patches of all clips, [B, M, D] -> first values of the packed queries, [L, D]. `finest`: see `level_cells`."""
+    pyramid = pooling_pyramid(rearrange(patch_BMD, "B (N m) D -> (B N) m D", N=packing.num_blocks), grid)
     block_L = packing.clip_L * packing.num_blocks + packing.block_L  # among the blocks of all clips
-    pyramid = pooling_pyramid(rearrange(patch_BMD, "B (N m) D -> (B N) m D", N=packing.num_blocks), grid)  # R K D
-    row_L = block_L * pyramid.shape[1] + packed_cells(packing)
-    return rearrange(pyramid, "R K D -> (R K) D")[send(row_L, pyramid.device)]
+    cell_L = torch.cat([level_cells(length, finest) for row in packing.lengths for length in row])
+    row_L = block_L * pyramid.shape[1] + cell_L
+    return rearrange(pyramid, "R K D -> (R K) D")[row_L.to(pyramid.device)]
 
 
-def packed_cells(packing: Packing) -> Tensor:
-    """int64 [L]: for each packed token, the cell of its block's pyramid that it starts from."""
-    return torch.cat([level_cells(length) for row in packing.lengths for length in row])
+def packed_second(packing: Packing, finest: int) -> Tensor:
+    """int64: the packed tokens that are second ones of their cells."""
+    return (packed_rows(packing, finest) >= 2 * finest).nonzero().flatten()
+
+
+def packed_rows(packing: Packing, finest: int = 0) -> Tensor:
+    """int64 [L]: the row of each packed token in its block's table of positions."""
+    return torch.cat([level_rows(length, finest) for row in packing.lengths for length in row])
 
 
 @lru_cache(maxsize=128)
-def level_cells(length: int) -> Tensor:
-    """int64 [length]: which cells of the pyramid a block of `length` tokens starts from."""
+def level_cells(length: int, finest: int = 0) -> Tensor:
+    """int64 [length]: which cells of the pyramid a block of `length` tokens starts from.
+
+    finest = 0: all groups up to the one that completes the length. Otherwise the number of cells of the last group:
+    `length` cells of one group, and beyond `finest` the cells of the last group once more.
+    """
+    row_K = level_rows(length, finest)
+    return torch.where(row_K >= 2 * finest, row_K - finest, row_K) if finest else row_K
+
+
+@lru_cache(maxsize=128)
+def level_rows(length: int, finest: int = 0) -> Tensor:
+    """int64 [length]: the rows of a position table that a block of `length` tokens takes; see `level_cells`.
+
+    The rows of cells are those of the pyramid; a second token of a cell has its own, behind them all.
+    """
     whole = 1 << (length.bit_length() - 1)  # the largest power of two that fits
-    spread = torch.arange(length - whole) * whole // max(length - whole, 1)
-    return torch.cat([torch.arange(whole), whole + spread])
+    if not finest:
+        first, following, spacing = 0, whole, 1
+    else:
+        whole = min(whole, finest)
+        first, following, spacing = (
+            whole,
+            2 * whole,
+            1 if whole == finest else 2,
+        )  # the group of 2^g cells begins at row 2^g
+    spread = torch.arange(length - whole) * whole // max(length - whole, 1)  # of a length between two powers of two
+    return torch.cat([first + torch.arange(whole), following + spacing * spread])
 
 
 @lru_cache(maxsize=128)

@@ -12,10 +12,14 @@ patch consists of pixels. Here the weights start with that knowledge; the archit
                          product of two places falls with their distance, in every head, whatever their content
 
 Two numbers of every token, +c and -c, are constant: beside them a LayerNorm leaves the amplitude of the others as it
-is. The constants below make latents of about equal spread from natural pictures; training moves all of them.
+is. A third one is minus the sum of the others, so that it subtracts no mean either. The constants below make latents of
+about equal spread from natural pictures; training moves all of them, at a low rate: at 1e-4 the codec improves, at 1e-3
+a hundred steps undo it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +34,8 @@ _WIDER = (
 )  # the same of heads that carry no coefficient, in turn: they see some neighbours, or a wide surrounding
 _COLOUR_RANK = 1.2  # colour differences come right behind the first brightness differences
 _CONTENT, _CONSTANT = 0.3, 6.0  # amplitude of coefficients and of the constant pair in the encoder
-_SHOWN, _SHOWN_CONSTANT = 0.15, 3.0  # the same in the decoder
+_SHOWN, _SHOWN_CONSTANT = 0.15, 6.0  # the same in the decoder
+_FLAG = 8.0  # what tells first and second tokens of a cell apart, in queries and keys
 _FAINT = 0.1  # of rows that hold no wave
 _OWN = 16.0  # of a patch, its own tokens against the first token of its block
 _DC_GAIN, _COLOUR_GAIN, _AC_GAIN = 0.09, 0.10, 0.20  # from coefficients to latents: means are the loudest
@@ -41,31 +46,40 @@ def start_encoder(
     patch_embed: nn.Linear,
     query_embed: nn.Linear,
     encoder: QFormer,
+    norm: nn.LayerNorm,
     to_latent: nn.Sequential,
     filter_PP: Tensor,
     gain_P: Tensor,
 ) -> None:
     """Pixels -> latents of low coefficients and a constant."""
-    width, num = len(patch_embed.weight), min(len(patch_embed.weight) - 2, len(filter_PP))
+    width, num = len(patch_embed.weight), min(len(patch_embed.weight) - 3, len(filter_PP))
     patch_embed.weight.zero_()[:num] = _CONTENT * filter_PP[:num]
+    patch_embed.weight[width - 3] = -patch_embed.weight[:num].sum(dim=0)
     query_embed.weight.copy_(torch.eye(width))
     query_embed.bias[-2:] = torch.tensor([_CONSTANT, -_CONSTANT])
     for layer in encoder:
-        _start_attention(layer, content=[width - 2, width - 1])
+        _quieten(layer.norm_self, layer.norm_cross, layer.norm_mlp)
+        _start_attention(layer, carried=range(0), content=range(width - 3, width))
         for branch in (layer.self_attention.to_out, layer.cross_attention.to_out, _linear(layer.mlp[2])):
             branch.weight.zero_()
     narrow, last = map(_linear, to_latent)
     kept = last.out_features - 1
     narrow.weight[:kept] = torch.eye(kept, width)
     narrow.weight[kept] = 0
-    narrow.weight[kept, -2:] = torch.tensor([0.5, -0.5])
+    _quieten(norm)
+    narrow.weight[kept, -2:] = torch.tensor([0.5, -0.5]) / norm.weight[-1]
     spread = _spread(width, _CONSTANT)
     last.weight.zero_()[:kept, :kept] = (gain_P[:kept] * spread / _CONTENT).diag()
     last.weight[kept, kept] = spread / _CONSTANT  # the constant becomes 1
 
 
 def start_decoder(
-    from_latent: nn.Sequential, decoder: QFormer, to_pixels: nn.Linear, filter_PP: Tensor, gain_P: Tensor
+    from_latent: nn.Sequential,
+    decoder: QFormer,
+    norm: nn.LayerNorm,
+    to_pixels: nn.Linear,
+    filter_PP: Tensor,
+    gain_P: Tensor,
 ) -> None:
     """Latents -> pixels of the coefficients they hold."""
     width = to_pixels.in_features
@@ -73,16 +87,78 @@ def start_decoder(
     wide.weight[: wide.in_features] = torch.eye(wide.in_features)
     kept = wide.in_features - 1
     last.weight.zero_()[:kept, :kept] = (_SHOWN * _LATENT_NORM / gain_P[:kept]).diag()
-    last.bias[-2:] = torch.tensor([_SHOWN_CONSTANT, -_SHOWN_CONSTANT])
+    # the pair is the constant of the latent, so the last LayerNorm divides the others by it: a latent has no length
+    last.weight[-2:, kept] = _LATENT_NORM * torch.tensor([_SHOWN_CONSTANT, -_SHOWN_CONSTANT])
+    last.weight[width - 3] = -last.weight[:kept].sum(dim=0)
+    _quieten(norm)
     for layer in decoder:
-        _start_attention(layer, content=[*range(kept), width - 2, width - 1])
+        _quieten(layer.norm_self, layer.norm_cross, layer.norm_mlp)
+        _start_attention(layer, carried=range(kept), content=[*range(kept), *range(width - 3, width)])
         layer.self_attention.to_out.weight.zero_()
         _linear(layer.mlp[2]).weight.zero_()
         layer.cross_attention.to_v.weight.copy_(torch.eye(width))
         layer.cross_attention.to_out.weight.copy_(torch.eye(width) * (_OWN / len(decoder)))
-    num = min(width - 2, len(filter_PP))
+    num = min(width - 3, len(filter_PP))
     scale = _spread(width, (1 + _OWN) * _SHOWN_CONSTANT) / ((1 + _OWN) * _SHOWN)
     to_pixels.weight.zero_()[:, :num] = scale * filter_PP[:num].T
+
+
+def start_second_tokens(
+    second_embed: nn.Linear,
+    from_latent: nn.Sequential,
+    decoder: QFormer,
+    to_pixels: nn.Linear,
+    token_pos: Tensor,
+    second_pos: Tensor,
+    gain_P: Tensor,
+) -> None:
+    """The second token of a cell holds the coefficients that follow those of the first.
+
+    Its constant is negative, which tells the two apart. In the decoder, head 0 looks at first tokens and head 1 at
+    second ones; the last feed-forward adds what head 1 found, if its constant is negative. A block without second
+    tokens shows head 1 a first token, and nothing is added. `second_pos`: the rows of `token_pos` of second tokens.
+    A decoder of one head, or of very narrow ones, starts without.
+    """
+    wide, last = map(_linear, from_latent)
+    width, kept, head_width = (
+        len(last.weight),
+        wide.in_features - 1,
+        len(last.weight) // decoder[0].cross_attention.heads,
+    )
+    if width < 2 * head_width or head_width < kept + 2:
+        return
+    follow = torch.arange(kept, 2 * kept)  # the coefficients of second tokens
+    second_embed.weight.zero_()[torch.arange(kept), follow] = gain_P[follow] / gain_P[:kept]
+    second_embed.bias[-2:] = torch.tensor([-_CONSTANT, _CONSTANT])
+
+    # head 1 carries a copy of the latent: coefficients at `copy`, the constant at `flag`
+    copy, flag = head_width + torch.arange(kept), head_width + kept
+    last.weight[copy, torch.arange(kept)] = _SHOWN
+    last.weight[flag, kept] = _SHOWN
+    last.weight[width - 3] -= last.weight[head_width : flag + 1].sum(dim=0)
+    to_pixels.weight[:, head_width : flag + 1] = 0  # the copy itself is not shown
+    token_pos[:, kept] = 0  # the slowest wave that is left tells first tokens from second ones
+    second_pos[..., kept] = 1
+    for layer in decoder:
+        attention = layer.cross_attention
+        for weight in (attention.to_q.weight, attention.to_k.weight):  # head 1 picks one place, as head 0 does
+            weight[head_width : 2 * head_width] *= (NEARNESS / _WIDER[1]) ** 0.5
+        attention.to_k.weight[:, kept] = attention.to_q.weight[:, kept] = 0
+        for head, sign in ((0, -1.0), (1, 1.0), (width // head_width - 1, -1.0)):
+            row = (head + 1) * head_width - 1
+            attention.to_q.weight[row] = attention.to_k.weight[row] = 0
+            attention.to_k.weight[row, kept] = attention.to_q.bias[row] = _FLAG
+            attention.to_q.bias[row] *= sign
+
+    mlp = decoder[len(decoder) - 1].mlp
+    first, output = _linear(mlp[0]), _linear(mlp[2])
+    shown = (1 + _OWN) / _spread(width, (1 + _OWN) * _SHOWN_CONSTANT)  # of a number in the stream, behind the LayerNorm
+    gate, slope = 6.0 * _LATENT_NORM / (shown * _SHOWN), 3.0 / (shown * _SHOWN)
+    for sign, unit in ((1.0, torch.arange(kept)), (-1.0, torch.arange(kept, 2 * kept))):
+        first.weight[unit] = 0
+        first.weight[unit, flag] = -gate  # open if the constant is negative: GELU(6 + x) - GELU(6 - x) = 2 x
+        first.weight[unit, copy] = sign * slope
+        output.weight[follow, unit] = sign * _SHOWN / gain_P[follow] * (1 + _OWN) / (2 * 3.0)
 
 
 def patch_filters(patch_frames: int, patch_size: int) -> tuple[Tensor, Tensor]:
@@ -92,8 +168,10 @@ def patch_filters(patch_frames: int, patch_size: int) -> tuple[Tensor, Tensor]:
     return filter_PP, torch.where(frequency_P == 0, _DC_GAIN, gain_P)
 
 
-def _start_attention(layer: QFormerLayer, content: list[int]) -> None:
-    """Both attentions of a layer look for near places. `content`: channels that hold more than a position.
+def _start_attention(layer: QFormerLayer, carried: range, content: Sequence[int]) -> None:
+    """Both attentions of a layer look for near places.
+
+    `content`: channels that hold more than a position; `carried`: those of them whose values the layer passes on.
 
     Heads whose values are coefficients find one place alone. All others see around it: a softmax that picks one key
     passes no gradient to queries and keys, so such a head would look at its own place for good.
@@ -101,8 +179,7 @@ def _start_attention(layer: QFormerLayer, content: list[int]) -> None:
     The waves of each axis are dealt out to the heads in turn; no head is left without one of each. Rows that remain
     stay random but faint, because queries and keys that are both 0 would never learn.
     """
-    carried = content[:-2]  # the last two are the constant pair, the same everywhere
-    for attention, values in ((layer.self_attention, []), (layer.cross_attention, carried)):
+    for attention, values in ((layer.self_attention, range(0)), (layer.cross_attention, carried)):
         weight, heads = attention.to_q.weight, attention.heads
         axes = [[wave for wave in axis if not set(wave) & set(content)] for axis in waves_3d(len(weight))]
         head_width = len(weight) // heads
@@ -115,8 +192,14 @@ def _start_attention(layer: QFormerLayer, content: list[int]) -> None:
             rows = own[: len(channels)]
             weight[rows] = 0
             weight[rows, channels] = nearness**0.5
-        weight[:, content] = 0
+        weight[:, list(content)] = 0
         attention.to_k.weight.copy_(weight)
+
+
+def _quieten(*norms: nn.LayerNorm) -> None:
+    """Let the constant pair leave a LayerNorm as +1 and -1; as the loudest input, it would make every step a leap."""
+    for norm in norms:
+        norm.weight[-2:] = (len(norm.weight) / 2) ** -0.5
 
 
 def _linear(module: nn.Module) -> nn.Linear:
