@@ -120,11 +120,9 @@ def start_second_tokens(
     A decoder of one head, or of very narrow ones, starts without.
     """
     wide, last = map(_linear, from_latent)
-    width, kept, head_width = (
-        len(last.weight),
-        wide.in_features - 1,
-        len(last.weight) // decoder[0].cross_attention.heads,
-    )
+    layers = list(decoder)
+    width, kept = len(last.weight), wide.in_features - 1
+    head_width = width // layers[0].cross_attention.heads
     if width < 2 * head_width or head_width < kept + 2:
         return
     follow = torch.arange(kept, 2 * kept)  # the coefficients of second tokens
@@ -139,7 +137,7 @@ def start_second_tokens(
     to_pixels.weight[:, head_width : flag + 1] = 0  # the copy itself is not shown
     token_pos[:, kept] = 0  # the slowest wave that is left tells first tokens from second ones
     second_pos[..., kept] = 1
-    for layer in decoder:
+    for layer in layers:
         attention = layer.cross_attention
         for weight in (attention.to_q.weight, attention.to_k.weight):  # head 1 picks one place, as head 0 does
             weight[head_width : 2 * head_width] *= (NEARNESS / _WIDER[1]) ** 0.5
@@ -150,7 +148,7 @@ def start_second_tokens(
             attention.to_k.weight[row, kept] = attention.to_q.bias[row] = _FLAG
             attention.to_q.bias[row] *= sign
 
-    mlp = decoder[len(decoder) - 1].mlp
+    mlp = layers[-1].mlp
     first, output = _linear(mlp[0]), _linear(mlp[2])
     shown = (1 + _OWN) / _spread(width, (1 + _OWN) * _SHOWN_CONSTANT)  # of a number in the stream, behind the LayerNorm
     gate, slope = 6.0 * _LATENT_NORM / (shown * _SHOWN), 3.0 / (shown * _SHOWN)
