@@ -152,7 +152,7 @@ def test_nan_stops_the_run_and_names_step_and_term(tmp_path: Path) -> None:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    """Not much, in 40 steps, but more than the colour it starts from."""
+    """Not much, in 40 steps, but more than the codec it starts from, which is where a random start ends."""
     run = training(
         tmp_path,
         "data.sources=[synthetic:train:4]",
@@ -168,7 +168,7 @@ def test_it_learns(tmp_path: Path) -> None:
     )
     run.fit()
     l1 = [line["l1"] for line in lines(tmp_path) if "l1" in line]
-    assert sum(l1[-4:]) < 0.8 * sum(l1[:4])
+    assert sum(l1[-4:]) < 0.85 * sum(l1[:4])
 
 
 def test_the_codebook_starts_from_latents_of_training_clips(tmp_path: Path) -> None:
@@ -308,13 +308,13 @@ def test_a_resumed_run_does_not_start_its_codebook_again(
 
 
 def test_the_codebook_start_reads_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 codes, batches of 2 clips of at least 8 tokens: a few steps' clips, each read once."""
+    """Four latents for each of 64 codes, batches of 2 clips of at least 8 tokens: a few steps' clips, each read once."""
     read: list[int] = []
     get = ClipDataset.get
     monkeypatch.setattr(ClipDataset, "get", lambda self, index, epoch=0: read.append(index) or get(self, index, epoch))
     run = training(tmp_path)
     tokens = run.policy(torch.zeros(2, 1), generator_for(run.config.run.seed, "codebook")).sum()
-    assert len(read) <= 2 * (1 + -(-64 // 16)) and len(set(read)) == len(read) and tokens > 0
+    assert len(read) <= 2 * (1 + -(-4 * 64 // 16)) and len(set(read)) == len(read) and tokens > 0
 
 
 def test_loading_skips_the_start_of_the_weights(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
