@@ -13,6 +13,7 @@ from tokenizer.training.optim import (
     load_optimizer_tensors,
     optimizer_tensors,
     param_groups,
+    set_rate,
 )
 
 
@@ -59,6 +60,20 @@ def test_only_matrices_decay() -> None:
     assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
     assert [p.ndim for p in decayed["params"]] == [2]
     assert all(p.ndim == 1 for p in plain["params"]) and len(plain["params"]) == 4
+
+
+def test_gentle_weights_learn_at_a_tenth_of_the_rate() -> None:
+    model = toy()
+    model.gentle = ("0.weight",)
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    set_rate(optimizer, 1e-3)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moved = {name: (before[name] - parameter).max().item() for name, parameter in model.named_parameters()}
+    assert moved.pop("0.weight") == pytest.approx(1e-4, rel=0.01)
+    assert all(distance == pytest.approx(1e-3, rel=0.01) for distance in moved.values())
 
 
 def test_state_goes_round_to_the_bit() -> None:

@@ -308,7 +308,7 @@ def test_a_resumed_run_does_not_start_its_codebook_again(
 
 
 def test_the_codebook_start_reads_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four latents for each of 64 codes, batches of 2 clips of at least 8 tokens: a few steps' clips, each read once."""
+    """Four latents for each of 64 codes, 2 clips a batch of at least 8 tokens: a few steps of clips, each read once."""
     read: list[int] = []
     get = ClipDataset.get
     monkeypatch.setattr(ClipDataset, "get", lambda self, index, epoch=0: read.append(index) or get(self, index, epoch))

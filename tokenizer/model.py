@@ -234,6 +234,17 @@ class VideoTokenizer(HubModel, nn.Module):
         if self.patch_embed.weight.device.type != "meta":
             self.init_weights()
 
+    @property
+    def gentle(self) -> tuple[str, ...]:
+        """Weights that learn at a tenth of the rate.
+
+        With the structured start their entries are small, and a change of all of them adds up over hundreds of pixels.
+        """
+        if self.config.init == "random":
+            return ()
+        last = f"decoder.{self.config.decoder.layers - 1}.mlp.2.weight"
+        return ("patch_embed.weight", "from_latent.1.weight", *([last] if self.config.has_second_tokens else []))
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Initialise all weights.

@@ -141,7 +141,8 @@ def start_second_tokens(
         attention = layer.cross_attention
         for weight in (attention.to_q.weight, attention.to_k.weight):  # head 1 picks one place, as head 0 does
             weight[head_width : 2 * head_width] *= (NEARNESS / _WIDER[1]) ** 0.5
-        attention.to_k.weight[:, kept] = attention.to_q.weight[:, kept] = 0
+        for channel in (kept, *range(head_width, flag + 1)):
+            attention.to_k.weight[:, channel] = attention.to_q.weight[:, channel] = 0
         for head, sign in ((0, -1.0), (1, 1.0), (width // head_width - 1, -1.0)):
             row = (head + 1) * head_width - 1
             attention.to_q.weight[row] = attention.to_k.weight[row] = 0
@@ -151,12 +152,12 @@ def start_second_tokens(
     mlp = layers[-1].mlp
     first, output = _linear(mlp[0]), _linear(mlp[2])
     shown = (1 + _OWN) / _spread(width, (1 + _OWN) * _SHOWN_CONSTANT)  # of a number in the stream, behind the LayerNorm
-    gate, slope = 6.0 * _LATENT_NORM / (shown * _SHOWN), 3.0 / (shown * _SHOWN)
+    gate, slope = 3.0 * _LATENT_NORM / (shown * _SHOWN), 1.0 / (shown * _SHOWN)
     for sign, unit in ((1.0, torch.arange(kept)), (-1.0, torch.arange(kept, 2 * kept))):
         first.weight[unit] = 0
-        first.weight[unit, flag] = -gate  # open if the constant is negative: GELU(6 + x) - GELU(6 - x) = 2 x
+        first.weight[unit, flag] = -gate  # open if the constant is negative: GELU(3 + x) - GELU(3 - x) = 2 x
         first.weight[unit, copy] = sign * slope
-        output.weight[follow, unit] = sign * _SHOWN / gain_P[follow] * (1 + _OWN) / (2 * 3.0)
+        output.weight[follow, unit] = sign * _SHOWN / gain_P[follow] * (1 + _OWN) / 2
 
 
 def patch_filters(patch_frames: int, patch_size: int) -> tuple[Tensor, Tensor]:

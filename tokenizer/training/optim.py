@@ -21,6 +21,7 @@ from tokenizer.common.checkpoint import load_strict
 from tokenizer.common.errors import UserError
 
 SCHEDULES = ("cosine", "wsd")
+GENTLE = 0.1  # of the learning rate, for matrices that a model names in `gentle`
 
 
 @dataclass
@@ -57,12 +58,26 @@ class OptimConfig:
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of the trainable parameters: matrices and kernels decay; vectors (biases, norms, gains) do not."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    """Two groups of the trainable parameters: matrices and kernels decay; vectors (biases, norms, gains) do not.
+
+    Matrices that the model names in `gentle` are a third group, at GENTLE of the learning rate.
+    """
+    names = set(getattr(model, "gentle", ()))
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for n, p in trainable if p.ndim >= 2 and n not in names], "weight_decay": weight_decay},
+        {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for n, p in trainable if p.ndim >= 2 and n in names], "weight_decay": weight_decay},
     ]
+    return [{"lr_scale": 1.0, **group} for group in groups[:2]] + [
+        {"lr_scale": GENTLE, **group} for group in groups[2:] if group["params"]
+    ]
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Set the learning rate of every group for the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:

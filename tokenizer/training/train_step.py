@@ -29,7 +29,7 @@ from tokenizer.common import distributed
 from tokenizer.common.device import autocast, derive_seed
 from tokenizer.common.errors import UserError
 from tokenizer.common.transfer import Fetched, send
-from tokenizer.training.optim import Rewarm, learning_rate
+from tokenizer.training.optim import Rewarm, learning_rate, set_rate
 from tokenizer.training.train_state import SKIP_WINDOW, RunConfig, Trainable, TrainState
 
 log = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ class Update:
 
     def apply(self) -> None:
         """Step the optimiser, and give every process the buffers of rank 0."""
-        self._set_rate()
+        set_rate(self.network.optimizer, self._rate)
         self.network.scaler.step(self.network.optimizer)
         self.network.scaler.update()
         distributed.copy_from_main(self.network.buffers)
@@ -234,15 +234,11 @@ class Update:
         network, optimizer = self.network, self.network.optimizer
         for buffer, before in zip(network.buffers, self._buffers, strict=True):
             buffer.copy_(torch.where(finite, buffer, before))
-        self._set_rate()
+        set_rate(self.network.optimizer, self._rate)
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # how a gradient scaler tells AdamW
         optimizer.step()
         del optimizer.found_inf  # type: ignore[attr-defined]
         distributed.copy_from_main(network.buffers)
-
-    def _set_rate(self) -> None:
-        for group in self.network.optimizer.param_groups:
-            group["lr"] = self._rate
 
     def drop(self) -> None:
         """Leave everything as it was before the step, but for a scale that an overflow lowers."""
