@@ -36,7 +36,7 @@ results=results/$(basename "$recipe")
 loaders=() faster=() larger=() # a GPU takes larger batches at almost the same time, and more processes must load them
 if [ "$processes" -eq 1 ]; then
   loaders=(run.num_workers="$(($(getconf _NPROCESSORS_ONLN) > 3 ? $(getconf _NPROCESSORS_ONLN) - 2 : 1))")
-  faster=(run.batch_size=64 optim.lr=2e-3 "${loaders[@]}") larger=(clips_per_unit=64)
+  faster=(run.batch_size=64 optim.lr=3e-4 optim.min_lr=3e-6 "${loaders[@]}") larger=(clips_per_unit=64)
 fi
 
 stage() { [[ " $stages " == *" $1 "* ]]; }

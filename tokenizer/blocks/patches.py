@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tokenizer.assignment import Packing
 from tokenizer.common.clip_shape import Size, sides
+from tokenizer.common.transfer import send
 
 Grid = tuple[int, int]
 """Rows and columns of a block's patches."""
@@ -94,7 +95,7 @@ def packed_queries(patch_BMD: Tensor, packing: Packing, grid: Grid, finest: int 
     block_L = packing.clip_L * packing.num_blocks + packing.block_L  # among the blocks of all clips
     cell_L = torch.cat([level_cells(length, finest) for row in packing.lengths for length in row])
     row_L = block_L * pyramid.shape[1] + cell_L
-    return rearrange(pyramid, "R K D -> (R K) D")[row_L.to(pyramid.device)]
+    return rearrange(pyramid, "R K D -> (R K) D")[send(row_L, pyramid.device)]
 
 
 def packed_second(packing: Packing, finest: int) -> Tensor:
