@@ -9,6 +9,10 @@ On other grids (ours; the paper's are square powers of two) the axis along which
 pooling is adaptive: cell i of c covers patches floor(i G / c) to ceil((i + 1) G / c) - 1 of G along an axis, so
 neighbours may share one.
 
+With `model.queries=grid` (ours) the k = 2^n queries of a block are the cells of one grid instead, so every token has a
+place of its own. Half of a pyramid's tokens are averages of the others: until training finds another use for them, they
+show nothing new. Queries beyond one a patch are second tokens of the finest cells.
+
 The position tables are ordinary parameters. Starting from sin-cos over block, row and column, a small run need not
 first discover which token belongs to which place. Linear maps of pixels start from cosine filters of a patch.
 
@@ -126,15 +130,10 @@ def level_rows(length: int, finest: int = 0) -> Tensor:
     The rows of cells are those of the pyramid; a second token of a cell has its own, behind them all.
     """
     whole = 1 << (length.bit_length() - 1)  # the largest power of two that fits
-    if not finest:
-        first, following, spacing = 0, whole, 1
-    else:
+    first, following, spacing = 0, whole, 1
+    if finest:  # the group of 2^g cells begins at row 2^g
         whole = min(whole, finest)
-        first, following, spacing = (
-            whole,
-            2 * whole,
-            1 if whole == finest else 2,
-        )  # the group of 2^g cells begins at row 2^g
+        first, following, spacing = whole, 2 * whole, 1 if whole == finest else 2
     spread = torch.arange(length - whole) * whole // max(length - whole, 1)  # of a length between two powers of two
     return torch.cat([first + torch.arange(whole), following + spacing * spread])
 

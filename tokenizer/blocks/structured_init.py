@@ -28,10 +28,7 @@ from tokenizer.blocks.patches import cosine_filters, waves_3d
 from tokenizer.blocks.transformer import QFormer, QFormerLayer
 
 NEARNESS = 16.0  # weight of a wave in the product of query and key: how sharply near places find each other
-_WIDER = (
-    4.0,
-    1.0,
-)  # the same of heads that carry no coefficient, in turn: they see some neighbours, or a wide surrounding
+_WIDER = (4.0, 1.0)  # the same of heads that carry no coefficient, in turn: some neighbours, or a wide surrounding
 _COLOUR_RANK = 1.2  # colour differences come right behind the first brightness differences
 _CONTENT, _CONSTANT = 0.3, 6.0  # amplitude of coefficients and of the constant pair in the encoder
 _SHOWN, _SHOWN_CONSTANT = 0.15, 6.0  # the same in the decoder
