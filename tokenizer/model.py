@@ -115,6 +115,17 @@ class TokenizerConfig:
             )
         if self.queries not in ("pyramid", "grid"):
             raise UserError(f"model.queries = {self.queries!r}: choose 'pyramid' or 'grid'")
+        self._check_bottleneck()
+        if self.init == "structured" and self.patch_width < self.code_width - 1:
+            raise UserError(
+                f"model.init = 'structured' puts {self.code_width - 1} cosine coefficients of a patch into a code, but "
+                f"a patch of {self.patch_frames} x {self.patch_size} x {self.patch_size} has {self.patch_width} "
+                "numbers: set model.init=random, or larger patches"
+            )
+        if self.init not in ("structured", "random"):
+            raise UserError(f"model.init = {self.init!r}: choose 'structured' or 'random'")
+
+    def _check_bottleneck(self) -> None:
         if self.bottleneck_width < self.code_width:
             raise UserError(
                 f"model.bottleneck_width = {self.bottleneck_width} is below model.code_width = {self.code_width}; "
@@ -134,14 +145,6 @@ class TokenizerConfig:
                     f"model.fsq_levels = {self.fsq_levels}: each must be at least 2, and they go with "
                     f"model.codebook_size={shape[0]} model.code_width={shape[1]}"
                 )
-        if self.init == "structured" and self.patch_width < self.code_width - 1:
-            raise UserError(
-                f"model.init = 'structured' puts {self.code_width - 1} cosine coefficients of a patch into a code, but "
-                f"a patch of {self.patch_frames} x {self.patch_size} x {self.patch_size} has {self.patch_width} "
-                "numbers: set model.init=random, or larger patches"
-            )
-        if self.init not in ("structured", "random"):
-            raise UserError(f"model.init = {self.init!r}: choose 'structured' or 'random'")
 
     @property
     def is_discrete(self) -> bool:

@@ -146,13 +146,18 @@ def start_second_tokens(
             attention.to_k.weight[row, kept] = attention.to_q.bias[row] = _FLAG
             attention.to_q.bias[row] *= sign
 
-    mlp = layers[-1].mlp
-    first, output = _linear(mlp[0]), _linear(mlp[2])
-    shown = (1 + _OWN) / _spread(width, (1 + _OWN) * _SHOWN_CONSTANT)  # of a number in the stream, behind the LayerNorm
+    _gate(layers[-1], copy, flag, follow, gain_P)
+
+
+def _gate(layer: QFormerLayer, copy: Tensor, flag: int, follow: Tensor, gain_P: Tensor) -> None:
+    """Let a feed-forward add the numbers at `copy` to the coefficients `follow` if the number at `flag` is negative."""
+    first, output, kept = _linear(layer.mlp[0]), _linear(layer.mlp[2]), len(copy)
+    # of a number in the stream, behind the LayerNorm
+    shown = (1 + _OWN) / _spread(first.in_features, (1 + _OWN) * _SHOWN_CONSTANT)
     gate, slope = 3.0 * _LATENT_NORM / (shown * _SHOWN), 1.0 / (shown * _SHOWN)
     for sign, unit in ((1.0, torch.arange(kept)), (-1.0, torch.arange(kept, 2 * kept))):
         first.weight[unit] = 0
-        first.weight[unit, flag] = -gate  # open if the constant is negative: GELU(3 + x) - GELU(3 - x) = 2 x
+        first.weight[unit, flag] = -gate  # GELU(3 + x) - GELU(3 - x) = 2 x, and nothing with -3
         first.weight[unit, copy] = sign * slope
         output.weight[follow, unit] = sign * _SHOWN / gain_P[follow] * (1 + _OWN) / 2
 
