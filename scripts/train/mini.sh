@@ -9,7 +9,8 @@
 #
 # RECIPE=mini/next   the next miniature: configs/mini/next into results/next, without a release. Its clips are rendered once
 #                    into results/next/data (extra [scenes]); copy that folder to a machine that cannot render. PACK="--crf 22"
-#                    compresses them, to about 50 MB.
+#                    compresses them. Photographs come from packages (scripts/mini/photos.py: Debian, pip), unless
+#                    results/next/photos is there already.
 # STAGES="1 2 3 4"   only these stages (0 is the rendering; default all)
 # MINUTES=12         for a borrowed GPU: stages 1 and 4 take 28 % of the time each, at a constant rate and then annealed,
 #                    instead of the steps of their config
