@@ -1,5 +1,6 @@
 """The release of the miniature: its gates, and the way from results/mini to the shipped folder ckpts/mini.
 
+    python scripts/mini/release.py round         # after stage 4: store the final tokenizer in half precision, in its place
     python scripts/mini/release.py               # print the gates of ckpts/mini (scripts/mini/gates.py)
     python scripts/mini/release.py tokenizer     # final, router and held-out table: copy, measure, write
     python scripts/mini/release.py generation    # the two GPTs that were trained on the tokens of that tokenizer
@@ -47,7 +48,7 @@ class Part:
 
 
 PARTS = {
-    # a tokenizer's codes would change with its precision
+    # as they are: GPTs are bound to the file of the tokenizer, so it is rounded before their tokens are made
     "tokenizer": Part(
         ("final", "router"), None, tokenizer_figures.held_out_figures, tokenizer_figures.as_markdown, 25 << 20
     ),
@@ -92,6 +93,28 @@ def release(
         draft.rename(target)
     write_cards(target, readme)
     print(f"{target}: {', '.join(PARTS[name].weights)}, figures, gates, the model card; {readme}: the table of results")
+
+
+def round_weights(run: Path) -> None:
+    """Store the finished tokenizer of a run in float16, in its place; one that is stored so already stays as it is.
+
+    Between stages 4 and 5a: the tokens of stage 5a and the GPTs belong to the very file that is shipped and measured.
+    UserError if a weight leaves the range of float16.
+    """
+    path = run / "final" / "model.safetensors"
+    file = read_model(path)
+    if "stored_in" in file.card:
+        print(f"{path}: already in {file.card['stored_in']}")
+        return
+    tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in file.tensors.items()}
+    if lost := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{path}: {lost[0]} leaves the range of float16")
+    sums = path.with_name("SHA256SUMS")
+    sums.unlink(missing_ok=True)  # a kill in between must not leave the sum of the other file
+    save_model(path, tensors, file.config, {**file.card, "stored_in": "float16"})
+    files = sorted(path.parent.glob("*.safetensors"))
+    atomic_write(sums, "".join(f"{file_sha256(each)}  {each.name}\n" for each in files).encode())
+    print(f"{path}: float16, {path.stat().st_size} bytes, sha256 {file_sha256(path)}")
 
 
 def _measure_part(name: str, results: Path, target: Path, note: str) -> None:
@@ -227,13 +250,16 @@ def _training_of(run: Path) -> dict[str, float | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Copy the trained miniature into ckpts/mini and write its card.")
-    parser.add_argument("part", nargs="?", choices=list(PARTS), help="what to release (default: print the gates)")
+    parser.add_argument("part", nargs="?", choices=["round", *PARTS], help="what to do (default: print the gates)")
     parser.add_argument("--results", type=Path, default=Path("results/mini"))
     parser.add_argument("--target", type=Path, default=Path("ckpts/mini"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--note", default="", help="a sentence for the card, such as the machines of each part")
     parser.add_argument("--below-gates", metavar="REASON", help="ship although gates are missed; printed in the card")
     args = parser.parse_args()
+    if args.part == "round":
+        round_weights(args.results / "final")
+        return
     if args.part:
         release(args.part, args.results, args.target, args.readme, args.note, args.below_gates)
         return

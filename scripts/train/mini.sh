@@ -103,6 +103,9 @@ if stage 2; then curate_all; fi
 if stage 3; then train 3_router.sh router 1 "${loaders[@]}"; fi
 if stage 4; then train_tokenizer 4_final_tokenizer.sh final; fi
 
+# Half precision for the repository; before stage 5a, whose tokens belong to this file.
+if [ "$recipe" != mini ] && stage 4; then "$python" scripts/mini/release.py round --results "$results"; fi
+
 # Release: measure on held-out clips, copy weights, figures and model card into ckpts/mini.
 if [ "$recipe" = mini ] && stage 4; then
   "$python" scripts/mini/release.py tokenizer
