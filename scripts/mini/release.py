@@ -1,6 +1,6 @@
 """The release of the miniature: its gates, and the way from results/mini to the shipped folder ckpts/mini.
 
-    python scripts/mini/release.py round         # after stage 4: store the final tokenizer in half precision, in its place
+    python scripts/mini/release.py round         # after stage 4: store the final tokenizer in float16, in its place
     python scripts/mini/release.py               # print the gates of ckpts/mini (scripts/mini/gates.py)
     python scripts/mini/release.py tokenizer     # final, router and held-out table: copy, measure, write
     python scripts/mini/release.py generation    # the two GPTs that were trained on the tokens of that tokenizer
