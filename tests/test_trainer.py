@@ -178,10 +178,16 @@ def test_damaged_checkpoint_ends_with_the_same_bits(
     assert lines(tmp_path) == lines(whole) and weights(tmp_path) == weights(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_then_stops(tmp_path: Path, whole: Path, number: int) -> None:
+@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGTERM, signal.SIGTERM)])
+def test_signal_saves_then_stops(tmp_path: Path, whole: Path, numbers: tuple[int, ...]) -> None:
+    """Schedulers signal every process, and torchrun passes a signal on: a process may get it several times."""
+
+    def signalled(step: int) -> None:
+        for number in numbers if step == 4 else ():
+            os.kill(os.getpid(), number)
+
     with pytest.raises(KeyboardInterrupt, match="after step 5; the same command continues"):
-        train(tmp_path, at_batch=lambda step: os.kill(os.getpid(), number) if step == 4 else None)
+        train(tmp_path, at_batch=signalled)
     assert (tmp_path / "checkpoints" / "00000005").is_dir()
     train(tmp_path)
     assert lines(tmp_path) == lines(whole) and weights(tmp_path) == weights(whole)

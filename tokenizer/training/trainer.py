@@ -15,6 +15,7 @@ import json
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -36,6 +37,8 @@ from tokenizer.training.logger import Reporter
 from tokenizer.training.optim import Rewarm, learning_rate
 from tokenizer.training.train_state import FREE_TO_CHANGE, NEVER_TO_CHANGE, RunConfig, TrainState
 from tokenizer.training.train_step import StepFn, TooManySkipped, Values
+
+_SAME_STOP = 2.0  # seconds within which a second SIGINT is another copy of the first
 
 
 class BackgroundWriter:
@@ -76,13 +79,17 @@ class BackgroundWriter:
 def stop_signals() -> Iterator[list[str]]:
     """Yields a list that receives the name of a SIGINT, SIGTERM or SIGUSR1 (SLURM's notice that the time is up).
 
-    The loop looks at it between two steps.
+    The loop looks at it between two steps. One stop may arrive several times: from the scheduler and from torchrun,
+    which passes it on. A second Ctrl-C stops at once; the last checkpoint is kept.
     """
     received: list[str] = []
+    first = 0.0  # seconds
 
     def remember(number: int, _frame: Any) -> None:
-        if received:  # asked twice: stop at once; the last checkpoint is kept
+        nonlocal first
+        if number == signal.SIGINT and received and time.monotonic() - first > _SAME_STOP:
             raise KeyboardInterrupt
+        first = first or time.monotonic()
         received.append(signal.Signals(number).name)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
