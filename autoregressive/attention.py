@@ -26,8 +26,8 @@ from torch import Tensor
 from autoregressive import cpu_kernel
 from autoregressive.decode_kernel import attend_decode
 from tokenizer.blocks.attention import varlen_kernel
+from tokenizer.common.device import send
 from tokenizer.common.errors import UserError
-from tokenizer.common.transfer import send
 
 
 def attend_causal(q_Lhe: Tensor, k_Lhe: Tensor, v_Lhe: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -40,10 +40,10 @@ from tokenizer.budget import Budget, parse_budget
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.clip_shape import check_same_shape
 from tokenizer.common.config import defaults_of, to_dict
-from tokenizer.common.device import autocast, batches_at_once, pick_device, pick_dtype
+from tokenizer.common.device import autocast, batches_at_once, pick_device, pick_dtype, to_video
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.work_units import WorkUnits, claim_folder, map_ahead
-from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_datasets, to_video
+from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_datasets
 from tokenizer.data.video_io import VideoError
 from tokenizer.presets import load_tokenizer
 from tokenizer.router.predict import TrainedRouter, check_router_fits, load_router

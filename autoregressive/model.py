@@ -4,8 +4,8 @@ A plain decoder: RMSNorm, SwiGLU, no biases, learned absolute positions, an unti
 padded, so a clip with fewer tokens is less work in training and in sampling. `block_positions` goes beyond the paper:
 in addition to its absolute position, an id gets the place in its block of the code that comes next.
 
-Letters: L packed tokens, W those whose successor is predicted, R rows of a decoding step, S slots, D width, V ids of
-the head, h heads, e head width.
+Letters: L packed tokens, W those whose successor is predicted (K of them at a time), R rows of a decoding step, S
+slots, D width, V ids of the head, h heads, e head width.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -21,16 +22,16 @@ from torch.nn import functional as F
 
 from autoregressive.attention import FP8, KVCache, Live, attend_causal, bytes_per_slot
 from autoregressive.cpu_kernel import linear as few_rows
-from autoregressive.cross_entropy import linear_cross_entropy
 from autoregressive.sequence import SequenceLayout, block_positions
+from tokenizer.common.device import send
 from tokenizer.common.errors import UserError
 from tokenizer.common.hub import HubModel
-from tokenizer.common.transfer import send
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(queries, keys, values), each [L, h, e], of one layer -> what each token takes from those before it, [L, h, e]."""
 
 _HIDDEN_MULTIPLE = 256  # of the feed-forward's width; narrower models round up to 64
+_ENTRIES = 2**23, 2**25  # of a part of tokens times ids, CPU and GPU; a CPU is slower with fewer
 
 
 @dataclass
@@ -244,3 +245,56 @@ class GPT(HubModel, nn.Module):
         for layer, block in enumerate(self.blocks):
             x_LD = block(x_LD, _Attention(attend_of(layer)))
         return self.norm(x_LD)
+
+
+def linear_cross_entropy(x_WD: Tensor, head_VD: Tensor, target_W: Tensor) -> tuple[Tensor, Tensor]:
+    """-> sum of all losses, float32, with gradients; loss of each token, float32 [W], without.
+
+    Logits of all tokens at once are the largest tensor of a training: here they exist K tokens at a time. Their
+    gradients are those of the sum of all losses but for a factor, so they are computed along with the losses. The
+    products run in the precision of autocast, everything else in float32.
+    """
+    device = x_WD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_WD.dtype
+    with torch.autocast(device, enabled=False):
+        total, each_W = _LinearCrossEntropy.apply(x_WD, head_VD, target_W, dtype)
+    return total, each_W
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_WD: Tensor, head_VD: Tensor, target_W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        num_ids, on_gpu = len(head_VD), x_WD.is_cuda
+        learns = any(ctx.needs_input_grad)
+        head_VD = head_VD.to(dtype)
+        if on_gpu:  # matrix units want rows by eights
+            head_VD = F.pad(head_VD, (0, 0, 0, -num_ids % 8))
+        rows = max(1, _ENTRIES[on_gpu] // len(head_VD))
+        losses, grads_KD = [], []
+        grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if learns else None
+        for x_KD, target_K in zip(x_WD.split(rows), target_W.split(rows), strict=True):
+            x_KD, target_K1 = x_KD.to(dtype), target_K[:, None]
+            logit_KV = (x_KD @ head_VD.T).float()
+            logit_KV[:, num_ids:] = -torch.inf
+            best_K1, at_K1 = logit_KV.max(dim=1, keepdim=True)
+            wanted_K1 = logit_KV.gather(1, target_K1)
+            prob_KV = logit_KV.softmax(dim=1)
+            # log of the sum = logit - log of the probability, of the likeliest id: no further pass
+            losses.append((best_K1 - prob_KV.gather(1, at_K1).log() - wanted_K1)[:, 0])
+            if grad_VD is not None:
+                slope_KV = prob_KV.scatter_(1, target_K1, prob_KV.gather(1, target_K1) - 1).to(dtype)
+                grads_KD.append(slope_KV @ head_VD)
+                if dtype == torch.float32:
+                    grad_VD.addmm_(slope_KV.T, x_KD)
+                else:  # added up in float32
+                    grad_VD += slope_KV.T @ x_KD
+        each_W = torch.cat(losses)
+        if grad_VD is not None:
+            ctx.save_for_backward(torch.cat(grads_KD), grad_VD[:num_ids])
+        ctx.mark_non_differentiable(each_W)
+        return each_W.sum(), each_W
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_WD, grad_VD = ctx.saved_tensors
+        return grad_WD * grad.to(grad_WD.dtype), grad_VD * grad, None, None

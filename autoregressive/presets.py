@@ -29,7 +29,8 @@ import torch
 
 from autoregressive.model import GPT, GPTConfig
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.model import TokenizerConfig, VideoTokenizer, parameters_by_part
+from tokenizer.common.hub import parameters_by_part
+from tokenizer.model import TokenizerConfig, VideoTokenizer
 from tokenizer.presets import print_sizes
 
 _K600 = {"num_classes": 0, "condition_lengths": [512, 128]}

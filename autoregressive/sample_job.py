@@ -26,9 +26,10 @@ from autoregressive.sequence import length_rule, longest_sequence
 from tokenizer.common.device import pick_device, pick_dtype
 from tokenizer.common.distributed import adopt_slurm
 from tokenizer.common.errors import UserError
+from tokenizer.common.hub import parameters_by_part
 from tokenizer.common.work_units import progress_bar
 from tokenizer.data.video_io import display_name, to_uint8
-from tokenizer.model import VideoTokenizer, parameters_by_part
+from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
 from tokenizer.viz.frames import ShownClip
 

@@ -36,9 +36,10 @@ from autoregressive.presets import check_vocabulary, init_weights_from, load_gpt
 from autoregressive.sequence import PackedSequences, SequenceLayout, length_rule, pack_sequences
 from autoregressive.token_archive import ArchiveFacts, TokenArchive
 from tokenizer.common import distributed
+from tokenizer.common.device import send
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.common.transfer import send
-from tokenizer.model import VideoTokenizer, parameters_by_part
+from tokenizer.common.hub import parameters_by_part
+from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer
 from tokenizer.training.cli import parse_training_arguments, rehearse
 from tokenizer.training.optim import OptimConfig

@@ -34,7 +34,7 @@ from autoregressive.sequence import BlockPositions, ClipCodes
 from tokenizer.common.checkpoint import save_model
 from tokenizer.common.config import to_dict
 from tokenizer.common.errors import UserError
-from tokenizer.model import parameters_by_part
+from tokenizer.common.hub import parameters_by_part
 from tokenizer.presets import build_tokenizer
 
 DEBUG = PRESETS["GPT-debug"]

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoregressive.batches import BatchRule, TokenBatch, fill_bins, token_batches
-from autoregressive.cross_entropy import linear_cross_entropy
-from autoregressive.model import GPT, GPTConfig
+from autoregressive.model import GPT, GPTConfig, linear_cross_entropy
 from autoregressive.presets import PRESETS, load_gpt
 from autoregressive.sequence import ClipCodes
 from autoregressive.token_archive import ArchivedClip, ArchiveFacts, TokenArchive, save_archive, save_shard
@@ -104,7 +103,7 @@ def test_the_head_a_few_rows_at_a_time_gives_loss_and_gradients(
 ) -> None:
     """Against logits of all tokens at once in float64; in bf16 it is as near to them as torch's cross-entropy is."""
     torch.manual_seed(0)
-    monkeypatch.setattr("autoregressive.cross_entropy._ENTRIES", (16 * 203,) * 2)
+    monkeypatch.setattr("autoregressive.model._ENTRIES", (16 * 203,) * 2)
     x_WD, head_VD, target_W = torch.randn(100, 16), 3 * torch.randn(203, 16), torch.randint(203, (100,))
 
     def results(loss, dtype: torch.dtype = torch.float32) -> list[Tensor]:

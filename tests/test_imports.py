@@ -45,7 +45,7 @@ LAYER_OF = {room: height for height, rooms in enumerate(LAYERS) for room in room
 
 # The same for the files of `autoregressive`.
 GPT_LAYERS = (
-    {"flags", "sequence", "cpu_kernel", "cross_entropy", "decode_kernel", "draw_kernel", "logits", "condition"},
+    {"flags", "sequence", "cpu_kernel", "decode_kernel", "draw_kernel", "logits", "condition"},
     {"attention", "token_archive"},
     {"cuda_graph"},
     {"model", "batches", "sample_folder"},

@@ -19,9 +19,10 @@ from tokenizer.assignment import pack
 from tokenizer.blocks.attention import Attention
 from tokenizer.blocks.patches import patchify, pooling_pyramid
 from tokenizer.common.errors import UserError
+from tokenizer.common.hub import parameters_by_part
 from tokenizer.common.image_quality import psnr
 from tokenizer.data.clips import DataConfig, build_dataset
-from tokenizer.model import TokenizerConfig, TokenizerOutput, TransformerConfig, VideoTokenizer, parameters_by_part
+from tokenizer.model import TokenizerConfig, TokenizerOutput, TransformerConfig, VideoTokenizer
 from tokenizer.presets import PRESETS, build_tokenizer
 from tokenizer.streaming import reconstruct_streaming
 

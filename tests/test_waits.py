@@ -22,12 +22,12 @@ from autoregressive.batches import TokenBatch
 from autoregressive.model import GPT
 from autoregressive.sequence import ClipCodes
 from autoregressive.train import gpt_loss
+from tokenizer.common.device import send
 from tokenizer.common.errors import UserError
-from tokenizer.common.transfer import Fetched, send
 from tokenizer.train import TokenizerTraining
 from tokenizer.training.optim import OptimConfig
 from tokenizer.training.train_state import RunConfig, TrainState
-from tokenizer.training.train_step import TooManySkipped, train_step
+from tokenizer.training.train_step import Fetched, TooManySkipped, train_step
 
 
 def no_kernel(q_Lhe: Tensor, k_Ghe: Tensor, v_Ghe: Tensor, *_ends, causal: bool) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -24,12 +24,10 @@ from torch import Tensor, nn
 
 from tokenizer.assignment import AssignmentSpace, Packing, pack, pack_uniform
 from tokenizer.blocks.bottlenecks import (
-    Bottleneck,
-    FiniteScalarQuantizer,
     KLBottleneck,
-    NoBottleneck,
     Quantized,
     VectorQuantizer,
+    build_bottleneck,
 )
 from tokenizer.blocks.patches import (
     Grid,
@@ -40,41 +38,18 @@ from tokenizer.blocks.patches import (
     packed_rows,
     packed_second,
     patchify,
-    pooling_pyramid,
-    sincos_3d,
     unpatchify,
 )
-from tokenizer.blocks.structured_init import patch_filters, start_decoder, start_encoder, start_second_tokens
-from tokenizer.blocks.transformer import QFormer
+from tokenizer.blocks.structured_init import start_codec, start_positions
+from tokenizer.blocks.transformer import QFormer, TransformerConfig, check_positive
 from tokenizer.common.clip_shape import check_whole_patches, plain_size, sides
+from tokenizer.common.device import send
 from tokenizer.common.errors import UserError
 from tokenizer.common.hub import HubModel
-from tokenizer.common.transfer import send
 
 if TYPE_CHECKING:  # imported by the methods that need it: no training does
     from tokenizer.streaming import BlockTokens
     from tokenizer.tokens import VideoTokens
-
-
-def _check_positive(config: object) -> None:
-    """UserError for a number that is not above 0."""
-    for name, value in vars(config).items():
-        if isinstance(value, int | float) and not value > 0:
-            raise UserError(f"{name} = {value}: must be above 0")
-
-
-@dataclass
-class TransformerConfig:
-    """One of the two transformers."""
-
-    layers: int = 6
-    width: int = 512
-    heads: int = 8
-
-    def __post_init__(self) -> None:
-        _check_positive(self)
-        if self.width % self.heads or self.width % 8:
-            raise UserError(f"width = {self.width} must be a multiple of 8 and of heads = {self.heads}")
 
 
 @dataclass
@@ -99,7 +74,7 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         self.size = plain_size(self.size, "model.size")
-        _check_positive(self)
+        check_positive(self)
         if self.num_frames % self.patch_frames:
             nearest = self.patch_frames * max(1, round(self.num_frames / self.patch_frames))
             raise UserError(
@@ -155,11 +130,11 @@ class TokenizerConfig:
     def num_blocks(self) -> int:
         return self.num_frames // self.patch_frames
 
-    @property
+    @cached_property
     def grid(self) -> Grid:
         return grid_of(self.size, self.patch_size)
 
-    @property
+    @cached_property
     def block_patches(self) -> int:
         """m, patches of a block."""
         return self.grid[0] * self.grid[1]
@@ -169,7 +144,7 @@ class TokenizerConfig:
         """Numbers in a patch."""
         return self.patch_frames * self.patch_size**2 * 3
 
-    @property
+    @cached_property
     def block_queries(self) -> int:
         """Rows that a block owns in a table of 1D positions: the largest level, rounded up to a power of two.
 
@@ -179,12 +154,12 @@ class TokenizerConfig:
             return self.finest * (3 if self.has_second_tokens else 2)
         return 1 << (self.levels[-1] - 1).bit_length()
 
-    @property
+    @cached_property
     def has_second_tokens(self) -> bool:
         """Whether a block may get more tokens than its finest grid has cells."""
         return 0 < self.finest < self.levels[-1]
 
-    @property
+    @cached_property
     def finest(self) -> int:
         """With queries = "grid", the cells of the pyramid's last group, else 0; see `level_cells`."""
         return finest_cells(self.grid) if self.queries == "grid" else 0
@@ -226,7 +201,7 @@ class VideoTokenizer(HubModel, nn.Module):
         self.encoder_norm = nn.LayerNorm(c.encoder.width)
         self.to_latent = _two_linears(c.encoder.width, c.bottleneck_width, c.code_width)
 
-        self.quantizer = _build_bottleneck(c)
+        self.quantizer = build_bottleneck(c.bottleneck, c.codebook_size, c.code_width, c.fsq_levels)
 
         self.from_latent = _two_linears(c.code_width, c.bottleneck_width, c.decoder.width)
         self.decoder_patch_pos = nn.Parameter(torch.empty(num_patches, c.decoder.width))
@@ -274,25 +249,8 @@ class VideoTokenizer(HubModel, nn.Module):
             return
         c = self.config
         for patch_pos, token_pos in (tables[:2], tables[2:]):
-            patch_pos.copy_(sincos_3d(c.num_blocks, c.grid, patch_pos.shape[1]))
-            cells = pooling_pyramid(patch_pos.unflatten(0, (c.num_blocks, -1)), c.grid)  # [N, K, D]
-            if c.block_queries > cells.shape[1]:  # second tokens of the last cells
-                cells = torch.cat([cells, cells[:, -c.finest :]], dim=1)
-            token_pos.copy_(cells[:, : c.block_queries].flatten(0, 1))
-        filters = patch_filters(c.patch_frames, c.patch_size)
-        start_encoder(self.patch_embed, self.query_embed, self.encoder, self.encoder_norm, self.to_latent, *filters)
-        start_decoder(self.from_latent, self.decoder, self.decoder_norm, self.to_pixels, *filters)
-        if self.second_embed is not None:
-            second_KD = self.decoder_token_pos.unflatten(0, (c.num_blocks, -1))[:, 2 * c.finest :]
-            start_second_tokens(
-                self.second_embed,
-                self.from_latent,
-                self.decoder,
-                self.to_pixels,
-                self.decoder_token_pos,
-                second_KD,
-                filters[1],
-            )
+            start_positions(patch_pos, token_pos, c.grid, c.block_queries, c.finest)
+        start_codec(self)
 
     # --- the three phases ---------------------------------------------------------------------------------------
 
@@ -457,7 +415,8 @@ class VideoTokenizer(HubModel, nn.Module):
 
     def _token_rows(self, packing: Packing) -> Tensor:
         """int64 [L]: the row of each packed token in a 1D position table."""
-        return send(packing.block_L * self.config.block_queries + packed_rows(packing, self.config.finest), self.device)
+        device, row_L = self.device, packed_rows(packing, self.config.finest)
+        return send(packing.block_L * self.config.block_queries + row_L, device)
 
     def _chosen_lengths(self, video_BCTHW: Tensor, router: ChoosesLengths | None, budget: str | None) -> Tensor:
         if router is not None:
@@ -483,25 +442,5 @@ class VideoTokenizer(HubModel, nn.Module):
         return pack(length_BN)
 
 
-def _build_bottleneck(config: TokenizerConfig) -> Bottleneck:
-    match config.bottleneck:
-        case "fsq":
-            return FiniteScalarQuantizer(config.fsq_levels)
-        case "kl":
-            return KLBottleneck(config.code_width)
-        case "none":
-            return NoBottleneck()
-    return VectorQuantizer(config.codebook_size, config.code_width)
-
-
 def _two_linears(width_in: int, width: int, width_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width_in, width), nn.Linear(width, width_out))
-
-
-def parameters_by_part(model: nn.Module) -> dict[str, int]:
-    """Number of parameters of each direct child (and of the position tables together)."""
-    parts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        part = "positions" if "." not in name else name.split(".")[0]
-        parts[part] = parts.get(part, 0) + parameter.numel()
-    return parts

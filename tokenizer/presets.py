@@ -25,7 +25,8 @@ import torch
 
 from tokenizer.common.config import differences, load_section, to_dict
 from tokenizer.common.errors import UserError, run_cli
-from tokenizer.model import TokenizerConfig, TransformerConfig, VideoTokenizer, parameters_by_part
+from tokenizer.common.hub import parameters_by_part
+from tokenizer.model import TokenizerConfig, TransformerConfig, VideoTokenizer
 
 PRESETS: dict[str, TokenizerConfig] = {
     # the paper's S-B: encoder small, decoder base; 16384 codes, or 8192 for UCF-101 + K600

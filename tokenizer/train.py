@@ -20,7 +20,6 @@ if __name__ == "__main__":
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -35,6 +34,7 @@ from tokenizer.common.clip_shape import check_same_shape
 from tokenizer.common.device import generator_for
 from tokenizer.common.distributed import BatchShard
 from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.hub import parameters_by_part
 from tokenizer.common.image_quality import psnr
 from tokenizer.data.clips import DataConfig, build_dataset, check_used
 from tokenizer.data.loader import ClipBatch, batches
@@ -42,7 +42,7 @@ from tokenizer.frozen.encoders import marked
 from tokenizer.losses.gan import DiscriminatorConfig, Gan, frozen, generator_loss
 from tokenizer.losses.objective import Alignment, AlignmentConfig, LossConfig, tokenizer_loss
 from tokenizer.losses.perceptual import PerceptualDistance, check_frames_fit, load_perceptual
-from tokenizer.model import TokenizerConfig, VideoTokenizer, parameters_by_part
+from tokenizer.model import TokenizerConfig, VideoTokenizer
 from tokenizer.training.cli import parse_training_arguments, rehearse
 from tokenizer.training.optim import OptimConfig
 from tokenizer.training.train_state import RunConfig, Trainable, TrainState
@@ -88,8 +88,12 @@ def build_policy(config: PolicyConfig, tokenizer: TokenizerConfig, device: torch
     Raises UserError if lengths or router do not fit the tokenizer, or if the config names another router's sha256.
     """
     space = AssignmentSpace(tuple(tokenizer.levels), tokenizer.num_blocks)
-    if config.kind == "random":
-        return partial(_random, space)
+    if config.kind == "random":  # for the whole global batch: lengths do not depend on the number of processes
+        return lambda video_BCTHW, generator, shard=None: space.lengths_of(
+            space.draw_rows(len(video_BCTHW), generator)
+            if shard is None
+            else shard.pick(space.draw_rows(shard.total, generator))
+        )
     if config.kind == "fixed":
         length_N = torch.tensor(config.lengths)
         space.rows_of(length_N)
@@ -104,15 +108,6 @@ def build_policy(config: PolicyConfig, tokenizer: TokenizerConfig, device: torch
         )
     config.router_sha256 = router.sha256
     return lambda video_BCTHW, generator, shard=None: router.assign(video_BCTHW, together=device.type == "cuda")
-
-
-def _random(
-    space: AssignmentSpace, video_BCTHW: Tensor, generator: torch.Generator, shard: BatchShard | None = None
-) -> Tensor:
-    """Drawn for the whole global batch, so that a clip's lengths do not depend on the number of processes."""
-    if shard is None:
-        return space.lengths_of(space.draw_rows(len(video_BCTHW), generator))
-    return space.lengths_of(shard.pick(space.draw_rows(shard.total, generator)))
 
 
 _PICTURED = 6  # clips in the picture of a validation

@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenizer.assignment import Packing
-from tokenizer.common.transfer import send
+from tokenizer.common.device import send
 
 _TOP_LEFT = 1  # torch's number for a causal mask whose first query sees the first key
 

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.common.device import send
 from tokenizer.common.distributed import mean_of_rows, mean_of_sums, num_ranks
-from tokenizer.common.transfer import send
 
 ENTROPY_TEMPERATURE = 0.01
 _SHARPNESS = 2 / ENTROPY_TEMPERATURE  # of a cosine: d = 2 - 2 cos for unit vectors, and a constant drops out
@@ -322,3 +322,15 @@ class NoBottleneck(Bottleneck):
     def forward(self, z_LE: Tensor, generator: torch.Generator | None = None) -> Quantized:
         """Latents [L, E] -> the same, float32."""
         return Quantized(z_LE.float(), torch.empty(0, dtype=torch.long, device=z_LE.device))
+
+
+def build_bottleneck(name: str, codebook_size: int, code_width: int, fsq_levels: list[int]) -> Bottleneck:
+    """Of the config's `bottleneck`."""
+    match name:
+        case "fsq":
+            return FiniteScalarQuantizer(fsq_levels)
+        case "kl":
+            return KLBottleneck(code_width)
+        case "none":
+            return NoBottleneck()
+    return VectorQuantizer(codebook_size, code_width)

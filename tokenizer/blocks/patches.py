@@ -32,7 +32,7 @@ from torch import Tensor
 
 from tokenizer.assignment import Packing
 from tokenizer.common.clip_shape import Size, sides
-from tokenizer.common.transfer import send
+from tokenizer.common.device import send
 
 Grid = tuple[int, int]
 """Rows and columns of a block's patches."""
@@ -95,7 +95,7 @@ def _pool(plane_RDhw: Tensor, cells: Grid) -> Tensor:
 
 def packed_queries(patch_BMD: Tensor, packing: Packing, grid: Grid, finest: int = 0) -> Tensor:
     """Patches of all clips, [B, M, D] -> first values of the packed queries, [L, D]. `finest`: see `level_cells`."""
-    pyramid = pooling_pyramid(rearrange(patch_BMD, "B (N m) D -> (B N) m D", N=packing.num_blocks), grid)
+    pyramid = pooling_pyramid(rearrange(patch_BMD, "B (N m) D -> (B N) m D", m=grid[0] * grid[1]), grid)
     block_L = packing.clip_L * packing.num_blocks + packing.block_L  # among the blocks of all clips
     cell_L = torch.cat([level_cells(length, finest) for row in packing.lengths for length in row])
     row_L = block_L * pyramid.shape[1] + cell_L

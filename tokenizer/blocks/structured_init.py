@@ -20,11 +20,12 @@ a hundred steps undo it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenizer.blocks.patches import cosine_filters, waves_3d
+from tokenizer.blocks.patches import Grid, cosine_filters, pooling_pyramid, sincos_3d, waves_3d
 from tokenizer.blocks.transformer import QFormer, QFormerLayer
 
 NEARNESS = 16.0  # weight of a wave in the product of query and key: how sharply near places find each other
@@ -37,6 +38,31 @@ _FAINT = 0.1  # of rows that hold no wave
 _OWN = 16.0  # of a patch, its own tokens against the first token of its block
 _DC_GAIN, _COLOUR_GAIN, _AC_GAIN = 0.09, 0.10, 0.20  # from coefficients to latents: means are the loudest
 _LATENT_NORM = 1.2  # of a latent before normalisation, typically
+
+
+def start_codec(model: Any) -> None:
+    """Both ends of a VideoTokenizer, and its second tokens if it has them."""
+    c = model.config
+    filters = patch_filters(c.patch_frames, c.patch_size)
+    start_encoder(model.patch_embed, model.query_embed, model.encoder, model.encoder_norm, model.to_latent, *filters)
+    start_decoder(model.from_latent, model.decoder, model.decoder_norm, model.to_pixels, *filters)
+    if model.second_embed is None:
+        return
+    token_pos = model.decoder_token_pos
+    second_KD = token_pos.unflatten(0, (c.num_blocks, -1))[:, 2 * c.finest :]
+    start_second_tokens(
+        model.second_embed, model.from_latent, model.decoder, model.to_pixels, token_pos, second_KD, filters[1]
+    )
+
+
+def start_positions(patch_pos: Tensor, token_pos: Tensor, grid: Grid, block_queries: int, finest: int) -> None:
+    """3D: separable sin-cos; 1D: the mean of the 3D rows of the cells that a query pools."""
+    num_blocks = len(token_pos) // block_queries
+    patch_pos.copy_(sincos_3d(num_blocks, grid, patch_pos.shape[1]))
+    cells = pooling_pyramid(patch_pos.unflatten(0, (num_blocks, -1)), grid)  # [N, K, D]
+    if block_queries > cells.shape[1]:  # second tokens of the last cells
+        cells = torch.cat([cells, cells[:, -finest:]], dim=1)
+    token_pos.copy_(cells[:, :block_queries].flatten(0, 1))
 
 
 def start_encoder(

@@ -15,6 +15,7 @@ head width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -24,8 +25,30 @@ from torch import Tensor, nn
 
 from tokenizer.assignment import Packing
 from tokenizer.blocks.attention import Attention, attend_prefix, block_causal_attention
+from tokenizer.common.errors import UserError
 
 KeysValues = tuple[Tensor, Tensor]
+
+
+def check_positive(config: object) -> None:
+    """UserError for a number that is not above 0."""
+    for name, value in vars(config).items():
+        if isinstance(value, int | float) and not value > 0:
+            raise UserError(f"{name} = {value}: must be above 0")
+
+
+@dataclass
+class TransformerConfig:
+    """One of the two transformers."""
+
+    layers: int = 6
+    width: int = 512
+    heads: int = 8
+
+    def __post_init__(self) -> None:
+        check_positive(self)
+        if self.width % self.heads or self.width % 8:
+            raise UserError(f"width = {self.width} must be a multiple of 8 and of heads = {self.heads}")
 
 
 class QFormerLayer(nn.Module):

@@ -1,4 +1,4 @@
-"""Device, precision, compilation, random numbers; the speed of a device, the operations and memory of a step."""
+"""Device, copies to it, precision, compilation, random numbers; speed of a device, cost of a step."""
 
 from __future__ import annotations
 
@@ -101,6 +101,22 @@ def slow_precision(device: torch.device, precision: str, size: int = 256) -> str
         f"on this CPU a matrix product in {precision} takes {ratio:.0f} times as long as in float32: "
         "run.precision=none is faster here"
     )
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the CPU on `device`; a GPU fetches it out of pinned memory by itself.
+
+    An ordinary copy waits until the GPU has done all that was asked of it before, and then the GPU waits for the host.
+    """
+    device = torch.device(device)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.is_cpu else x.to(device)
+
+
+def to_video(frames: Tensor, device: torch.device | str) -> Tensor:
+    """uint8 of any shape -> float32 in [0, 1] on `device`; bytes travel there, a quarter of the numbers."""
+    frames = send(frames, device)
+    # 255 as a tensor: CUDA would multiply by a rounded 1/255, and values would differ from those of the CPU
+    return frames.to(torch.float32).div_(torch.full((), 255.0, device=frames.device))
 
 
 def batches_at_once(device: torch.device) -> int:

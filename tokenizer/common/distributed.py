@@ -18,7 +18,6 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, distributed
 
 from tokenizer.common.errors import UserError
-from tokenizer.common.transfer import Fetched
 
 
 def several_processes() -> bool:
@@ -130,25 +129,6 @@ def mean_of_sums(own: Tensor, rows: int) -> Tensor:
     total, rows_of_all = packed[:-1].view_as(own), packed[-1]
     own = own * (num_ranks() / rows_of_all)
     return own + (total / rows_of_all - own).detach()
-
-
-class AnyRank:
-    """Whether a flag is true on any rank, the same answer everywhere; on GPUs that of the call before.
-
-    So no process waits for its GPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._last: Fetched | None = None
-
-    def __call__(self, flag: bool) -> bool:
-        if not _several():
-            return flag
-        before = self._last
-        self._last = Fetched(sum_over_ranks(torch.full((), float(flag), device=self._device)))
-        answer = self._last if self._device.type == "cpu" else before
-        return answer is not None and bool(answer.read())
 
 
 def from_main(value: T) -> T:

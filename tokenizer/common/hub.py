@@ -208,3 +208,12 @@ def _listed(data: Mapping[str, Any]) -> dict[str, Any]:
     return {
         k: v for k, v in flat(data).items() if not isinstance(v, list) or all(isinstance(x, int | float) for x in v)
     }
+
+
+def parameters_by_part(model: nn.Module) -> dict[str, int]:
+    """Number of parameters of each direct child (and of the position tables together)."""
+    parts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = "positions" if "." not in name else name.split(".")[0]
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts

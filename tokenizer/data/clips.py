@@ -29,9 +29,8 @@ import torch
 
 from tokenizer.common.cli import MOST_FPS
 from tokenizer.common.clip_shape import plain_size, sides
-from tokenizer.common.device import rng_for
+from tokenizer.common.device import rng_for, to_video
 from tokenizer.common.errors import UserError
-from tokenizer.common.transfer import send
 from tokenizer.data.files import Span
 from tokenizer.data.safe_decode import fingerprint_of
 from tokenizer.data.sources import (
@@ -105,13 +104,6 @@ class ClipSample:
     def video_CTHW(self) -> torch.Tensor:
         """float32 [C, T, H, W] in [0, 1]."""
         return to_video(self.frames_CTHW, "cpu")
-
-
-def to_video(frames: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """uint8 of any shape -> float32 in [0, 1] on `device`; bytes travel there, a quarter of the numbers."""
-    frames = send(frames, device)
-    # 255 as a tensor: CUDA would multiply by a rounded 1/255, and values would differ from those of the CPU
-    return frames.to(torch.float32).div_(torch.full((), 255.0, device=frames.device))
 
 
 class Column(Sequence[T], Generic[T]):

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from tokenizer.common import distributed
 from tokenizer.common.clip_shape import sides
-from tokenizer.common.device import endless_order
+from tokenizer.common.device import endless_order, to_video
 from tokenizer.common.distributed import BatchShard, balance_load
 from tokenizer.common.errors import UserError
-from tokenizer.data.clips import ClipDataset, ClipSample, to_video
+from tokenizer.data.clips import ClipDataset, ClipSample
 
 _BATCHES_AHEAD = 2  # of each worker: the default of DataLoader
 _GRACE_S = 60  # that a worker outlives a SIGTERM, so that the step ends and a checkpoint is written
@@ -118,7 +118,8 @@ def batches(
     )
     before = dict(dataset.quarantine)
     for batch in loader:
-        dataset.put_aside(batch.unreadable)
+        if batch.unreadable:
+            dataset.put_aside(batch.unreadable)
         yield replace(batch, unreadable=before | batch.unreadable) if before else batch
         before = {}
 

@@ -29,10 +29,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenizer.common.checkpoint import file_sha256
-from tokenizer.common.device import pick_dtype
+from tokenizer.common.device import pick_dtype, send
 from tokenizer.common.errors import UserError
 from tokenizer.common.schema import read_json
-from tokenizer.common.transfer import send
 
 logger = logging.getLogger(__name__)
 

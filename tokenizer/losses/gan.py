@@ -26,10 +26,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 from tokenizer.blocks.patches import grid_of, patchify, sincos_3d
 from tokenizer.blocks.transformer import ViTLayer
 from tokenizer.common.clip_shape import Size, sides, size_text
-from tokenizer.common.device import generator_for
+from tokenizer.common.device import generator_for, send
 from tokenizer.common.distributed import BatchShard, mean_over_ranks
 from tokenizer.common.errors import UserError
-from tokenizer.common.transfer import send
 from tokenizer.frozen.encoders import FrozenConfig, FrozenVideoMAE
 from tokenizer.training.optim import OptimConfig
 

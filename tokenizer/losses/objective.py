@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from tokenizer.common.device import send
 from tokenizer.common.errors import UserError
-from tokenizer.common.transfer import send
 from tokenizer.frozen.encoders import FeatureShape, FrozenConfig, FrozenVJEPA2
 from tokenizer.losses.perceptual import PerceptualDistance
 from tokenizer.model import TokenizerConfig, TokenizerOutput

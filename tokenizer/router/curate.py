@@ -51,12 +51,12 @@ from tokenizer.assignment import AssignmentSpace
 from tokenizer.common.checkpoint import atomic_write
 from tokenizer.common.clip_shape import check_same_shape
 from tokenizer.common.config import from_dict, to_dict
-from tokenizer.common.device import autocast, generator_for, pick_device, pick_dtype
+from tokenizer.common.device import autocast, generator_for, pick_device, pick_dtype, to_video
 from tokenizer.common.errors import UserError, run_cli
 from tokenizer.common.image_quality import psnr_of_mse
 from tokenizer.common.schema import read_json
 from tokenizer.common.work_units import WorkUnits, claim_folder, lock
-from tokenizer.data.clips import NO_FILE, ClipDataset, ClipSample, DataConfig, build_dataset, to_video
+from tokenizer.data.clips import NO_FILE, ClipDataset, ClipSample, DataConfig, build_dataset
 from tokenizer.losses.perceptual import PerceptualDistance, check_frames_fit, load_perceptual
 from tokenizer.model import VideoTokenizer
 from tokenizer.presets import load_tokenizer

@@ -43,6 +43,7 @@ from tokenizer.common.clip_shape import check_same_shape, sides
 from tokenizer.common.device import generator_for
 from tokenizer.common.distributed import BatchShard
 from tokenizer.common.errors import UserError, run_cli
+from tokenizer.common.hub import parameters_by_part
 from tokenizer.data.clip_store import FrameCache
 from tokenizer.data.clips import ClipDataset, ClipSample, DataConfig, build_dataset, check_used
 from tokenizer.data.loader import ClipBatch, batches
@@ -355,8 +356,6 @@ class RouterTraining:
         fit(config.run, config, self.state, self.batches, self.train_step, self.validate, noted=noted)
 
     def rehearse(self) -> None:
-        from tokenizer.model import parameters_by_part  # no training of a router needs a tokenizer
-
         config, parts = self.config, parameters_by_part(self.state.model)
         rehearse(config.run, self.state, self.batches, self.train_step, parts)
 

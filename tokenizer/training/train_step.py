@@ -26,9 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.common import distributed
-from tokenizer.common.device import autocast, derive_seed
+from tokenizer.common.device import autocast, derive_seed, send
 from tokenizer.common.errors import UserError
-from tokenizer.common.transfer import Fetched, send
 from tokenizer.training.optim import Rewarm, learning_rate, set_rate
 from tokenizer.training.train_state import SKIP_WINDOW, RunConfig, Trainable, TrainState
 
@@ -57,6 +56,21 @@ of counts, which are added up."""
 Values = dict[str, Any] | UserDict[str, Any]  # what a step logs: floats, and lists of counts
 StepFn = Callable[[Any], Values]
 """batch -> what to log, after one whole step of a TrainState; reading it may wait for a GPU, see `Step`."""
+
+
+class Fetched:
+    """A tensor on its way to the CPU; `read` waits for it."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._copy = x.to("cpu", non_blocking=True)  # torch pins what it copies to
+        self._arrived = torch.cuda.Event() if x.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(x.device))
+
+    def read(self) -> Tensor:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy
 
 
 class NotFinite(Exception):

@@ -36,7 +36,7 @@ from tokenizer.common.work_units import no_locks
 from tokenizer.training.logger import Reporter
 from tokenizer.training.optim import Rewarm, learning_rate
 from tokenizer.training.train_state import FREE_TO_CHANGE, NEVER_TO_CHANGE, RunConfig, TrainState
-from tokenizer.training.train_step import StepFn, TooManySkipped, Values
+from tokenizer.training.train_step import Fetched, StepFn, TooManySkipped, Values
 
 _SAME_STOP = 2.0  # seconds within which a second SIGINT is another copy of the first
 
@@ -73,6 +73,25 @@ class BackgroundWriter:
             self.store.save(checkpoint)
         except BaseException as error:  # handed on by `join`
             self._error = error
+
+
+class AnyRank:
+    """Whether a flag is true on any rank, the same answer everywhere; on GPUs that of the call before.
+
+    So no process waits for its GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: Fetched | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        if distributed.num_ranks() == 1:
+            return flag
+        before = self._last
+        self._last = Fetched(distributed.sum_over_ranks(torch.full((), float(flag), device=self._device)))
+        answer = self._last if self._device.type == "cpu" else before
+        return answer is not None and bool(answer.read())
 
 
 @contextmanager
@@ -283,7 +302,7 @@ def _train(
     source = itertools.repeat(next(source)) if run.overfit_one_batch else source
     state.train_mode(True)
     unreported: list[tuple[int, Values, int]] = []
-    stopped_anywhere, save = distributed.AnyRank(state.device), partial(_save, state, config, reporter, writer)
+    stopped_anywhere, save = AnyRank(state.device), partial(_save, state, config, reporter, writer)
     with stop_signals() as stop, _joined(writer):
         # a validation that failed or was cut short after this checkpoint's step is made up for
         if validate is not None and _validation_due(run, state, validate, reporter):
