@@ -58,7 +58,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.vq_ckpt, evaluation.device, args.tok_config)
     check_tokenizer(evaluation.protocol, tokenizer)
     budget = parse_budget(args.budget, tokenizer.space, args.trade_off)
-    router = router_of_flags(args, tokenizer, budget, dash="-")
+    router = router_of_flags(args, tokenizer.config, evaluation.device, budget, dash="-")
     system = Reconstruction(tokenizer, router, budget)
     evaluation.run(system, lambda folder: system.settle_price(folder, evaluation.clips))
 

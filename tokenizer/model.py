@@ -200,7 +200,6 @@ class VideoTokenizer(HubModel, nn.Module):
         self.encoder = QFormer(c.encoder.layers, c.encoder.width, c.encoder.heads, c.mlp_ratio)
         self.encoder_norm = nn.LayerNorm(c.encoder.width)
         self.to_latent = _two_linears(c.encoder.width, c.bottleneck_width, c.code_width)
-
         self.quantizer = build_bottleneck(c.bottleneck, c.codebook_size, c.code_width, c.fsq_levels)
 
         self.from_latent = _two_linears(c.code_width, c.bottleneck_width, c.decoder.width)

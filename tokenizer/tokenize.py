@@ -102,7 +102,7 @@ class Job:
         self.budget = parse_budget(self.args.budget, self.model.space, self.args.trade_off)
         if self.budget.average_tokens is not None:
             raise UserError(f"--budget {self.budget.text} needs all clips before the first; use tokens:N or price:P")
-        self.router = router_of_flags(self.args, self.model, self.budget)
+        self.router = router_of_flags(self.args, self.model.config, self.model.device, self.budget)
 
     def facts(self, source: VideoSource, fps: float) -> VideoFacts:
         c = self.model.config

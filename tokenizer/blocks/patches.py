@@ -96,8 +96,8 @@ def _pool(plane_RDhw: Tensor, cells: Grid) -> Tensor:
 def packed_queries(patch_BMD: Tensor, packing: Packing, grid: Grid, finest: int = 0) -> Tensor:
     """Patches of all clips, [B, M, D] -> first values of the packed queries, [L, D]. `finest`: see `level_cells`."""
     pyramid = pooling_pyramid(rearrange(patch_BMD, "B (N m) D -> (B N) m D", m=grid[0] * grid[1]), grid)
-    block_L = packing.clip_L * packing.num_blocks + packing.block_L  # among the blocks of all clips
     cell_L = torch.cat([level_cells(length, finest) for row in packing.lengths for length in row])
+    block_L = packing.clip_L * packing.num_blocks + packing.block_L  # among the blocks of all clips
     row_L = block_L * pyramid.shape[1] + cell_L
     return rearrange(pyramid, "R K D -> (R K) D")[send(row_L, pyramid.device)]
 

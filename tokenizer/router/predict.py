@@ -27,7 +27,7 @@ from tokenizer.common.clip_shape import check_same_shape, sides
 from tokenizer.common.config import differences, from_dict, load_section, to_dict
 from tokenizer.common.device import autocast
 from tokenizer.common.errors import UserError
-from tokenizer.model import TokenizerConfig, VideoTokenizer
+from tokenizer.model import TokenizerConfig
 from tokenizer.router.blockwise import BEAM, LiveChoice, Rule, search, worth_of
 from tokenizer.router.model import BlockwiseRouter, Router, RouterConfig
 from tokenizer.router.reward import TOTAL_WEIGHT, TableStats, distance, reward_of_quality
@@ -276,9 +276,9 @@ def check_router_fits(router: TrainedRouter, tokenizer: TokenizerConfig) -> None
 
 
 def router_of_flags(
-    args: argparse.Namespace, tokenizer: VideoTokenizer, budget: Budget, dash: str = "_"
+    args: argparse.Namespace, tokenizer: TokenizerConfig, device: torch.device, budget: Budget, dash: str = "_"
 ) -> TrainedRouter | None:
-    """The router of --router_ckpt, --router_config and --trade-off, on the tokenizer's device; None if none is given.
+    """The router of --router_ckpt, --router_config and --trade-off, on `device`; None if none is given.
 
     Raises UserError if the budget needs one, and if it does not fit the tokenizer or cannot serve the budget. dash: how
     the command spells its flags.
@@ -289,10 +289,10 @@ def router_of_flags(
         if budget.needs_router:
             raise UserError(
                 f"--budget {budget.text} needs a router: give --router{dash}ckpt, or a budget without one, such as "
-                f"uniform:{tokenizer.config.levels[-1]}"
+                f"uniform:{tokenizer.levels[-1]}"
             )
         return None
-    router = load_router(args.router_ckpt, tokenizer.device, args.router_config, args.trade_off)
-    check_router_fits(router, tokenizer.config)
+    router = load_router(args.router_ckpt, device, args.router_config, args.trade_off)
+    check_router_fits(router, tokenizer)
     router.check_budget(budget)
     return router

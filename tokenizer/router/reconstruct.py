@@ -60,7 +60,7 @@ def reconstruct_videos(args: argparse.Namespace) -> None:
     sources = find_sources(args.vid_path, folder.holds)
     tokenizer = load_tokenizer(args.vq_ckpt, device, args.tok_config)
     budget = parse_budget(args.budget, tokenizer.space, args.trade_off)
-    router = router_of_flags(args, tokenizer, budget)
+    router = router_of_flags(args, tokenizer.config, device, budget)
     trade_off = router.trade_off(budget) if router else None
     perceptual, no_lpips = pick_perceptual(args.perceptual, device, tokenizer.config.size)
     rule = ClipRule(tokenizer.config.num_frames, tokenizer.config.size, args.fps, args.all_clips, args.backend)
