@@ -84,6 +84,21 @@ def test_a_fresh_router_prefers_no_row_and_passes_gradients_everywhere(init: str
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_a_row_is_the_sum_of_its_prefixes(tmp_path: Path) -> None:
+    config = replace(TINY, num_frames=12, head="prefixes")  # 3 blocks: 3 + 9 + 27 prefixes
+    router, x_BD = trained_looking(config), torch.randn(2, config.width)
+    number_BJ = torch.nn.functional.linear(x_BD, router.head.weight, router.head.bias)
+    starts = (0, 3, 12)
+    for row, places in enumerate(config.space.places_of(torch.arange(27)).tolist()):
+        prefixes = [sum(place * 3 ** (t - i) for i, place in enumerate(places[: t + 1])) for t in range(3)]
+        wanted_B = sum(number_BJ[:, start + prefix] for start, prefix in zip(starts, prefixes, strict=True))
+        torch.testing.assert_close(router.head(x_BD)[:, row], wanted_B)
+    with pytest.raises(UserError, match="leave it"):
+        replace(config, kind="blockwise")
+    save_model(tmp_path / "prefixes.safetensors", router.state_dict(), {"model": to_dict(config)})
+    assert load_router(tmp_path / "prefixes.safetensors").scores(random_clips(1, config)).shape == (1, 27)
+
+
 def test_the_paper_s_router_reads_vjepa2() -> None:
     """With its 1024 numbers a place, and 8 slots in time, the count is the published 19.9M to the digit."""
     with torch.device("meta"):

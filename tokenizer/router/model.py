@@ -59,6 +59,7 @@ class RouterConfig:
     patch_frames: int = 4  # frames of a patch, and of a temporal block
     patch_size: int = 8
     levels: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
+    head: str = "rows"  # a linear map to all rows (the paper's); or "prefixes": see PrefixHead
     layers: int = 6
     width: int = 512
     heads: int = 8
@@ -74,12 +75,15 @@ class RouterConfig:
         check_whole_patches(self.size, self.patch_size)
         if self.width % self.heads:
             raise UserError(f"width = {self.width} is not a multiple of heads = {self.heads}")
-        choices = {"kind": ("table", "blockwise"), "stem": ("raw", "vjepa2"), "init": ("structured", "random")}
+        choices = {"kind": ("table", "blockwise"), "head": ("rows", "prefixes")}
+        choices |= {"stem": ("raw", "vjepa2"), "init": ("structured", "random")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name} = {getattr(self, name)!r} is none of {', '.join(known)}")
         if self.kind == "table":
             self.space.check_table(self.space.num_rows)  # a score for every row
+        elif self.head != "rows":
+            raise UserError(f"kind = 'blockwise' has a head of its own, but head = {self.head!r}: leave it")
         elif self.stem != "raw":
             raise UserError("kind = 'blockwise' sees no later block, but V-JEPA 2 sees the whole clip: set stem=raw")
         if self.stem == "vjepa2" and not isinstance(self.size, int):
@@ -113,6 +117,28 @@ class RouterConfig:
     def space(self) -> AssignmentSpace:
         """The assignments that the router rates."""
         return AssignmentSpace(tuple(self.levels), self.num_blocks)
+
+
+class PrefixHead(nn.Linear):
+    """Rows that begin alike share what they learn: the score of a row is the sum of a number for each of its prefixes.
+
+    Not in the paper. As the table is a mean over blocks, and a block depends on the levels up to its own, nothing is
+    lost; a thinned table, which shows few rows of a clip, teaches more.
+    """
+
+    def __init__(self, width: int, space: AssignmentSpace) -> None:
+        self.num_levels = len(space.levels)
+        super().__init__(width, sum(self.num_levels**t for t in range(1, space.num_blocks + 1)))
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """[B, D] -> score_BA."""
+        number_BJ = super().forward(x_BD)  # of all prefixes, the shortest first
+        score_BA, start = number_BJ[:, :0], 0
+        while start < number_BJ.shape[1]:
+            length = max(1, score_BA.shape[1]) * self.num_levels
+            longer_BA = score_BA.repeat_interleave(self.num_levels, dim=1) if start else 0.0
+            score_BA, start = longer_BA + number_BJ[:, start : start + length], start + length
+        return score_BA
 
 
 class BlockHead(nn.Module):
@@ -161,6 +187,8 @@ class Router(HubModel, nn.Module):
         return BlockwiseRouter(config) if config.kind == "blockwise" else Router(config)
 
     def _new_head(self) -> nn.Module:
+        if self.config.head == "prefixes":
+            return PrefixHead(self.config.width, self.space)
         return nn.Linear(self.config.width, self.space.num_rows)
 
     def _last_linear(self) -> nn.Linear:
