@@ -23,6 +23,7 @@ from tokenizer.common.checkpoint import read_model
 from tokenizer.common.device import float32_mode, generator_for, slow_precision
 from tokenizer.common.errors import UserError
 from tokenizer.common.work_units import WorkUnits, claim_folder
+from tokenizer.training import trainer
 from tokenizer.training.cli import missing
 from tokenizer.training.optim import OptimConfig, learning_rate
 from tokenizer.training.train_state import RunConfig, TrainState
@@ -191,6 +192,20 @@ def test_signal_saves_then_stops(tmp_path: Path, whole: Path, numbers: tuple[int
     assert (tmp_path / "checkpoints" / "00000005").is_dir()
     train(tmp_path)
     assert lines(tmp_path) == lines(whole) and weights(tmp_path) == weights(whole)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "_SAME_STOP", -1.0)  # seconds: no copy of the first
+    steps: list[int] = []
+
+    def pressed(step: int) -> None:
+        steps.append(step)
+        for _ in range(2 if step == 4 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, at_batch=pressed)
+    assert steps[-1] == 4 and not (tmp_path / "checkpoints" / "00000005").exists()
 
 
 def test_killed_at_twelve_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:

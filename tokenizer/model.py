@@ -130,6 +130,8 @@ class TokenizerConfig:
     def num_blocks(self) -> int:
         return self.num_frames // self.patch_frames
 
+    # cached: every forward pass reads these, and a config that is built does not change
+
     @cached_property
     def grid(self) -> Grid:
         return grid_of(self.size, self.patch_size)
@@ -414,8 +416,8 @@ class VideoTokenizer(HubModel, nn.Module):
 
     def _token_rows(self, packing: Packing) -> Tensor:
         """int64 [L]: the row of each packed token in a 1D position table."""
-        device, row_L = self.device, packed_rows(packing, self.config.finest)
-        return send(packing.block_L * self.config.block_queries + row_L, device)
+        row_L = packing.block_L * self.config.block_queries + packed_rows(packing, self.config.finest)
+        return send(row_L, self.encoder_token_pos.device)
 
     def _chosen_lengths(self, video_BCTHW: Tensor, router: ChoosesLengths | None, budget: str | None) -> Tensor:
         if router is not None:

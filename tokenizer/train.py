@@ -20,6 +20,7 @@ if __name__ == "__main__":
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -88,12 +89,8 @@ def build_policy(config: PolicyConfig, tokenizer: TokenizerConfig, device: torch
     Raises UserError if lengths or router do not fit the tokenizer, or if the config names another router's sha256.
     """
     space = AssignmentSpace(tuple(tokenizer.levels), tokenizer.num_blocks)
-    if config.kind == "random":  # for the whole global batch: lengths do not depend on the number of processes
-        return lambda video_BCTHW, generator, shard=None: space.lengths_of(
-            space.draw_rows(len(video_BCTHW), generator)
-            if shard is None
-            else shard.pick(space.draw_rows(shard.total, generator))
-        )
+    if config.kind == "random":
+        return partial(_random, space)
     if config.kind == "fixed":
         length_N = torch.tensor(config.lengths)
         space.rows_of(length_N)
@@ -108,6 +105,15 @@ def build_policy(config: PolicyConfig, tokenizer: TokenizerConfig, device: torch
         )
     config.router_sha256 = router.sha256
     return lambda video_BCTHW, generator, shard=None: router.assign(video_BCTHW, together=device.type == "cuda")
+
+
+def _random(
+    space: AssignmentSpace, video_BCTHW: Tensor, generator: torch.Generator, shard: BatchShard | None = None
+) -> Tensor:
+    """Drawn for the whole global batch, so that a clip's lengths do not depend on the number of processes."""
+    if shard is None:
+        return space.lengths_of(space.draw_rows(len(video_BCTHW), generator))
+    return space.lengths_of(shard.pick(space.draw_rows(shard.total, generator)))
 
 
 _PICTURED = 6  # clips in the picture of a validation

@@ -20,13 +20,16 @@ a hundred steps undo it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from tokenizer.blocks.patches import Grid, cosine_filters, pooling_pyramid, sincos_3d, waves_3d
 from tokenizer.blocks.transformer import QFormer, QFormerLayer
+
+if TYPE_CHECKING:
+    from tokenizer.model import VideoTokenizer
 
 NEARNESS = 16.0  # weight of a wave in the product of query and key: how sharply near places find each other
 _WIDER = (4.0, 1.0)  # the same of heads that carry no coefficient, in turn: some neighbours, or a wide surrounding
@@ -40,8 +43,8 @@ _DC_GAIN, _COLOUR_GAIN, _AC_GAIN = 0.09, 0.10, 0.20  # from coefficients to late
 _LATENT_NORM = 1.2  # of a latent before normalisation, typically
 
 
-def start_codec(model: Any) -> None:
-    """Both ends of a VideoTokenizer, and its second tokens if it has them."""
+def start_codec(model: VideoTokenizer) -> None:
+    """Both ends of a tokenizer, and its second tokens if it has them."""
     c = model.config
     filters = patch_filters(c.patch_frames, c.patch_size)
     start_encoder(model.patch_embed, model.query_embed, model.encoder, model.encoder_norm, model.to_latent, *filters)

@@ -128,16 +128,14 @@ class PrefixHead(nn.Linear):
 
     def __init__(self, width: int, space: AssignmentSpace) -> None:
         self.num_levels = len(space.levels)
-        super().__init__(width, sum(self.num_levels**t for t in range(1, space.num_blocks + 1)))
+        self.num_prefixes = [self.num_levels**t for t in range(1, space.num_blocks + 1)]  # of 1, 2, .. N blocks
+        super().__init__(width, sum(self.num_prefixes))
 
     def forward(self, x_BD: Tensor) -> Tensor:
         """[B, D] -> score_BA."""
-        number_BJ = super().forward(x_BD)  # of all prefixes, the shortest first
-        score_BA, start = number_BJ[:, :0], 0
-        while start < number_BJ.shape[1]:
-            length = max(1, score_BA.shape[1]) * self.num_levels
-            longer_BA = score_BA.repeat_interleave(self.num_levels, dim=1) if start else 0.0
-            score_BA, start = longer_BA + number_BJ[:, start : start + length], start + length
+        score_BA, *longer = super().forward(x_BD).split(self.num_prefixes, dim=1)
+        for number_BJ in longer:
+            score_BA = score_BA.repeat_interleave(self.num_levels, dim=1) + number_BJ
         return score_BA
 
 

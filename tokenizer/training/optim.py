@@ -64,14 +64,13 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """
     names = set(getattr(model, "gentle", ()))
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    matrices = [(name, parameter) for name, parameter in trainable if parameter.ndim >= 2]
+    gentle = [p for name, p in matrices if name in names]
     groups = [
-        {"params": [p for n, p in trainable if p.ndim >= 2 and n not in names], "weight_decay": weight_decay},
-        {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0},
-        {"params": [p for n, p in trainable if p.ndim >= 2 and n in names], "weight_decay": weight_decay},
+        {"params": [p for name, p in matrices if name not in names], "weight_decay": weight_decay, "lr_scale": 1.0},
+        {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0, "lr_scale": 1.0},
     ]
-    return [{"lr_scale": 1.0, **group} for group in groups[:2]] + [
-        {"lr_scale": GENTLE, **group} for group in groups[2:] if group["params"]
-    ]
+    return [*groups, {"params": gentle, "weight_decay": weight_decay, "lr_scale": GENTLE}] if gentle else groups
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:

@@ -237,22 +237,22 @@ class Update:
         raise NotFinite(network, f"the gradient of {next(broken, 'all parameters together')}", self._norm)
 
     def apply(self) -> None:
-        """Step the optimiser, and give every process the buffers of rank 0."""
+        """Give every process the buffers of rank 0, and step the optimiser."""
+        distributed.copy_from_main(self.network.buffers)
         set_rate(self.network.optimizer, self._rate)
         self.network.scaler.step(self.network.optimizer)
         self.network.scaler.update()
-        distributed.copy_from_main(self.network.buffers)
 
     def apply_if(self, finite: Tensor) -> None:
         """The same on a device that looks for itself: if `finite`, a bool there, is False, nothing changes."""
         network, optimizer = self.network, self.network.optimizer
         for buffer, before in zip(network.buffers, self._buffers, strict=True):
             buffer.copy_(torch.where(finite, buffer, before))
-        set_rate(self.network.optimizer, self._rate)
+        distributed.copy_from_main(network.buffers)
+        set_rate(optimizer, self._rate)
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # how a gradient scaler tells AdamW
         optimizer.step()
         del optimizer.found_inf  # type: ignore[attr-defined]
-        distributed.copy_from_main(network.buffers)
 
     def drop(self) -> None:
         """Leave everything as it was before the step, but for a scale that an overflow lowers."""
